@@ -1,0 +1,230 @@
+"""How Megatron lays the parameters of a model chunk out in flat buffers.
+
+Each chunk has a buffer per (dense or expert, dtype), created in the order in which
+``named_parameters()`` first meets them; inside one, parameters lie in reverse order, each aligned,
+cut into buckets whose ends are padded (param_and_grad_buffer.py, 0.7 to 0.18;
+distrib_optimizer.py ``_compute_per_buffer_param_layout``, 0.19). The optimizer file holds the same
+buffer with the padding of bucket ends taken out, the holes inside buckets kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .arguments import SavedArguments
+    from .rules import Rules
+
+_PARAMETER_ALIGNMENT = 64
+"""Elements: 128 bytes at 16 bits."""
+_BUCKET_ALIGNMENT = 128
+_HIGH_BANDWIDTH_ALIGNMENT = 1 << 16
+_DEFAULT_BUCKET = 40_000_000
+_DEFAULT_BUCKET_PER_RANK = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class BufferParameter:
+    """A trained parameter, as far as its buffer cares."""
+
+    numel: int
+    dtype: str
+    is_expert: bool
+    is_shared_embedding: bool
+    """Gets a bucket of its own, because its gradient is summed over two pipeline stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One flat buffer. Positions are in elements; members are indices into the chunk's
+    parameters."""  # noqa: D205, D209
+
+    dtype: str
+    is_expert: bool
+    members: tuple[int, ...]
+    """In the order of ``named_parameters()``."""
+    starts: tuple[int, ...]
+    """Where each member starts in the buffer itself."""
+    saved_starts: tuple[int, ...]
+    """Where each member starts in the tensors of distrib_optim.pt."""
+    numel: int
+    """With all padding: the size of the storage in model_optim_rng.pt."""
+    numel_unpadded: int
+    """Without the padding of bucket ends: the size of the tensors in distrib_optim.pt."""
+
+
+@dataclass(frozen=True, slots=True)
+class BucketPolicy:
+    """What else the layout of a chunk's buffers depends on."""
+
+    bucket_size: int | None
+    """Elements after which a bucket is closed; None for one bucket."""
+    dense_shards: int
+    expert_shards: int
+    pads_for_bandwidth: bool
+
+    def shards(self, *, is_expert: bool) -> int:
+        """Ranks among which each bucket is divided."""
+        return self.expert_shards if is_expert else self.dense_shards
+
+    def divisor(self, *, is_expert: bool) -> int:
+        """Bucket ends are padded to a multiple of this."""
+        divisors = [self.shards(is_expert=is_expert), _BUCKET_ALIGNMENT]
+        if self.pads_for_bandwidth:
+            divisors.append(_HIGH_BANDWIDTH_ALIGNMENT)
+        return math.lcm(*divisors)
+
+
+def bucket_policy(
+    arguments: SavedArguments,
+    rules: Rules,
+    *,
+    pp_rank: int,
+    vp_stage: int,
+    rank_numel: int,
+    overlaps_param_gather_with_step: bool,
+) -> BucketPolicy:
+    """The policy of one chunk (training.py get_model; distributed_data_parallel.py).
+
+    Args:
+        arguments: of the run; they must be those of the relaunch too.
+        rules: of the version.
+        pp_rank: only the first stage has buckets,
+        vp_stage: and of its chunks only the first.
+        rank_numel: parameters of all chunks of the rank, for ``ddp_num_buckets``.
+        overlaps_param_gather_with_step: overlap_param_gather_with_optimizer_step of the run.
+    """
+    size: int | None = None
+    if (
+        arguments.overlaps_grad_reduce
+        and pp_rank == 0
+        and vp_stage == 0
+        and not overlaps_param_gather_with_step
+    ):
+        ranks = arguments.dp_size
+        if rules.counts_cp_in_default_bucket:
+            ranks *= arguments.cp_size
+        size = max(_DEFAULT_BUCKET, _DEFAULT_BUCKET_PER_RANK * ranks)
+        if arguments.ddp_num_buckets is not None:
+            size = rank_numel // arguments.ddp_num_buckets
+        elif arguments.ddp_bucket_size is not None:
+            size = arguments.ddp_bucket_size
+    return BucketPolicy(
+        bucket_size=size,
+        dense_shards=arguments.dense_shards,
+        expert_shards=arguments.expert_shards,
+        pads_for_bandwidth=arguments.pads_buckets,
+    )
+
+
+def chunk_buffers(
+    parameters: Sequence[BufferParameter], rules: Rules, policy: BucketPolicy
+) -> tuple[Buffer, ...]:
+    """The buffers of one chunk: the dense ones, then the expert ones.
+
+    Args:
+        parameters: of the chunk, in the order of ``named_parameters()``.
+        rules: of the version.
+        policy: buckets and padding.
+
+    Raises:
+        LayoutError: Megatron could not build such a buffer.
+    """
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        groups.setdefault((parameter.is_expert, parameter.dtype), []).append(index)
+    ordered = sorted(groups, key=lambda group: group[0])
+    return tuple(
+        _lay_out(parameters, groups[group], rules, policy, *group) for group in ordered
+    )
+
+
+def _ceil(position: int, divisor: int) -> int:
+    return -(-position // divisor) * divisor
+
+
+def _lay_out(  # noqa: PLR0913  (one buffer has these six properties)
+    parameters: Sequence[BufferParameter],
+    members: list[int],
+    rules: Rules,
+    policy: BucketPolicy,
+    is_expert: bool,  # noqa: FBT001
+    dtype: str,
+) -> Buffer:
+    """Walk the members in reverse order, closing buckets as the version does."""
+    divisor = policy.divisor(is_expert=is_expert)
+    shards = policy.shards(is_expert=is_expert)
+    position = bucket_start = saved = 0
+    bucket_is_open = False
+    starts: dict[int, int] = {}
+    saved_starts: dict[int, int] = {}
+    for member in reversed(members):
+        parameter = parameters[member]
+        if rules.aligns_parameters:
+            position = _ceil(position, _PARAMETER_ALIGNMENT)
+        if parameter.is_shared_embedding:
+            if not rules.closes_bucket_cleanly and position % shards:
+                position = _ceil(position, divisor)
+            if bucket_is_open:
+                saved += position - bucket_start
+                bucket_start = _ceil(position, divisor)
+                bucket_is_open = False
+                if rules.closes_bucket_cleanly:
+                    position = bucket_start
+            if position < bucket_start:
+                raise LayoutError(
+                    f"shared embedding at element {position} of its buffer, before its bucket at "
+                    f"{bucket_start}: Megatron-LM up to 0.12 fails to build that ('each param only "
+                    "belongs to a single bucket'); choose another layout"
+                )
+        starts[member] = position
+        saved_starts[member] = saved + position - bucket_start
+        position += parameter.numel
+        bucket_is_open = True
+        is_full = policy.bucket_size is not None and position - bucket_start >= policy.bucket_size
+        if is_full or parameter.is_shared_embedding:
+            saved += position - bucket_start
+            bucket_start = position = _ceil(position, divisor)
+            bucket_is_open = False
+    if bucket_is_open:
+        saved += position - bucket_start
+        position = _ceil(position, divisor)
+    return Buffer(
+        dtype=dtype,
+        is_expert=is_expert,
+        members=tuple(members),
+        starts=tuple(starts[member] for member in members),
+        saved_starts=tuple(saved_starts[member] for member in members),
+        numel=position,
+        numel_unpadded=saved,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPart:
+    """One of the optimizers that a rank chains (optimizer/__init__.py get_megatron_optimizer)."""
+
+    is_expert: bool
+    vp_stages: tuple[int, ...]
+    """The chunks it is responsible for."""
+
+
+def chained_optimizers(
+    vp_size: int, *, has_expert_part: bool, overlaps_param_gather_with_step: bool
+) -> tuple[OptimizerPart, ...]:
+    """The optimizers of a rank, in the order of its checkpoint entries.
+
+    Overlapping the parameter gather with the step splits off the dense part of the first chunk.
+    """
+    stages = tuple(range(vp_size))
+    dense = [stages[:1], stages[1:]] if overlaps_param_gather_with_step else [stages]
+    parts = [OptimizerPart(is_expert=False, vp_stages=part) for part in dense]
+    if has_expert_part:
+        parts.append(OptimizerPart(is_expert=True, vp_stages=stages))
+    return tuple(parts)

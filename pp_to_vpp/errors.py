@@ -1,0 +1,106 @@
+"""What can go wrong, each kind with the exit status that scripts may rely on.
+
+    ConversionError          1  (never raised itself)
+    ├── UsageError           2  the call contradicts itself or the checkpoint
+    ├── LayoutError          3  the wanted layer placement is impossible
+    ├── CheckpointError      4  the source is unreadable, unsupported or not what it should be
+    ├── CopyError            5  reading or writing failed: disk full, I/O error, a killed worker
+    └── VerificationError    6  the written files are not what they must be
+
+An error carries one line per problem, so a user sees all of them at once.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ConversionError(Exception):
+    """Base of all refusals; its arguments are the lines to print, one problem each.
+
+    All arguments go to ``Exception`` unchanged: only then does the error survive the way back
+    from a worker process.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The lines to print."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+class UsageError(ConversionError):
+    """The options contradict each other or the checkpoint."""
+
+    exit_status = 2
+
+
+class LayoutError(ConversionError):
+    """The layers cannot be placed as asked."""
+
+    exit_status = 3
+
+
+class CheckpointError(ConversionError):
+    """The checkpoint cannot be read, or cannot be converted exactly."""
+
+    exit_status = 4
+
+
+class CopyError(ConversionError):
+    """Bytes could not be read or written."""
+
+    exit_status = 5
+
+
+class VerificationError(ConversionError):
+    """What was written differs from what must be there."""
+
+    exit_status = 6
+
+
+_SHOWN = 120
+
+
+def show(value: object) -> str:
+    """A short printable form of a value that came from a file, whatever the value is.
+
+    Containers are named, not printed: a small hostile graph can have an endless ``repr``.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        text = repr(value[:_SHOWN] if isinstance(value, (str, bytes)) else value)
+        return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    if isinstance(value, (list, tuple, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def problem(
+    where: object,
+    what: str,
+    *,
+    expected: object = None,
+    found: object = None,
+    cure: str,
+) -> str:
+    """One line that tells where, what is wrong, what was expected and found, and what to do.
+
+    Strings for ``expected`` and ``found`` are printed as they are; pass ``show(value)`` for
+    values from a file.
+    """
+    parts = [f"{where}: {what}"]
+    if expected is not None:
+        parts.append(f"expected {expected}")
+    if found is not None:
+        parts.append(f"found {found}")
+    line = ", ".join(parts) + f"; {cure}"
+    return " ".join(line.split())

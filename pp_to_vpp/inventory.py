@@ -1,0 +1,348 @@
+"""What the rank files of one (tp, ep) family hold, under names that no pipeline layout changes.
+
+This is the reading direction, and it trusts nothing: layers are counted against the layout that
+the arguments tell, buffer sizes against the stored ones, storage offsets against the computed
+ones. Values are compared by whoever can read files, from the ``samples``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import states
+from .arguments import read_arguments
+from .chunks import ChunkContents, Item, read_chunks
+from .ddp_buffer import OptimizerPart, chained_optimizers
+from .errors import CheckpointError, LayoutError, problem, show
+from .pickling import as_mapping
+from .rules import Rules, candidates
+from .states import FlatState, OptimizerKind, PlainState, RankBuffers, Unexplained
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from .arguments import SavedArguments
+    from .layout import PipelineLayout
+    from .naming import Section
+    from .torch_file import TorchFile
+    from .types import Piece, RankId
+
+OPTIMIZER = "optimizer"
+_CHECKPOINT_VERSION = 3.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankFiles:
+    """The decoded files of one rank folder."""
+
+    rank: RankId
+    model: TorchFile
+    """``model_optim_rng.pt``."""
+    optimizer: TorchFile | None
+    """``distrib_optim.pt``, if there is one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankInventory:
+    """One rank's files, understood."""
+
+    files: RankFiles
+    root: Mapping[Any, Any]
+    """Top level of ``model_optim_rng.pt``."""
+    contents: tuple[ChunkContents, ...]
+    """The chunk of each virtual stage."""
+    parts: tuple[OptimizerPart, ...]
+    """The optimizers chained on this rank; empty for weights only."""
+    buffers: RankBuffers | None
+    """Flat buffers; None without the distributed optimizer."""
+    shares_storages: bool
+    """Weights are views of the flat buffers."""
+    holds_dense_state: bool
+    """``distrib_optim.pt`` holds the dense part: true for one family per tp rank."""
+    buffer_keys: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """The ranks of one (tp, ep) and the logical model they hold together.
+
+    Where only some ranks were read, ``layers`` and ``sections`` hold only theirs.
+    """
+
+    arguments: SavedArguments
+    rules: Rules
+    layout: PipelineLayout
+    kind: OptimizerKind
+    ranks: Mapping[int, RankInventory]
+    """By pipeline rank."""
+    layers: Mapping[int, tuple[Item, ...]]
+    """Items of each decoder layer, by global number."""
+    sections: Mapping[Section, tuple[Item, ...]]
+    states: Mapping[str, FlatState | PlainState]
+    """Optimizer state by global name."""
+
+    @property
+    def any_rank(self) -> RankInventory:
+        """One of the ranks, for what is alike in all."""
+        return next(iter(self.ranks.values()))
+
+    @property
+    def shares_storages(self) -> bool:
+        """Weights are views of flat buffers."""
+        return any(rank.shares_storages for rank in self.ranks.values())
+
+    @property
+    def holds_dense_state(self) -> bool:
+        """The optimizer files of this family hold the dense state."""
+        return any(rank.holds_dense_state for rank in self.ranks.values())
+
+    @property
+    def has_expert_part(self) -> bool:
+        """Some rank has an optimizer for expert buffers."""
+        return any(part.is_expert for rank in self.ranks.values() for part in rank.parts)
+
+    def items(self) -> Iterator[Item]:
+        """All items that were read."""
+        for layer in self.layers.values():
+            yield from layer
+        for section in self.sections.values():
+            yield from section
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A parameter's weight and its fp32 main parameter: the first must be the second, rounded."""
+
+    name: str
+    dtype: str
+    weight: tuple[Piece, ...]
+    main: tuple[Piece, ...]
+
+
+def read_family(files: Mapping[int, RankFiles]) -> Iterator[Family]:
+    """The inventory of a family, under each set of rules that explains its files, likeliest first.
+
+    Args:
+        files: the decoded files of some or all ranks of the family, by pipeline rank.
+
+    Raises:
+        CheckpointError: when iterated, if no rules explain the files.
+    """
+    first = next(iter(files.values()))
+    arguments = read_arguments(_root(first).get("args"), first.model.path)
+    explained = False
+    tried: list[str] = []
+    refusal: CheckpointError | None = None
+    for rules in candidates(arguments.names):
+        try:
+            family = _read_family(files, arguments, rules)
+        except Unexplained as mismatch:
+            tried.append(str(mismatch))
+            continue
+        except (CheckpointError, LayoutError) as error:
+            refusal = refusal or CheckpointError(*error.problems)
+            continue
+        explained = True
+        yield family
+    if explained:
+        return
+    if refusal is not None:
+        raise refusal
+    raise CheckpointError(
+        problem(
+            first.model.path,
+            "no known layout of Megatron's buffers explains this family of ranks ("
+            + "; or ".join(list(dict.fromkeys(tried))[:3])
+            + f"; {len(set(tried))} ways tried)",
+            cure="frozen parameters, unknown buffers and rewritten files cannot be converted "
+            "exactly: convert a checkpoint that Megatron itself saved, without them",
+        )
+    )
+
+
+def _root(files: RankFiles) -> Mapping[Any, Any]:
+    root = as_mapping(files.model.root)
+    if root is None:
+        raise CheckpointError(
+            problem(
+                files.model.path,
+                "it is no dictionary",
+                found=show(files.model.root),
+                cure="use a checkpoint that Megatron-LM saved with --ckpt-format torch",
+            )
+        )
+    version = root.get("checkpoint_version")
+    if version != _CHECKPOINT_VERSION or not isinstance(version, float):
+        raise CheckpointError(
+            problem(
+                files.model.path,
+                "unsupported checkpoint version",
+                expected=_CHECKPOINT_VERSION,
+                found=show(version),
+                cure="load and save it once with Megatron-Core 0.8 or later",
+            )
+        )
+    return root
+
+
+def _read_family(
+    files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules
+) -> Family:
+    layout = arguments.placement.place(
+        arguments.num_layers,
+        arguments.pp_size,
+        mtp_num_layers=arguments.mtp_num_layers,
+        final_norm_follows_layers=rules.final_norm_follows_layers,
+    )
+    kind = _optimizer_kind(next(iter(files.values())), arguments)
+    ranks: dict[int, RankInventory] = {}
+    layers: dict[int, list[Item]] = {}
+    sections: dict[Section, list[Item]] = {}
+    found: dict[str, FlatState | PlainState] = {}
+    for pp_rank, rank_files in files.items():
+        if _optimizer_kind(rank_files, arguments) is not kind:
+            raise CheckpointError(
+                problem(
+                    rank_files.model.path,
+                    f"its siblings hold {kind.value}, it does not",
+                    cure="the folder is incomplete: use the files of one save",
+                )
+            )
+        rank, rank_states = _read_rank(rank_files, pp_rank, layout, arguments, rules, kind)
+        ranks[pp_rank] = rank
+        found |= rank_states
+        for item in (item for content in rank.contents for item in content.items):
+            if item.layer is not None:
+                layers.setdefault(item.layer, []).append(item)
+            else:
+                sections.setdefault(item.section, []).append(item)
+    family = Family(
+        arguments=arguments,
+        rules=rules,
+        layout=layout,
+        kind=kind,
+        ranks=ranks,
+        layers={layer: tuple(items) for layer, items in layers.items()},
+        sections={section: tuple(items) for section, items in sections.items()},
+        states=found,
+    )
+    _check_parts(family)
+    return family
+
+
+def _check_parts(family: Family) -> None:
+    """Every rank must chain the optimizers, and have the file, that the rules expect."""
+    everywhere = family.rules.keeps_all_groups and family.has_expert_part
+    for rank in family.ranks.values():
+        where = rank.files.model.path
+        has_part = any(part.is_expert for part in rank.parts)
+        has_experts = rank.buffers is not None and rank.buffers.has_experts
+        if family.kind is OptimizerKind.DISTRIBUTED and has_part != (has_experts or everywhere):
+            raise Unexplained(f"an expert optimizer is {'' if has_part else 'not '}there ({where})")
+        needs_file = family.kind is OptimizerKind.DISTRIBUTED and (
+            has_part or family.holds_dense_state
+        )
+        if needs_file and rank.files.optimizer is None:
+            raise CheckpointError(
+                problem(
+                    where,
+                    "distrib_optim.pt beside it is missing",
+                    cure="the optimizer state is lost without it: copy the folder again",
+                )
+            )
+
+
+def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKind:
+    if OPTIMIZER in _root(files):
+        if arguments.uses_distributed_optimizer:
+            return OptimizerKind.DISTRIBUTED
+        return OptimizerKind.PLAIN
+    if files.optimizer is not None:
+        raise CheckpointError(
+            problem(
+                files.model.path,
+                "it has no 'optimizer' entry although distrib_optim.pt is there",
+                cure="remove distrib_optim.pt to convert weights only, or use the files of one save",
+            )
+        )
+    return OptimizerKind.NONE
+
+
+def _read_rank(
+    files: RankFiles,
+    pp_rank: int,
+    layout: PipelineLayout,
+    arguments: SavedArguments,
+    rules: Rules,
+    kind: OptimizerKind,
+) -> tuple[RankInventory, Mapping[str, FlatState | PlainState]]:
+    root = _root(files)
+    where = files.model.path
+    contents = read_chunks(root, layout, pp_rank, where)
+    overlaps = arguments.overlaps_param_gather_with_step
+    parts: tuple[OptimizerPart, ...] = ()
+    if kind is not OptimizerKind.NONE:
+        parts = _parts(root[OPTIMIZER], contents, arguments, rules, where)
+    buffers: RankBuffers | None = None
+    shares = False
+    if arguments.uses_distributed_optimizer:
+        buffers = states.rank_buffers(
+            [(content.chunk, content.parameters) for content in contents],
+            arguments,
+            rules,
+            overlaps_param_gather_with_step=overlaps,
+        )
+        try:
+            shares = states.are_views_of_buffers(contents, buffers)
+        except Unexplained:
+            if kind is OptimizerKind.DISTRIBUTED:
+                raise
+    found: Mapping[str, FlatState | PlainState] = {}
+    holds_dense = False
+    keys: Mapping[str, Any] = {}
+    if kind is OptimizerKind.PLAIN:
+        found = states.read_plain_states(root[OPTIMIZER], contents, parts, arguments, rules, where)
+    elif kind is OptimizerKind.DISTRIBUTED and buffers is not None and files.optimizer is not None:
+        flat = states.read_flat_states(
+            files.optimizer.root, contents, parts, buffers, files.optimizer.path
+        )
+        found, keys, holds_dense = flat.by_name, flat.buffer_keys, flat.held[0]
+    rank = RankInventory(files, root, contents, parts, buffers, shares, holds_dense, keys)
+    return rank, found
+
+
+def _parts(
+    entry: Any,
+    contents: Sequence[ChunkContents],
+    arguments: SavedArguments,
+    rules: Rules,
+    where: str,
+) -> tuple[OptimizerPart, ...]:
+    """The optimizers of a rank, from the shape of its 'optimizer' entry."""
+    has_experts = any(
+        states.in_expert_buffer(item, arguments, rules)
+        for content in contents
+        for item in content.parameters
+    )
+    overlaps = arguments.overlaps_param_gather_with_step
+    entries = states.part_entries(entry, where)
+    for has_expert_part in (has_experts, True):
+        parts = chained_optimizers(
+            len(contents),
+            has_expert_part=has_expert_part,
+            overlaps_param_gather_with_step=overlaps,
+        )
+        if len(parts) == len(entries):
+            return parts
+    raise Unexplained(f"{len(entries)} optimizers in the file, {len(parts)} computed ({where})")
+
+
+def samples(family: Family) -> Iterator[Sample]:
+    """For each parameter with a flat fp32 state, what must agree."""
+    for item in family.items():
+        state = family.states.get(item.name)
+        if item.is_parameter and item.tensor is not None and isinstance(state, FlatState):
+            yield Sample(
+                item.name, item.tensor.dtype, item.tensor.content(), state.parts[states.PARAM]
+            )

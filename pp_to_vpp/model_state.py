@@ -1,0 +1,173 @@
+"""The model chunks of a target rank, assembled from the logical model of its family."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import naming
+from .chunks import METADATA, Module, chunk_keys
+from .naming import Section
+from .pickling import Instance, Storage, as_mapping, fresh, ordered_dict
+from .types import Piece, Zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .chunks import Item
+    from .ddp_buffer import Buffer
+    from .inventory import Family
+    from .layout import ModelChunk
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetChunk:
+    """A model chunk to be written: its keys in order."""
+
+    chunk: ModelChunk
+    items: tuple[tuple[str, Item], ...]
+
+    @property
+    def parameters(self) -> tuple[Item, ...]:
+        """The trained tensors, in the order of ``named_parameters()``."""
+        return tuple(item for _, item in self.items if item.is_parameter)
+
+
+def target_chunk(family: Family, chunk: ModelChunk) -> TargetChunk:
+    """The keys of one target chunk: sections in order of registration, layers numbered from 0."""
+    stack = family.any_rank.contents[0].stack
+    items: list[tuple[str, Item]] = []
+    for section in Section:
+        if section is Section.LAYERS:
+            for local, layer in enumerate(chunk.layers):
+                items += [
+                    (naming.join_layer(stack, local, item.rest), item)
+                    for item in family.layers[layer]
+                ]
+        elif section in chunk.sections:
+            items += [(fresh(item.rest), item) for item in family.sections.get(section, ())]
+    return TargetChunk(chunk, tuple(items))
+
+
+def fill(parts: Iterable[tuple[int, tuple[Piece, ...]]], length: int) -> tuple[Piece, ...]:
+    """Pieces at their places, in bytes, with zeros between and behind them."""
+    filled: list[Piece] = []
+    position = 0
+    for start, pieces in sorted(parts, key=lambda part: part[0]):
+        if start > position:
+            filled.append(Zeros(start - position))
+        filled += pieces
+        position = start + sum(piece.length for piece in pieces)
+    if length > position:
+        filled.append(Zeros(length - position))
+    return tuple(filled)
+
+
+class StateDictWriter:
+    """Builds the chunk dictionaries of one target rank over storages of its own."""
+
+    def __init__(self, family: Family, pp_rank: int) -> None:
+        self._family = family
+        self._device = _device_tag(family, pp_rank)
+        self._copies: dict[Storage, Storage] = {}
+
+    def chunk(self, target: TargetChunk, buffers: tuple[Buffer, ...] | None) -> Instance:
+        """The OrderedDict of one chunk. With ``buffers`` its weights become views of them."""
+        views: dict[Item, Instance] = {}
+        for buffer in buffers or ():
+            views |= self._views(target.parameters, buffer)
+        entries = {
+            key: views[item] if item in views else self._detached(item)
+            for key, item in target.items
+        }
+        modules = self._modules(target.chunk)
+        state = None if modules is None else {METADATA: ordered_dict(modules)}
+        return ordered_dict(entries, state)
+
+    def _views(self, parameters: tuple[Item, ...], buffer: Buffer) -> dict[Item, Instance]:
+        members = [parameters[index] for index in buffer.members]
+        tensors = [item.tensor for item in members if item.tensor is not None]
+        size = tensors[0].item_bytes
+        places = zip(buffer.starts, tensors, strict=True)
+        content = fill(((start * size, t.content()) for start, t in places), buffer.numel * size)
+        storage = Storage(tensors[0].storage.type, self._device, buffer.numel, content)
+        return {
+            item: tensor.moved(storage, start)
+            for item, tensor, start in zip(members, tensors, buffer.starts, strict=True)
+        }
+
+    def _detached(self, item: Item) -> Any:
+        """The value without bytes it does not cover, on this rank's device."""
+        tensor = item.tensor
+        if tensor is None:
+            return item.value
+        storage = tensor.storage
+        location = self._device if storage.location.startswith("cuda") else storage.location
+        if tensor.span != storage.numel:
+            return tensor.moved(Storage(storage.type, location, tensor.span, tensor.content()), 0)
+        if location == storage.location:
+            return item.value
+        copy = Storage(storage.type, location, storage.numel, storage.content)
+        return tensor.moved(self._copies.setdefault(storage, copy), 0)
+
+    def _modules(self, chunk: ModelChunk) -> dict[str, Any] | None:
+        """``_metadata`` of the chunk: module path -> versions, in order of registration."""
+        known = [c for rank in self._family.ranks.values() for c in rank.contents]
+        if any(content.modules is None for content in known):
+            return None
+        stack = known[0].stack
+        common: dict[str, Module] = {}
+        sections: dict[Section, list[Module]] = {}
+        layers: dict[int, list[Module]] = {}
+        for module in (m for content in known for m in content.modules or ()):
+            if module.layer is not None:
+                layers.setdefault(module.layer, []).append(module)
+            elif module.section is not None:
+                sections.setdefault(module.section, []).append(module)
+            elif module.rest not in common or module.after > common[module.rest].after:
+                common[module.rest] = module
+        placed: dict[str, Any] = {}
+        for after in (-1, *Section):
+            if after == Section.LAYERS:
+                for local, layer in enumerate(chunk.layers):
+                    for module in layers.get(layer, ()):
+                        placed[naming.join_layer(stack, local, module.rest)] = _versions(module)
+            elif after in chunk.sections:
+                for module in sections.get(Section(after), ()):
+                    placed[fresh(module.rest)] = _versions(module)
+            for module in common.values():
+                if module.after == after:
+                    placed[fresh(module.rest)] = _versions(module)
+        return placed
+
+
+def _versions(module: Module) -> Any:
+    """A module's entry, its keys shared with all others as torch shares its literals."""
+    mapping = as_mapping(module.value)
+    if not isinstance(module.value, dict) or mapping is None:
+        return module.value
+    return {sys.intern(key) if type(key) is str else key: v for key, v in mapping.items()}
+
+
+def _device_tag(family: Family, pp_rank: int) -> str:
+    """The device of the rank's own tensors: the target's tensors carry it too."""
+    own = [item for content in family.ranks[pp_rank].contents for item in content.items]
+    for item in (*own, *family.items()):
+        if item.tensor is not None:
+            return item.tensor.storage.location
+    return "cpu"
+
+
+def replace_chunks(root: Mapping[Any, Any], chunks: list[Instance]) -> dict[Any, Any]:
+    """The top level of a rank file with its model chunks replaced in place."""
+    old = chunk_keys(root)
+    replaced: dict[Any, Any] = {}
+    for key, value in root.items():
+        if key not in old:
+            replaced[key] = value
+        elif key == old[0]:
+            for stage, chunk in enumerate(chunks):
+                replaced["model" if len(chunks) == 1 else f"model{stage}"] = chunk
+    return replaced
+

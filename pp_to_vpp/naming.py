@@ -1,0 +1,95 @@
+"""What the keys of a model chunk's state dict say: which layer, which section, which buffer.
+
+Nothing here knows a model family. Keys of layers begin with ``decoder.layers.N.`` or
+``encoder.layers.N.``, N counting from 0 in each chunk (transformer_block.py, 0.6 to 0.19); all
+other keys belong to a section whose chunk follows from the pipeline layout.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+
+_LAYER = re.compile(r"(?P<stack>decoder|encoder)\.layers\.(?P<index>[0-9]{1,9})(?P<rest>\..+)?")
+_FINAL_NORM = re.compile(r"(?:decoder|encoder)\.final_(?:layernorm|norm)(?:\.|$)")
+_EXPERT = re.compile(r"(?:^|\.)experts\.")
+_NOT_A_PARAMETER = re.compile(r"(?:^|\.)(?:_extra_state\d*|router\.expert_bias|router\.qb_beta)$")
+
+
+class Section(enum.IntEnum):
+    """The parts of a model chunk, in the order of their registration (gpt_model.py).
+
+    The keys of a section stay together; the pipeline layout says which chunk has it.
+    """
+
+    EMBEDDING = 0
+    MTP_EMBEDDING = 1
+    """The copy of the embedding that the chunk of the MTP layers holds."""
+    LAYERS = 2
+    FINAL_NORM = 3
+    MTP = 4
+    HEAD = 5
+    """``output_layer`` and whatever else stands after the layers of the last chunk."""
+
+
+def split_layer(key: str) -> tuple[str, int, str] | None:
+    """``decoder.layers.3.mlp.weight`` -> ("decoder", 3, ".mlp.weight"); None for other keys.
+
+    Works for module paths too: ``decoder.layers.3`` -> ("decoder", 3, "").
+    """
+    match = _LAYER.fullmatch(key)
+    if match is None:
+        return None
+    return match["stack"], int(match["index"]), match["rest"] or ""
+
+
+def join_layer(stack: str, index: int, rest: str) -> str:
+    """The inverse of ``split_layer``."""
+    return f"{stack}.layers.{index}{rest}"
+
+
+def section_by_name(key: str) -> Section | None:
+    """The section that a non-layer key or module path belongs to by its name alone.
+
+    None when the name does not tell. EMBEDDING stands for both embeddings: which one it is, the
+    chunk knows.
+    """
+    head = key.partition(".")[0]
+    if head == "embedding":
+        return Section.EMBEDDING
+    if head == "mtp":
+        return Section.MTP
+    if head == "output_layer":
+        return Section.HEAD
+    if _FINAL_NORM.match(key):
+        return Section.FINAL_NORM
+    return None
+
+
+def global_name(section: Section, key: str) -> str:
+    """A name that no other tensor of the family has: the MTP copy of the embedding is another."""
+    return f"{key} (MTP copy)" if section is Section.MTP_EMBEDDING else key
+
+
+def is_parameter(key: str) -> bool:
+    """Whether a tensor of this name is trained.
+
+    Extra states of Transformer Engine may be tensors; the router's bias and its like are buffers
+    (moe/router.py, 0.11 to 0.19).
+    """
+    return _NOT_A_PARAMETER.search(key) is None
+
+
+def is_expert(key: str) -> bool:
+    """Whether a parameter belongs to a routed expert; shared experts are dense."""
+    return _EXPERT.search(key) is not None
+
+
+def is_word_embedding(key: str) -> bool:
+    """The parameter that tied embeddings share with the output layer."""
+    return key == "embedding.word_embeddings.weight"
+
+
+def is_output_weight(key: str) -> bool:
+    """The parameter that tied embeddings share with the word embeddings."""
+    return key == "output_layer.weight"

@@ -1,0 +1,226 @@
+"""The optimizer of a target rank: its entry in ``model_optim_rng.pt`` and its ``distrib_optim.pt``.
+
+A rank chains its optimizers; each has an entry with param groups (distrib_optimizer.py
+``state_dict``; optimizer.py for others). Until 0.13 a rank had the groups of its own parameters
+only, and loading matched them by position; from 0.14 every rank has all groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import states
+from .ddp_buffer import OptimizerPart, chained_optimizers
+from .errors import CheckpointError, problem
+from .inventory import OPTIMIZER
+from .model_state import TargetChunk, fill
+from .param_groups import STEP, GroupKey, key_of_group
+from .pickling import Storage
+from .states import COALESCED, GROUPS, MAINS, NUMEL, FlatState, OptimizerKind, PlainState
+from .tensors import FLOAT_STORAGE, flat_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .chunks import Item
+    from .ddp_buffer import Buffer
+    from .inventory import Family, RankInventory
+    from .states import RankBuffers
+
+_FLOAT_BYTES = 4
+_CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetOptimizer:
+    """What a target rank's optimizers are made of."""
+
+    family: Family
+    pp_rank: int
+    chunks: Sequence[TargetChunk]
+    buffers: RankBuffers
+    overlaps_param_gather_with_step: bool
+
+    @property
+    def own(self) -> RankInventory:
+        """The same folder of the source."""
+        return self.family.ranks[self.pp_rank]
+
+    def parts(self) -> tuple[OptimizerPart, ...]:
+        """The optimizers that Megatron will chain on the target rank."""
+        everywhere = self.family.rules.keeps_all_groups and self.family.has_expert_part
+        return chained_optimizers(
+            len(self.chunks),
+            has_expert_part=self.buffers.has_experts or everywhere,
+            overlaps_param_gather_with_step=self.overlaps_param_gather_with_step,
+        )
+
+    def entry(self) -> Any:
+        """The value of ``optimizer`` in ``model_optim_rng.pt``."""
+        entries = [self._part_entry(part) for part in self.parts()]
+        return entries[0] if len(entries) == 1 else entries
+
+    def flat_root(self) -> Any:
+        """The content of ``distrib_optim.pt``; None where Megatron writes no such file."""
+        entries = [self._flat_part(part) for part in self.parts()]
+        if all(entry is None for entry in entries):
+            return None
+        return entries[0] if len(entries) == 1 else entries
+
+    def _flat_part(self, part: OptimizerPart) -> dict[Any, Any] | None:
+        """One optimizer's buffers under compressed indices; None where another family has them."""
+        if not part.is_expert and not self.family.holds_dense_state:
+            return None
+        root: dict[Any, Any] = {COALESCED: True}
+        for index, (stage, buffer) in enumerate(self.buffers.of_part(part)):
+            root[index] = self._flat_buffer(self.chunks[stage].parameters, buffer)
+        return root
+
+    def _flat_buffer(self, parameters: tuple[Item, ...], buffer: Buffer) -> dict[Any, Any]:
+        members = [parameters[index] for index in buffer.members]
+        found = [self.family.states[item.name] for item in members]
+        flat = [state.parts for state in found if isinstance(state, FlatState)]
+        length = buffer.numel_unpadded * _FLOAT_BYTES
+        tensors: dict[str, Any] = {}
+        for name in flat[0]:
+            places = zip(buffer.saved_starts, flat, strict=True)
+            content = fill(((start * _FLOAT_BYTES, parts[name]) for start, parts in places), length)
+            storage = Storage(FLOAT_STORAGE, _CPU, buffer.numel_unpadded, content)
+            tensors[name] = flat_tensor(storage)
+        keys = (rank.buffer_keys for rank in self.family.ranks.values())
+        parameter_dtype, gradient_dtype = next(k[buffer.dtype] for k in keys if buffer.dtype in k)
+        return {(parameter_dtype, gradient_dtype): {**tensors, NUMEL: buffer.numel_unpadded}}
+
+    def _part_entry(self, part: OptimizerPart) -> Any:
+        """The entry of one optimizer, with the groups that Megatron expects on this rank."""
+        template = self._template(part)
+        inner_key = OPTIMIZER if OPTIMIZER in template else None
+        inner = template if inner_key is None else template[inner_key]
+        by_key = states.items_by_group(
+            [chunk.parameters for chunk in self.chunks],
+            part,
+            self.family.arguments,
+            self.family.rules,
+        )
+        groups = self._groups(part, inner[GROUPS], tuple(by_key))
+        if self.family.kind is OptimizerKind.DISTRIBUTED:
+            # The saving rank writes its step into all groups of an optimizer that has parameters.
+            groups = [self._with_step(group, has_step=bool(by_key)) for group in groups]
+            changed = {**inner, GROUPS: groups}
+            return changed if inner_key is None else {**template, inner_key: changed}
+        return self._plain_entry(template, groups, by_key)
+
+    def _template(self, part: OptimizerPart) -> dict[Any, Any]:
+        """The source entry to start from: of the same rank, or of a sibling that has one."""
+        for rank in (self.own, *self.family.ranks.values()):
+            entries = states.part_entries(rank.root[OPTIMIZER], rank.files.model.path)
+            for other, entry in zip(rank.parts, entries, strict=True):
+                if other.is_expert == part.is_expert and _has_groups(entry):
+                    return dict(entry)
+        raise CheckpointError(
+            problem(
+                self.own.files.model.path,
+                "no rank of its family has param groups for what this rank gets",
+                cure="the 'optimizer' entries are damaged: use the files of one save",
+            )
+        )
+
+    def _groups(
+        self, part: OptimizerPart, own: list[dict[Any, Any]], keys: tuple[GroupKey, ...]
+    ) -> list[dict[Any, Any]]:
+        """The param groups in the order of the version.
+
+        Sorted from 0.16 (known by ``default_config``): as in the source. Before: those of the
+        rank's parameters in first-seen order, then, from 0.14, all others.
+        """
+        if any("default_config" in group for group in own):
+            return own
+        known = {key_of_group(group): group for group in own}
+        for rank in self.family.ranks.values():
+            entries = states.part_entries(rank.root[OPTIMIZER], rank.files.model.path)
+            for other, entry in zip(rank.parts, entries, strict=True):
+                if other.is_expert == part.is_expert and _has_groups(entry):
+                    for group in entry.get(OPTIMIZER, entry)[GROUPS]:
+                        known.setdefault(key_of_group(group), group)
+        missing = [key for key in keys if key not in known]
+        if missing:
+            raise CheckpointError(
+                problem(
+                    self.own.files.model.path,
+                    f"no param group for {missing[0]}",
+                    cure="the run used a weight-decay or learning-rate rule of its own: it cannot "
+                    "be converted exactly",
+                )
+            )
+        groups = [known[key] for key in keys]
+        if self.family.rules.keeps_all_groups:
+            groups += [group for group in own if key_of_group(group) not in keys]
+        return groups
+
+    def _with_step(self, group: dict[Any, Any], *, has_step: bool) -> dict[Any, Any]:
+        """The group with the step count that Megatron would have saved.
+
+        Without it the fused optimizers restart their bias correction at 1 (FORMAT 6.3); a group of
+        an optimizer that has no parameters here has none.
+        """
+        if has_step and STEP not in group:
+            step = self._step()
+            return group if step is None else {**group, STEP: step}
+        if not has_step and self.family.rules.keeps_all_groups:
+            return {key: value for key, value in group.items() if key != STEP}
+        return group
+
+    def _step(self) -> Any:
+        """The step count of any group that has it, of this rank first."""
+        for rank in (self.own, *self.family.ranks.values()):
+            for entry in states.part_entries(rank.root[OPTIMIZER], rank.files.model.path):
+                if _has_groups(entry):
+                    for group in entry.get(OPTIMIZER, entry)[GROUPS]:
+                        if STEP in group:
+                            return group[STEP]
+        return None
+
+    def _plain_entry(
+        self,
+        template: dict[Any, Any],
+        groups: list[dict[Any, Any]],
+        by_key: Mapping[GroupKey, list[Item]],
+    ) -> Any:
+        """A torch state dict renumbered over the target's groups."""
+        numbered: dict[int, Any] = {}
+        mains: list[list[Any]] = []
+        numbered_groups = []
+        count = 0
+        for group in groups:
+            items = by_key.get(key_of_group(group), [])
+            found = [self.family.states[item.name] for item in items]
+            plain = [state for state in found if isinstance(state, PlainState)]
+            numbers = list(range(count, count + len(items)))
+            count += len(items)
+            for number, state in zip(numbers, plain, strict=True):
+                if state.state is not None:
+                    numbered[number] = state.state
+            mains.append([state.main for state in plain if state.main is not None])
+            stepped = self._with_step(group, has_step=bool(items))
+            numbered_groups.append(
+                {key: numbers if key == "params" else value for key, value in stepped.items()}
+            )
+        inner = {**template.get(OPTIMIZER, template), "state": numbered, GROUPS: numbered_groups}
+        if OPTIMIZER not in template:
+            return inner
+        changed = {**template, OPTIMIZER: inner}
+        if MAINS in template:
+            changed[MAINS] = mains
+        return changed
+
+
+def _has_groups(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    inner = entry.get(OPTIMIZER, entry)
+    return (
+        isinstance(inner, dict)
+        and isinstance(inner.get(GROUPS), list)
+        and all(isinstance(group, dict) for group in inner[GROUPS])
+    )

@@ -1,0 +1,79 @@
+"""What changed between Megatron versions, as data: one row per change, each in force or not.
+
+No checkpoint stores the version that wrote it, and users run commits between releases. So each
+row names an argument that appeared with the change (its presence in the saved arguments is the
+first guess), and whether the buffers of the source can prove the guess wrong: then the other value
+is tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The behaviour of one version; the fields are the names of the rows of ``CHANGES``."""
+
+    aligns_parameters: bool
+    """Each parameter starts at a multiple of 64 elements of its buffer."""
+    closes_bucket_cleanly: bool
+    """A shared embedding starts at its bucket's start. Before, it was padded to the bucket
+    divisor if the data-parallel size did not divide its place, and counted in the bucket before."""
+    counts_cp_in_default_bucket: bool
+    """The default bucket size grows with DP x CP, before with DP alone."""
+    separates_experts_by_tp: bool
+    """Experts have buffers of their own also when only their tensor-parallel size differs."""
+    keeps_all_groups: bool
+    """Every rank has the param groups of all ranks, hence also the expert optimizer; before, a
+    rank had those of its own parameters, and loading matched them by position."""
+    final_norm_follows_layers: bool
+    """With MTP, the final norm is on the chunk of the last decoder layer, not on the last one."""
+    marks_mtp_embedding: bool
+    """The MTP copy of the embedding counts as an embedding for the decoupled learning rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One row: since when, by which sign, and whether buffers prove it."""
+
+    rule: str
+    since: str
+    """Megatron-Core version."""
+    sign: str
+    """An argument that appeared within days of the change."""
+    provable: bool
+    """Whether the source's buffers show which way it is, if it matters there."""
+
+
+CHANGES = (
+    # pgb: _pad_start_of_param_if_needed
+    Change("aligns_parameters", "0.8", "deterministic_mode", provable=True),
+    # pgb: _update_bucket_metadata(param_start_index)
+    Change("closes_bucket_cleanly", "0.13", "nccl_ub", provable=True),
+    # training.py get_model: get_data_parallel_world_size(with_context_parallel=True)
+    Change("counts_cp_in_default_bucket", "0.12", "ddp_num_buckets", provable=True),
+    # transformer_engine.py: use_expert_pgs
+    Change("separates_experts_by_tp", "0.19", "gtp_weight_remat_size", provable=True),
+    # optimizer/__init__.py: gathered_params_key
+    Change("keeps_all_groups", "0.14", "rope_type", provable=True),
+    # transformer_block.py: has_final_layernorm_in_this_stage
+    Change("final_norm_follows_layers", "0.16", "mtp_standalone", provable=True),
+    # language_module.py: is_embedding_or_output_parameter with mtp_process
+    Change("marks_mtp_embedding", "0.18", "use_layer_wise_param_layout", provable=True),
+)
+
+
+def candidates(argument_names: Collection[str]) -> Iterator[Rules]:
+    """The rules to try, the likeliest first: as the signs say, then with more and more doubt."""
+    guess = {change.rule: change.sign in argument_names for change in CHANGES}
+    provable = [change.rule for change in CHANGES if change.provable]
+    for doubted in range(len(provable) + 1):
+        for rows in itertools.combinations(provable, doubted):
+            yield Rules(**{rule: now != (rule in rows) for rule, now in guess.items()})
+

@@ -1,0 +1,452 @@
+"""The optimizer state of each parameter, found in the files of a rank.
+
+Distributed optimizer: flat fp32 tensors in ``distrib_optim.pt``, laid out like the buffers of the
+chunks (distrib_optimizer.py ``get_parameter_state_dp_zero``, 0.7 to 0.19). Other optimizers: torch
+state dicts inside ``model_optim_rng.pt``, numbered through the param groups (optimizer.py).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import ddp_buffer, naming
+from .ddp_buffer import Buffer, BufferParameter, OptimizerPart
+from .errors import CheckpointError, problem, show
+from .naming import Section
+from .param_groups import GroupKey, key_of_group, key_of_item
+from .pickling import Global
+from .tensors import TensorError, TensorRef, as_tensor, unwrap_tensor
+from .types import Piece, cut_pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .arguments import SavedArguments
+    from .chunks import ChunkContents, Item
+    from .layout import ModelChunk
+    from .rules import Rules
+
+COALESCED = "buckets_coalesced"
+NUMEL = "numel_unpadded"
+PARAM = "param"
+GROUPS = "param_groups"
+MAINS = "fp32_from_fp16_params"
+_FLOAT_BYTES = 4
+_SIXTEEN_BIT = ("bfloat16", "float16")
+
+
+class Unexplained(Exception):  # noqa: N818  (not an error yet: other rules may explain it)
+    """The source's files disagree with what a version's rules compute."""
+
+
+class OptimizerKind(enum.Enum):
+    """What a checkpoint holds of its optimizer."""
+
+    NONE = "weights only"
+    DISTRIBUTED = "distributed optimizer"
+    PLAIN = "non-distributed optimizer"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatState:
+    """State of one parameter in flat tensors: the bytes of each, by name.
+
+    ``param`` is the fp32 main parameter.
+    """
+
+    parts: Mapping[str, tuple[Piece, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainState:
+    """State of one parameter of a non-distributed optimizer."""
+
+    state: Any
+    """Entry of the torch state dict, None if it had none."""
+    main: Any
+    """Its tensor in ``fp32_from_fp16_params``, None for parameters that are fp32 themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankBuffers:
+    """The flat buffers of one rank's chunks."""
+
+    by_stage: tuple[tuple[Buffer, ...], ...]
+    """For each virtual stage, the buffers of its chunk."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any parameter lies in an expert buffer."""
+        return any(buffer.is_expert for buffers in self.by_stage for buffer in buffers)
+
+    def of_part(self, part: OptimizerPart) -> list[tuple[int, Buffer]]:
+        """(virtual stage, buffer) of each buffer of an optimizer, in the order of its index
+        ``gbuf_idx``: chunks without such parameters have none."""  # noqa: D205, D209
+        return [
+            (stage, buffer)
+            for stage in part.vp_stages
+            for buffer in self.by_stage[stage]
+            if buffer.is_expert == part.is_expert
+        ]
+
+
+def in_expert_buffer(item: Item, arguments: SavedArguments, rules: Rules) -> bool:
+    """Whether a parameter lies in an expert buffer (``param.allreduce`` is False): with expert
+    parallelism, or by newer rules when experts have a tensor-parallel size of their own."""  # noqa: D205, D209
+    own_groups = arguments.ep_size > 1 or (
+        rules.separates_experts_by_tp and arguments.etp_size != arguments.tp_size
+    )
+    return own_groups and naming.is_expert(item.rest)
+
+
+def _is_shared_embedding(item: Item, chunk: ModelChunk, arguments: SavedArguments) -> bool:
+    """``param.shared_embedding``: the weight that several pipeline stages keep in step
+    (language_module.py ``setup_embeddings_and_output_layer``)."""  # noqa: D205, D209
+    if item.section in (Section.EMBEDDING, Section.MTP_EMBEDDING):
+        is_active = arguments.ties_embeddings or arguments.mtp_num_layers > 0
+        return is_active and naming.is_word_embedding(item.rest)
+    return (
+        item.section is Section.HEAD
+        and naming.is_output_weight(item.rest)
+        and arguments.ties_embeddings
+        and Section.MTP not in chunk.sections
+    )
+
+
+def rank_buffers(
+    chunks: Sequence[tuple[ModelChunk, Sequence[Item]]],
+    arguments: SavedArguments,
+    rules: Rules,
+    *,
+    overlaps_param_gather_with_step: bool,
+) -> RankBuffers:
+    """The flat buffers of a rank with these chunks and parameters.
+
+    Raises:
+        LayoutError: Megatron could not build them.
+    """
+    rank_numel = sum(_tensor(item).numel for _, items in chunks for item in items)
+    by_stage = []
+    for chunk, items in chunks:
+        parameters = [
+            BufferParameter(
+                numel=_tensor(item).numel,
+                dtype=_tensor(item).dtype,
+                is_expert=in_expert_buffer(item, arguments, rules),
+                is_shared_embedding=_is_shared_embedding(item, chunk, arguments),
+            )
+            for item in items
+        ]
+        policy = ddp_buffer.bucket_policy(
+            arguments,
+            rules,
+            pp_rank=chunk.pp_rank,
+            vp_stage=chunk.vp_stage,
+            rank_numel=rank_numel,
+            overlaps_param_gather_with_step=overlaps_param_gather_with_step,
+        )
+        by_stage.append(ddp_buffer.chunk_buffers(parameters, rules, policy))
+    return RankBuffers(tuple(by_stage))
+
+
+def _tensor(item: Item) -> TensorRef:
+    assert item.tensor is not None  # noqa: S101  (parameters are tensors)
+    return item.tensor
+
+
+def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers) -> bool:
+    """Whether the weights are views of flat buffers, as Megatron saves them with the distributed
+    optimizer; False when each has a storage of its own.
+
+    The offsets of views are an oracle for the layout: they must be the computed ones.
+
+    Raises:
+        Unexplained: weights share storages, but not as computed.
+    """
+    owners: dict[int, str] = {}
+    shared = 0
+    parameters = 0
+    for content, stage_buffers in zip(contents, buffers.by_stage, strict=True):
+        for buffer in stage_buffers:
+            members = [content.parameters[index] for index in buffer.members]
+            parameters += len(members)
+            storages = {id(_tensor(item).storage) for item in members}
+            shared += len(members) - len(storages)
+            for item, start in zip(members, buffer.starts, strict=True):
+                tensor = _tensor(item)
+                place = (tensor.offset, tensor.storage.numel)
+                if place != (start, buffer.numel) or len(storages) > 1:
+                    owners.setdefault(
+                        id(tensor.storage),
+                        f"{item.name} lies at element {place[0]} of {place[1]}, computed {start} "
+                        f"of {buffer.numel}",
+                    )
+    if not owners:
+        return parameters > 0
+    if not shared:
+        return False
+    raise Unexplained(next(iter(owners.values())))
+
+
+def part_entries(node: Any, where: str) -> list[Any]:
+    """The entries of the chained optimizers: a list if there are several, else one by itself.
+
+    Raises:
+        CheckpointError: neither a list nor a dict.
+    """
+    if isinstance(node, list):
+        return node
+    if isinstance(node, Mapping):
+        return [node]
+    raise CheckpointError(
+        problem(
+            where,
+            "an optimizer entry is neither a dict nor a list",
+            found=show(node),
+            cure="the file is damaged or of another optimizer: use one that Megatron saved",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankStates:
+    """What the optimizer file of a rank says."""
+
+    by_name: Mapping[str, FlatState]
+    """State of each parameter whose part this file holds."""
+    buffer_keys: Mapping[str, Any]
+    """For each dtype of parameters, the key under which its buffers stand."""
+    held: tuple[bool, ...]
+    """For each part, whether this file holds it."""
+
+
+def read_flat_states(
+    root: Any,
+    contents: Sequence[ChunkContents],
+    parts: Sequence[OptimizerPart],
+    buffers: RankBuffers,
+    where: str,
+) -> RankStates:
+    """The states in a ``distrib_optim.pt``.
+
+    Raises:
+        CheckpointError: the file has an unknown structure.
+        Unexplained: a buffer has another size than computed.
+    """
+    entries = part_entries(root, where)
+    if len(entries) != len(parts):
+        raise CheckpointError(
+            problem(
+                where,
+                "it holds another number of optimizers than the rank's 'optimizer' entry",
+                expected=len(parts),
+                found=len(entries),
+                cure="the two files do not belong together: use those of one save",
+            )
+        )
+    by_name: dict[str, FlatState] = {}
+    keys: dict[str, Any] = {}
+    for part, entry in zip(parts, entries, strict=True):
+        if entry is None:
+            continue
+        states = _checked_part(entry, buffers.of_part(part), where)
+        for (stage, buffer), (key, tensors) in zip(buffers.of_part(part), states, strict=True):
+            keys[buffer.dtype] = key
+            for member, start in zip(buffer.members, buffer.saved_starts, strict=True):
+                item = contents[stage].parameters[member]
+                low, length = start * _FLOAT_BYTES, _tensor(item).numel * _FLOAT_BYTES
+                cut = {n: cut_pieces(t.content(), low, length) for n, t in tensors.items()}
+                by_name[item.name] = FlatState(cut)
+    return RankStates(by_name, keys, tuple(entry is not None for entry in entries))
+
+
+def _checked_part(
+    entry: Any, expected: list[tuple[int, Buffer]], where: str
+) -> list[tuple[Any, dict[str, TensorRef]]]:
+    """Key and tensors of each buffer of one optimizer."""
+    if not isinstance(entry, dict) or entry.get(COALESCED) is not True:
+        cure = "convert it with Megatron 0.8 or later: load and save it there once"
+        if isinstance(entry, dict) and "per_bucket_numel" in entry:
+            what = "its buffers are stored per bucket, as Megatron 0.6 does"
+        else:
+            what = "it is not the coalesced format of Megatron 0.7 and later"
+        raise CheckpointError(problem(where, what, cure=cure))
+    indices = [key for key in entry if key != COALESCED]
+    if any(type(index) is not int for index in indices):
+        odd = next(index for index in indices if type(index) is not int)
+        raise CheckpointError(
+            problem(
+                where,
+                f"unknown optimizer entry {show(odd)}",
+                cure="it could change the layout, so it is not converted: ask for support of it",
+            )
+        )
+    if indices != list(range(len(expected))):
+        raise Unexplained(f"buffers {indices[:8]} in the file, {len(expected)} computed")
+    found = []
+    for index, (_, buffer) in enumerate(expected):
+        found.append(_checked_buffer(entry[index], buffer, f"{where}, buffer {index}"))
+    return found
+
+
+def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[str, TensorRef]]:
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise CheckpointError(
+            problem(where, "a buffer without exactly one dtype", cure="the file is damaged")
+        )
+    ((key, states),) = entry.items()
+    if not (
+        isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, Global) for part in key)  # noqa: PLR2004
+    ):
+        raise CheckpointError(
+            problem(
+                where,
+                "its key is no (parameter dtype, gradient dtype)",
+                cure="files from before February 2024 must be loaded and saved with Megatron 0.9 "
+                "and --ckpt-convert-update-legacy-dist-opt-format",
+            )
+        )
+    if key[0].name != buffer.dtype:
+        raise Unexplained(f"dtype {key[0].name} in the file, {buffer.dtype} computed")
+    if not isinstance(states, dict) or PARAM not in states or NUMEL not in states:
+        raise CheckpointError(
+            problem(where, f"without '{PARAM}' or '{NUMEL}'", cure="the file is damaged")
+        )
+    if states[NUMEL] != buffer.numel_unpadded:
+        raise Unexplained(
+            f"{show(states[NUMEL])} elements in the file, {buffer.numel_unpadded} computed ({where})"
+        )
+    tensors: dict[str, TensorRef] = {}
+    for name, value in states.items():
+        if name == NUMEL:
+            continue
+        try:
+            tensor = as_tensor(value)
+        except TensorError as error:
+            raise CheckpointError(
+                problem(where, f"{show(name)} is {error}", cure="the file is damaged")
+            ) from None
+        if (
+            not isinstance(name, str)
+            or tensor is None
+            or tensor.dtype != "float32"
+            or tensor.shape != (buffer.numel_unpadded,)
+            or not tensor.is_contiguous
+        ):
+            raise CheckpointError(
+                problem(
+                    where,
+                    f"state {show(name)} is unknown",
+                    expected=f"a flat float32 tensor of {buffer.numel_unpadded}",
+                    found=show(value) if tensor is None else f"{tensor.dtype} {tensor.shape}",
+                    cure="this optimizer cannot be converted exactly",
+                )
+            )
+        tensors[name] = tensor
+    return key, tensors
+
+
+def read_plain_states(
+    root: Any,
+    contents: Sequence[ChunkContents],
+    parts: Sequence[OptimizerPart],
+    arguments: SavedArguments,
+    rules: Rules,
+    where: str,
+) -> dict[str, PlainState]:
+    """The states of a non-distributed optimizer, by global name of the parameter.
+
+    Raises:
+        CheckpointError: the entry has an unknown structure.
+        Unexplained: groups or shapes are not those of the parameters.
+    """
+    entries = part_entries(root, where)
+    if len(entries) != len(parts):
+        raise Unexplained(f"{len(entries)} optimizers in the file, {len(parts)} computed")
+    found: dict[str, PlainState] = {}
+    for part, entry in zip(parts, entries, strict=True):
+        by_key = items_by_group(
+            [content.parameters for content in contents], part, arguments, rules
+        )
+        states, groups, mains = _plain_entry(entry, where)
+        for index, group in enumerate(groups):
+            items = by_key.pop(key_of_group(group), [])
+            numbers = group.get("params")
+            if not isinstance(numbers, list) or len(numbers) != len(items):
+                raise Unexplained(f"param group {index} does not have {len(items)} parameters")
+            halves = [item for item in items if _tensor(item).dtype in _SIXTEEN_BIT]
+            if mains is not None and (
+                index >= len(mains)
+                or not isinstance(mains[index], list)
+                or len(mains[index]) != len(halves)
+            ):
+                raise Unexplained(f"param group {index} does not have {len(halves)} main parameters")
+            queue = iter(mains[index] if mains is not None else ())
+            for item, number in zip(items, numbers, strict=True):
+                main = next(queue, None) if _tensor(item).dtype in _SIXTEEN_BIT else None
+                state = states.get(number) if type(number) is int else None
+                _check_shapes(item, main, state)
+                found[item.name] = PlainState(state, main)
+        if by_key:
+            raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
+    return found
+
+
+def items_by_group(
+    parameters: Sequence[Sequence[Item]],
+    part: OptimizerPart,
+    arguments: SavedArguments,
+    rules: Rules,
+) -> dict[GroupKey, list[Item]]:
+    """The parameters of one optimizer by param group, in first-seen order; ``parameters`` are
+    those of each virtual stage."""  # noqa: D205, D209
+    by_key: dict[GroupKey, list[Item]] = {}
+    for stage in part.vp_stages:
+        for item in parameters[stage]:
+            is_expert = in_expert_buffer(item, arguments, rules)
+            if is_expert == part.is_expert:
+                key = key_of_item(item, arguments, rules, is_expert=is_expert)
+                by_key.setdefault(key, []).append(item)
+    return by_key
+
+
+def _plain_entry(
+    entry: Any, where: str
+) -> tuple[Mapping[Any, Any], list[dict[Any, Any]], list[Any] | None]:
+    """State by parameter number, param groups, and main parameters of each group."""
+    inner = entry.get("optimizer", entry) if isinstance(entry, dict) else None
+    if isinstance(inner, dict):
+        states, groups = inner.get("state"), inner.get(GROUPS)
+        mains = entry.get(MAINS)
+        if (
+            isinstance(states, dict)
+            and isinstance(groups, list)
+            and all(isinstance(group, dict) for group in groups)
+            and (mains is None or isinstance(mains, list))
+        ):
+            return states, groups, mains
+    raise CheckpointError(
+        problem(
+            where,
+            "the optimizer entry is of an unknown kind",
+            expected="'state' and 'param_groups' of a torch optimizer",
+            found=show(entry),
+            cure="only Adam-like optimizers can be converted (not Muon, not layer-wise ones)",
+        )
+    )
+
+
+def _check_shapes(item: Item, main: Any, state: Any) -> None:
+    """Every tensor of the state must have the parameter's shape, or be a scalar."""
+    values = dict(state) if isinstance(state, dict) else {}
+    values["main parameter"] = main
+    for name, value in values.items():
+        try:
+            tensor = unwrap_tensor(value)
+        except TensorError as error:
+            raise Unexplained(f"{item.name}: {show(name)} is {error}") from None
+        if tensor is not None and tensor.shape not in (_tensor(item).shape, ()):
+            raise Unexplained(f"{item.name} of shape {_tensor(item).shape}: {show(name)} differs")
