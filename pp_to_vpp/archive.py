@@ -59,6 +59,11 @@ class Record:
     length: int
     crc32: int
 
+    @property
+    def has_checksum(self) -> bool:
+        """torch.save writes 0 when it is told to compute none."""
+        return self.crc32 != 0 or self.length == 0
+
 
 def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
     """The archive's leading folder and its records by name, in file order.
@@ -81,6 +86,8 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
             raise ArchiveError(f"record name {name[:80]!r} is not one that torch writes")
         if header_offset < end:
             raise ArchiveError(f"record {short[:80]!r} overlaps the record before it")
+        if header_offset >= directory_offset:
+            raise ArchiveError(f"record {short[:80]!r} starts past the end of the data")
         offset = _data_offset(file, header_offset, name)
         end = offset + length
         if end > directory_offset:
@@ -240,7 +247,9 @@ def lay_out(
         padding = -bare % alignment
         extra += _PADDING_EXTRA + padding.to_bytes(2, "little") + b"Z" * padding
         placed.append(PlacedRecord(name, position, extra, bare + padding, length))
-        directory_length += _ENTRY.size + len(name.encode()) + len(_wide_extra(length, length, position))
+        directory_length += (
+            _ENTRY.size + len(name.encode()) + len(_wide_extra(length, length, position))
+        )
         position = placed[-1].end
     end = position + directory_length + _END64.size + _LOCATOR.size + _END.size
     return ArchiveLayout(tuple(placed), position, end)
@@ -258,7 +267,7 @@ def _wide_extra(length: int, packed_length: int, header_offset: int) -> bytes:
 
 def frame(layout: ArchiveLayout, crc32s: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """All bytes of the file that are not record data, as (offset, bytes), given each record's
-    CRC-32."""  # noqa: D200, D205, D209
+    CRC-32."""
     directory = b""
     for record, crc32 in zip(layout.records, crc32s, strict=True):
         name = record.name.encode()

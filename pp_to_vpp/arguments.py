@@ -113,7 +113,9 @@ class _Reader:
 
     def split(self, name: str) -> tuple[int, ...] | None:
         def is_right(value: Any) -> bool:
-            return isinstance(value, list) and all(type(n) is int and 0 < n < 1 << 16 for n in value)
+            return isinstance(value, list) and all(
+                type(n) is int and 0 < n < 1 << 16 for n in value
+            )
 
         value = self.take(name, None, is_right, "list of layer counts")
         return None if not value else tuple(value)

@@ -6,6 +6,15 @@ are reflected as in zlib: the most significant bit of an int is the coefficient 
 
 from __future__ import annotations
 
+import bisect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .types import Extent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
 _ORDER = (1 << 32) - 1
@@ -13,7 +22,7 @@ _ORDER = (1 << 32) - 1
 
 
 def _multiply(a: int, b: int) -> int:
-    """a * b modulo the CRC-32 polynomial."""
+    """A * b modulo the CRC-32 polynomial."""
     product = 0
     bit = _ONE
     while a:
@@ -61,3 +70,96 @@ def missing_part(whole: int, before: int, after: int, length: int, after_length:
     """CRC-32 of B from those of A + B + C, A and C; ``length`` is that of B, in bytes."""
     shifted = whole ^ after ^ _multiply(_power_of_x(8 * (length + after_length)), before)
     return _multiply(_power_of_x(-8 * after_length), shifted)
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """A range whose checksum follows from that of the record around it."""
+
+    extent: Extent
+    record_crc32: int
+    before: tuple[Extent, ...]
+    """The rest of the record up to the extent, in order."""
+    after: tuple[Extent, ...]
+    gaps: tuple[Extent, ...]
+    """Those of both that nobody else reads."""
+
+    def solve(self, crc32_of: Callable[[Extent], int]) -> int:
+        """The checksum of ``extent``, given those of ``before`` and ``after``."""
+        return missing_part(
+            self.record_crc32,
+            _join(self.before, crc32_of),
+            _join(self.after, crc32_of),
+            self.extent.length,
+            sum(part.length for part in self.after),
+        )
+
+
+def _join(extents: tuple[Extent, ...], crc32_of: Callable[[Extent], int]) -> int:
+    joined = 0
+    for extent in extents:
+        joined = concatenate(joined, crc32_of(extent), extent.length)
+    return joined
+
+
+_WORTH_DERIVING = 1 << 16
+"""Bytes: the algebra takes about as long as reading some hundred kilobytes."""
+_WORTH_READING = 64
+"""A record is read in full if what nobody wants of it is at most this part of what is derived."""
+
+
+def derivable(
+    wanted: Sequence[Extent], records: Mapping[str, Sequence[tuple[Extent, int]]]
+) -> dict[Extent, Derivation]:
+    """Which checksums need not be computed, because they follow from others.
+
+    Where all of a record is copied, one of its ranges is free: the last one to be copied, so that
+    nothing has to wait for what comes later. A wrong checksum in the source thereby stays wrong in
+    the target instead of being blessed.
+
+    Args:
+        wanted: the ranges to be copied, in order of copying.
+        records: for each source file, its records in order of offset, with their CRC-32.
+    """
+    by_record: dict[tuple[str, int], list[Extent]] = {}
+    starts = {path: [extent.offset for extent, _ in found] for path, found in records.items()}
+    for extent in wanted:
+        index = bisect.bisect_right(starts.get(extent.path, []), extent.offset) - 1
+        if index >= 0:
+            by_record.setdefault((extent.path, index), []).append(extent)
+    derived: dict[Extent, Derivation] = {}
+    for (path, index), extents in by_record.items():
+        record, crc32 = records[path][index]
+        last = extents[-1]
+        parts = _tile(record, extents)
+        if crc32 == 0 or parts is None or extents.count(last) > 1:
+            continue
+        unwanted = record.length - sum(extent.length for extent in extents)
+        if last.length < _WORTH_DERIVING or unwanted * _WORTH_READING > last.length:
+            continue
+        place = parts.index(last)
+        asked = set(extents)
+        gaps = tuple(part for part in parts if part not in asked)
+        derived[last] = Derivation(
+            last, crc32, tuple(parts[:place]), tuple(parts[place + 1 :]), gaps
+        )
+    return derived
+
+
+def _tile(record: Extent, extents: Sequence[Extent]) -> list[Extent] | None:
+    """The ranges in order with the gaps between them filled; None if they overlap or leave it."""
+    tiles: list[Extent] = []
+    position = record.offset
+    for extent in sorted(set(extents), key=lambda extent: extent.offset):
+        if extent.offset < position:
+            return None
+        if extent.offset > position:
+            tiles.append(Extent(record.path, position, extent.offset - position))
+        tiles.append(extent)
+        position = extent.offset + extent.length
+    end = record.offset + record.length
+    if position > end:
+        return None
+    if position < end:
+        tiles.append(Extent(record.path, position, end - position))
+    return tiles

@@ -90,7 +90,9 @@ def read_chunks(
             known place.
     """
     keys = chunk_keys(root)
-    expected = tuple(f"model{v}" for v in range(layout.vp_size)) if layout.vp_size > 1 else ("model",)
+    expected = (
+        tuple(f"model{v}" for v in range(layout.vp_size)) if layout.vp_size > 1 else ("model",)
+    )
     if keys != expected:
         raise CheckpointError(
             problem(
@@ -251,7 +253,7 @@ def _place_modules(
     metadata: Mapping[Any, Any], keys: Iterable[str], chunk: ModelChunk
 ) -> Iterator[Module]:
     """The chunk's module paths: those of layers and sections move with them, the others are in
-    every chunk."""  # noqa: D205, D209
+    every chunk."""
     loose = [key for key in keys if naming.split_layer(key) is None]
     owners = {key[:i] for key in loose for i, letter in enumerate(key) if letter == "."}
     containers = ("", "decoder", "encoder", "decoder.layers", "encoder.layers")

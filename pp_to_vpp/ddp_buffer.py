@@ -43,7 +43,7 @@ class BufferParameter:
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """One flat buffer. Positions are in elements; members are indices into the chunk's
-    parameters."""  # noqa: D205, D209
+    parameters."""
 
     dtype: str
     is_expert: bool
@@ -140,16 +140,14 @@ def chunk_buffers(
     for index, parameter in enumerate(parameters):
         groups.setdefault((parameter.is_expert, parameter.dtype), []).append(index)
     ordered = sorted(groups, key=lambda group: group[0])
-    return tuple(
-        _lay_out(parameters, groups[group], rules, policy, *group) for group in ordered
-    )
+    return tuple(_lay_out(parameters, groups[group], rules, policy, *group) for group in ordered)
 
 
 def _ceil(position: int, divisor: int) -> int:
     return -(-position // divisor) * divisor
 
 
-def _lay_out(  # noqa: PLR0913  (one buffer has these six properties)
+def _lay_out(
     parameters: Sequence[BufferParameter],
     members: list[int],
     rules: Rules,

@@ -120,11 +120,12 @@ class Sample:
     main: tuple[Piece, ...]
 
 
-def read_family(files: Mapping[int, RankFiles]) -> Iterator[Family]:
+def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> Iterator[Family]:
     """The inventory of a family, under each set of rules that explains its files, likeliest first.
 
     Args:
         files: the decoded files of some or all ranks of the family, by pipeline rank.
+        only: the rules to try, where they are known.
 
     Raises:
         CheckpointError: when iterated, if no rules explain the files.
@@ -134,7 +135,7 @@ def read_family(files: Mapping[int, RankFiles]) -> Iterator[Family]:
     explained = False
     tried: list[str] = []
     refusal: CheckpointError | None = None
-    for rules in candidates(arguments.names):
+    for rules in candidates(arguments.names) if only is None else (only,):
         try:
             family = _read_family(files, arguments, rules)
         except Unexplained as mismatch:
@@ -186,9 +187,7 @@ def _root(files: RankFiles) -> Mapping[Any, Any]:
     return root
 
 
-def _read_family(
-    files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules
-) -> Family:
+def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules) -> Family:
     layout = arguments.placement.place(
         arguments.num_layers,
         arguments.pp_size,

@@ -292,7 +292,8 @@ class Placement:
 
     def with_even_splits(self) -> Placement:
         """The splits that the fork chooses itself where V does not divide a stage: the remainder
-        goes to the first chunks (transformer_config.py of the fork)."""  # noqa: D205, D209
+        goes to the first chunks (transformer_config.py of the fork)."""
+
         def split(count: int | None, given: tuple[int, ...] | None) -> tuple[int, ...] | None:
             if given is not None or count is None or count % self.vp_size == 0:
                 return given
@@ -357,7 +358,7 @@ def parse_layout(text: str) -> tuple[str, ...]:
         length = len(unrolled)
         for match in pattern.finditer(unrolled):
             times = match[2]
-            length += len(match[1]) * (int(times) if len(times) < 7 else _MAX_LAYOUT_LENGTH)  # noqa: PLR2004
+            length += len(match[1]) * (int(times) if len(times) < 7 else _MAX_LAYOUT_LENGTH)
         if length > _MAX_LAYOUT_LENGTH:
             raise LayoutError(f"pipeline layout {text[:60]!r}...: absurdly long; check its numbers")
         unrolled = pattern.sub(lambda match: match[1] * int(match[2]), unrolled)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import naming
 from .chunks import METADATA, Module, chunk_keys
 from .naming import Section
-from .pickling import Instance, Storage, as_mapping, fresh, ordered_dict
+from .pickling import Instance, Storage, adopt, as_mapping, fresh, ordered_dict, vocabulary
 from .types import Piece, Zeros
 
 if TYPE_CHECKING:
@@ -64,13 +64,36 @@ def fill(parts: Iterable[tuple[int, tuple[Piece, ...]]], length: int) -> tuple[P
     return tuple(filled)
 
 
+class Adopter:
+    """Makes values that come from another rank's file at home in the target rank's file."""
+
+    def __init__(self, family: Family, pp_rank: int) -> None:
+        own = family.ranks[pp_rank]
+        self._root = own.root
+        self._own = {item for content in own.contents for item in content.items}
+        self._words: dict[str, str] | None = None
+
+    def adopt(self, value: Any) -> Any:
+        """A copy that shares its strings with the target's file."""
+        if not isinstance(value, (dict, list, tuple, Instance)):
+            return value
+        if self._words is None:
+            self._words = vocabulary(self._root)
+        return adopt(value, self._words)
+
+    def adopt_from(self, item: Item, value: Any) -> Any:
+        """What belongs to an item: as it is if the item is of the same rank."""
+        return value if item in self._own else self.adopt(value)
+
+
 class StateDictWriter:
     """Builds the chunk dictionaries of one target rank over storages of its own."""
 
-    def __init__(self, family: Family, pp_rank: int) -> None:
+    def __init__(self, family: Family, pp_rank: int, adopter: Adopter) -> None:
         self._family = family
         self._device = _device_tag(family, pp_rank)
         self._copies: dict[Storage, Storage] = {}
+        self._adopter = adopter
 
     def chunk(self, target: TargetChunk, buffers: tuple[Buffer, ...] | None) -> Instance:
         """The OrderedDict of one chunk. With ``buffers`` its weights become views of them."""
@@ -101,7 +124,7 @@ class StateDictWriter:
         """The value without bytes it does not cover, on this rank's device."""
         tensor = item.tensor
         if tensor is None:
-            return item.value
+            return self._adopter.adopt_from(item, item.value)
         storage = tensor.storage
         location = self._device if storage.location.startswith("cuda") else storage.location
         if tensor.span != storage.numel:
@@ -170,4 +193,3 @@ def replace_chunks(root: Mapping[Any, Any], chunks: list[Instance]) -> dict[Any,
             for stage, chunk in enumerate(chunks):
                 replaced["model" if len(chunks) == 1 else f"model{stage}"] = chunk
     return replaced
-

@@ -7,6 +7,7 @@ only, and loading matched them by position; from 0.14 every rank has all groups.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from . import states
 from .ddp_buffer import OptimizerPart, chained_optimizers
 from .errors import CheckpointError, problem
 from .inventory import OPTIMIZER
-from .model_state import TargetChunk, fill
+from .model_state import Adopter, TargetChunk, fill
 from .param_groups import STEP, GroupKey, key_of_group
 from .pickling import Storage
 from .states import COALESCED, GROUPS, MAINS, NUMEL, FlatState, OptimizerKind, PlainState
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _FLOAT_BYTES = 4
 _CPU = "cpu"
+_PARAMS = "params"
+"""Numbers of the parameters of a group, in optimizers that save their own state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +44,7 @@ class TargetOptimizer:
     chunks: Sequence[TargetChunk]
     buffers: RankBuffers
     overlaps_param_gather_with_step: bool
+    adopter: Adopter
 
     @property
     def own(self) -> RankInventory:
@@ -87,7 +91,7 @@ class TargetOptimizer:
             places = zip(buffer.saved_starts, flat, strict=True)
             content = fill(((start * _FLOAT_BYTES, parts[name]) for start, parts in places), length)
             storage = Storage(FLOAT_STORAGE, _CPU, buffer.numel_unpadded, content)
-            tensors[name] = flat_tensor(storage)
+            tensors[sys.intern(name)] = flat_tensor(storage)
         keys = (rank.buffer_keys for rank in self.family.ranks.values())
         parameter_dtype, gradient_dtype = next(k[buffer.dtype] for k in keys if buffer.dtype in k)
         return {(parameter_dtype, gradient_dtype): {**tensors, NUMEL: buffer.numel_unpadded}}
@@ -117,7 +121,7 @@ class TargetOptimizer:
             entries = states.part_entries(rank.root[OPTIMIZER], rank.files.model.path)
             for other, entry in zip(rank.parts, entries, strict=True):
                 if other.is_expert == part.is_expert and _has_groups(entry):
-                    return dict(entry)
+                    return dict(entry if rank is self.own else self.adopter.adopt(entry))
         raise CheckpointError(
             problem(
                 self.own.files.model.path,
@@ -135,14 +139,15 @@ class TargetOptimizer:
         rank's parameters in first-seen order, then, from 0.14, all others.
         """
         if any("default_config" in group for group in own):
-            return own
+            return [dict(group) for group in own]
         known = {key_of_group(group): group for group in own}
         for rank in self.family.ranks.values():
             entries = states.part_entries(rank.root[OPTIMIZER], rank.files.model.path)
             for other, entry in zip(rank.parts, entries, strict=True):
                 if other.is_expert == part.is_expert and _has_groups(entry):
                     for group in entry.get(OPTIMIZER, entry)[GROUPS]:
-                        known.setdefault(key_of_group(group), group)
+                        if key_of_group(group) not in known:
+                            known[key_of_group(group)] = self.adopter.adopt(group)
         missing = [key for key in keys if key not in known]
         if missing:
             raise CheckpointError(
@@ -156,7 +161,7 @@ class TargetOptimizer:
         groups = [known[key] for key in keys]
         if self.family.rules.keeps_all_groups:
             groups += [group for group in own if key_of_group(group) not in keys]
-        return groups
+        return [dict(group) for group in groups]
 
     def _with_step(self, group: dict[Any, Any], *, has_step: bool) -> dict[Any, Any]:
         """The group with the step count that Megatron would have saved.
@@ -166,7 +171,11 @@ class TargetOptimizer:
         """
         if has_step and STEP not in group:
             step = self._step()
-            return group if step is None else {**group, STEP: step}
+            if step is None:
+                return group
+            numbers = {key: group[key] for key in (_PARAMS,) if key in group}
+            others = {key: value for key, value in group.items() if key not in numbers}
+            return {**others, STEP: step, **numbers}  # torch puts the numbers last
         if not has_step and self.family.rules.keeps_all_groups:
             return {key: value for key, value in group.items() if key != STEP}
         return group
@@ -198,13 +207,15 @@ class TargetOptimizer:
             plain = [state for state in found if isinstance(state, PlainState)]
             numbers = list(range(count, count + len(items)))
             count += len(items)
-            for number, state in zip(numbers, plain, strict=True):
+            mains.append([])
+            for number, item, state in zip(numbers, items, plain, strict=True):
                 if state.state is not None:
-                    numbered[number] = state.state
-            mains.append([state.main for state in plain if state.main is not None])
+                    numbered[number] = self.adopter.adopt_from(item, state.state)
+                if state.main is not None:
+                    mains[-1].append(self.adopter.adopt_from(item, state.main))
             stepped = self._with_step(group, has_step=bool(items))
             numbered_groups.append(
-                {key: numbers if key == "params" else value for key, value in stepped.items()}
+                {key: numbers if key == _PARAMS else value for key, value in stepped.items()}
             )
         inner = {**template.get(OPTIMIZER, template), "state": numbered, GROUPS: numbered_groups}
         if OPTIMIZER not in template:

@@ -34,9 +34,11 @@ class GroupKey:
     """Learning rate of its own for embeddings and output layer."""
 
 
-def key_of_item(item: Item, arguments: SavedArguments, rules: Rules, *, is_expert: bool) -> GroupKey:
+def key_of_item(
+    item: Item, arguments: SavedArguments, rules: Rules, *, is_expert: bool
+) -> GroupKey:
     """The group of a parameter; ``is_expert`` if it lies in an expert buffer."""
-    assert item.tensor is not None  # noqa: S101  (parameters are tensors)
+    assert item.tensor is not None
     is_flat = item.rest.endswith(".bias") or len(item.tensor.shape) == 1
     if arguments.decays_qk_norms and ("q_layernorm." in item.rest or "k_layernorm." in item.rest):
         is_flat = False

@@ -98,6 +98,67 @@ def fresh(text: str) -> str:
     return "".join(list(text))
 
 
+def vocabulary(graph: Any) -> dict[str, str]:
+    """The string objects that a graph uses as keys of dicts and arguments of calls, by value."""
+    words: dict[str, str] = {}
+    pending, seen = [graph], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen or not isinstance(node, (dict, list, tuple, Instance)):
+            continue
+        seen.add(id(node))
+        if isinstance(node, dict):
+            parts = list(node.values())
+            used = list(node)
+        elif isinstance(node, Instance):
+            parts = [*node.entries.values(), *node.appended, *node.arguments, node.state]
+            used = list(node.arguments)
+        else:
+            parts, used = list(node), []
+        for word in used:
+            if type(word) is str:
+                words.setdefault(word, word)
+        pending += parts
+    return words
+
+
+def adopt(node: Any, words: dict[str, str]) -> Any:
+    """A copy of a node of another file that shares its strings with the graph of ``words``.
+
+    Python keeps one object of each string that stands in code, and pickle writes an object once:
+    so Megatron's file holds the keys of all dicts of a kind once, whichever rank they came from.
+    """
+    copies: dict[int, Any] = {}
+
+    def word(value: Any) -> Any:
+        return words.setdefault(value, value) if type(value) is str else copy(value)
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, (dict, list, tuple, Instance)):
+            return value
+        known = copies.get(id(value))
+        if known is not None:
+            return known
+        made: Any
+        if isinstance(value, dict):
+            made = {word(key): copy(part) for key, part in value.items()}
+        elif isinstance(value, (list, tuple)):
+            made = type(value)(copy(part) for part in value)
+        else:
+            made = Instance(
+                factory=value.factory,
+                arguments=tuple(word(part) for part in value.arguments),
+                by_new=value.by_new,
+                entries={key: copy(part) for key, part in value.entries.items()},
+                appended=[copy(part) for part in value.appended],
+                state=copy(value.state),
+            )
+        copies[id(value)] = made
+        return made
+
+    return copy(node)
+
+
 class _Bytes:
     """The pickle's bytes; a read past the end is an error, never a short answer."""
 
@@ -143,12 +204,11 @@ def _check_key(key: object) -> None:
             pending.extend(part)
 
 
-class _InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C one calls what it loads)
+class _InertUnpickler(pickle._Unpickler):  # the C one calls what it loads
     """Builds inert nodes. The pure-Python base keeps its memo in a dict: no index can be a bomb."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]  # noqa: SLF001
-        for opcode in _OPCODES
+        opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES
     }
     stack: list[Any]
     metastack: list[list[Any]]
@@ -237,7 +297,7 @@ def load(data: bytes, make_storage: Callable[[Global, str, str, int], Storage]) 
 
     Raises:
         pickle.UnpicklingError: the pickle is not one that torch.save writes at protocol 2.
-    """  # noqa: D205
+    """
     try:
         return _InertUnpickler(data, make_storage).load()
     except pickle.UnpicklingError:
@@ -251,11 +311,11 @@ def load(data: bytes, make_storage: Callable[[Global, str, str, int], Storage]) 
         raise pickle.UnpicklingError(f"not a pickle of torch.save ({error})") from None
 
 
-class _InertPickler(pickle._Pickler):  # noqa: SLF001  (the C one cannot name what it cannot import)
+class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot import
     """Writes a graph of ``load`` back, opcode for opcode."""
 
     dispatch: ClassVar[dict[type, Callable[..., None]]] = {
-        kind: pickle._Pickler.dispatch[kind]  # noqa: SLF001
+        kind: pickle._Pickler.dispatch[kind]
         for kind in (type(None), bool, int, float, str, tuple, list, dict)
     }
     memo: dict[int, Any]
@@ -294,8 +354,8 @@ class _InertPickler(pickle._Pickler):  # noqa: SLF001  (the C one cannot name wh
         me.save(obj.arguments)
         me.write(pickle.NEWOBJ if obj.by_new else pickle.REDUCE)
         me.memoize(obj)
-        me._batch_appends(obj.appended)  # noqa: SLF001
-        me._batch_setitems(obj.entries.items())  # noqa: SLF001
+        me._batch_appends(obj.appended)
+        me._batch_setitems(obj.entries.items())
         if obj.state is not None:
             me.save(obj.state)
             me.write(pickle.BUILD)

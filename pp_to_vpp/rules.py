@@ -76,4 +76,3 @@ def candidates(argument_names: Collection[str]) -> Iterator[Rules]:
     for doubted in range(len(provable) + 1):
         for rows in itertools.combinations(provable, doubted):
             yield Rules(**{rule: now != (rule in rows) for rule, now in guess.items()})
-

@@ -84,7 +84,7 @@ class RankBuffers:
 
     def of_part(self, part: OptimizerPart) -> list[tuple[int, Buffer]]:
         """(virtual stage, buffer) of each buffer of an optimizer, in the order of its index
-        ``gbuf_idx``: chunks without such parameters have none."""  # noqa: D205, D209
+        ``gbuf_idx``: chunks without such parameters have none."""
         return [
             (stage, buffer)
             for stage in part.vp_stages
@@ -95,7 +95,7 @@ class RankBuffers:
 
 def in_expert_buffer(item: Item, arguments: SavedArguments, rules: Rules) -> bool:
     """Whether a parameter lies in an expert buffer (``param.allreduce`` is False): with expert
-    parallelism, or by newer rules when experts have a tensor-parallel size of their own."""  # noqa: D205, D209
+    parallelism, or by newer rules when experts have a tensor-parallel size of their own."""
     own_groups = arguments.ep_size > 1 or (
         rules.separates_experts_by_tp and arguments.etp_size != arguments.tp_size
     )
@@ -104,7 +104,7 @@ def in_expert_buffer(item: Item, arguments: SavedArguments, rules: Rules) -> boo
 
 def _is_shared_embedding(item: Item, chunk: ModelChunk, arguments: SavedArguments) -> bool:
     """``param.shared_embedding``: the weight that several pipeline stages keep in step
-    (language_module.py ``setup_embeddings_and_output_layer``)."""  # noqa: D205, D209
+    (language_module.py ``setup_embeddings_and_output_layer``)."""
     if item.section in (Section.EMBEDDING, Section.MTP_EMBEDDING):
         is_active = arguments.ties_embeddings or arguments.mtp_num_layers > 0
         return is_active and naming.is_word_embedding(item.rest)
@@ -153,7 +153,7 @@ def rank_buffers(
 
 
 def _tensor(item: Item) -> TensorRef:
-    assert item.tensor is not None  # noqa: S101  (parameters are tensors)
+    assert item.tensor is not None
     return item.tensor
 
 
@@ -299,7 +299,7 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
         )
     ((key, states),) = entry.items()
     if not (
-        isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, Global) for part in key)  # noqa: PLR2004
+        isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, Global) for part in key)
     ):
         raise CheckpointError(
             problem(
@@ -383,7 +383,9 @@ def read_plain_states(
                 or not isinstance(mains[index], list)
                 or len(mains[index]) != len(halves)
             ):
-                raise Unexplained(f"param group {index} does not have {len(halves)} main parameters")
+                raise Unexplained(
+                    f"param group {index} does not have {len(halves)} main parameters"
+                )
             queue = iter(mains[index] if mains is not None else ())
             for item, number in zip(items, numbers, strict=True):
                 main = next(queue, None) if _tensor(item).dtype in _SIXTEEN_BIT else None
@@ -402,7 +404,7 @@ def items_by_group(
     rules: Rules,
 ) -> dict[GroupKey, list[Item]]:
     """The parameters of one optimizer by param group, in first-seen order; ``parameters`` are
-    those of each virtual stage."""  # noqa: D205, D209
+    those of each virtual stage."""
     by_key: dict[GroupKey, list[Item]] = {}
     for stage in part.vp_stages:
         for item in parameters[stage]:

@@ -130,6 +130,6 @@ def unwrap_tensor(node: Any) -> TensorRef | None:
 
 def flat_tensor(storage: Storage) -> Instance:
     """A one-dimensional tensor over a whole storage."""
-    shape = (storage.numel,)
+    shape, stride = (storage.numel,), tuple([1])  # noqa: C409  (a new tuple, as torch makes it)
     hooks = Instance(Global("collections", "OrderedDict"), ())
-    return Instance(_REBUILD_TENSOR, (storage, 0, shape, (1,), False, hooks))
+    return Instance(_REBUILD_TENSOR, (storage, 0, shape, stride, False, hooks))

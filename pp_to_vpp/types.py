@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
+MODEL_FILE = "model_optim_rng.pt"
+OPTIMIZER_FILE = "distrib_optim.pt"
+
 _RANK_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})_([0-9]{3,9})(?:_([0-9]{3,9}))?")
 
 

@@ -1,0 +1,372 @@
+"""The command line: the only module that prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__
+from .errors import ConversionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
+
+    from .convert import Outcome, Prepared, Verified
+
+_INTERRUPTED = 130
+_LISTED_FOLDERS = 64
+_BASE_MEGABYTES, _WORKER_MEGABYTES = 50, 30
+"""Resident memory, measured: it does not grow with the checkpoint."""
+_EPILOG = """\
+exit status: 0 done, 1 unexpected error, 2 wrong call, 3 impossible layout, 4 unreadable or
+unsupported checkpoint, 5 copying failed, 6 verification failed, 130 interrupted.
+Without a target layout, an existing --save-iteration-dir is verified against the source."""
+
+
+class _Arguments(argparse.Namespace):
+    """The arguments that ``_parser`` produces, typed for the rest of the module."""
+
+    load_iteration_dir: Path
+    save_iteration_dir: Path | None
+    pipeline_model_parallel_size: int | None
+    expert_model_parallel_size: int | None
+    tensor_model_parallel_size: int | None
+    target_virtual_pipeline_model_parallel_size: int | None
+    target_first_virtual_pipeline_num_layers_split: list[int] | None
+    target_last_virtual_pipeline_num_layers_split: list[int] | None
+    target_pipeline_model_parallel_layout: str | None
+    target_overlap_param_gather_with_optimizer_step: bool
+    num_max_processing_processes: int
+    pipeline_ranks_to_process: list[int] | None
+    dry_run: bool
+    verify: str
+    resume: bool
+    report: Path | None
+    log_file: Path | None
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pp_to_vpp",
+        description="Rewrite a Megatron-LM checkpoint (--ckpt-format torch) from one pipeline "
+        "layout into another: plain to virtual (interleaved) pipeline parallelism and back.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    add = parser.add_argument_group("source and target").add_argument
+    add(
+        "--load-iteration-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="iteration folder of the source, e.g. ckpt/iter_0001000",
+    )
+    add(
+        "--save-iteration-dir",
+        type=Path,
+        metavar="DIR",
+        help="iteration folder of the target; not needed for --dry-run",
+    )
+    for kind in ("pipeline", "expert", "tensor"):
+        add(
+            f"--{kind}-model-parallel-size",
+            type=_positive,
+            metavar="N",
+            help=f"{kind} parallel size of the source; taken from the checkpoint, must agree with "
+            "it when given",
+        )
+    add = parser.add_argument_group("target layout").add_argument
+    add(
+        "--target-virtual-pipeline-model-parallel-size",
+        type=_positive,
+        metavar="V",
+        help="virtual stages per pipeline rank; 1 means plain pipeline parallelism",
+    )
+    for end in ("first", "last"):
+        add(
+            f"--target-{end}-virtual-pipeline-num-layers-split",
+            type=int,
+            nargs="+",
+            metavar="n",
+            help=f"layers of each virtual stage of the {end} pipeline stage (Microsoft's fork); "
+            "both or neither",
+        )
+    add(
+        "--target-pipeline-model-parallel-layout",
+        metavar="STR",
+        help="Megatron's layout string of the target, e.g. 'Et*3|(tt|)*29,m|L'",
+    )
+    add(
+        "--target-overlap-param-gather-with-optimizer-step",
+        action="store_true",
+        help="the target run uses this Megatron flag",
+    )
+    add = parser.add_argument_group("running").add_argument
+    add(
+        "--num-max-processing-processes",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="worker processes [default: %(default)s]",
+    )
+    add(
+        "--pipeline-ranks-to-process",
+        type=int,
+        nargs="+",
+        metavar="r",
+        help="only these target pipeline ranks, when several nodes share the work",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print layer table, files, bytes, memory and disk; write nothing",
+    )
+    add(
+        "--verify",
+        choices=("none", "structure", "full"),
+        default="structure",
+        help="how much of the result is proved before it gets its name [default: %(default)s]",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="keep rank folders that an earlier run of the same conversion finished",
+    )
+    add("--report", type=Path, metavar="FILE", help="write a JSON report of what was done")
+    add("--log-file", type=Path, metavar="FILE", help="write the log to a file too")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; its exit status."""
+    parser = _parser()
+    given = parser.parse_args(arguments, _Arguments())
+    _check(parser, given)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _logging(given.log_file):
+            content = _run(given)
+            if given.report is not None:
+                _write_report(given.report, content)
+    except ConversionError as error:
+        for line in error.problems:
+            print(f"pp_to_vpp: error: {line}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
+        return _INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        print("pp_to_vpp: this is an error of the program, please report it", file=sys.stderr)
+        return ConversionError.exit_status
+    return 0
+
+
+def _write_report(path: Path, content: dict[str, object]) -> None:
+    from .executor import write_whole
+
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _check(parser: argparse.ArgumentParser, given: _Arguments) -> None:
+    """Refuse what contradicts itself before anything is read."""
+    first = given.target_first_virtual_pipeline_num_layers_split
+    last = given.target_last_virtual_pipeline_num_layers_split
+    v = given.target_virtual_pipeline_model_parallel_size
+    layout = given.target_pipeline_model_parallel_layout
+    verifies_only = v is None and layout is None
+    if verifies_only and (given.dry_run or given.verify == "none" or given.resume):
+        parser.error(
+            "give --target-virtual-pipeline-model-parallel-size or "
+            "--target-pipeline-model-parallel-layout"
+        )
+    if given.save_iteration_dir is None and not given.dry_run:
+        parser.error("--save-iteration-dir is required unless --dry-run is given")
+    if (first is None) != (last is None):
+        parser.error("give both --target-first-... and --target-last-...-num-layers-split, or none")
+    if first is not None and last is not None:
+        if layout is not None:
+            parser.error("give layer splits or a layout string, not both")
+        if v is None or len(first) != v or len(last) != v:
+            parser.error(
+                "each layer split needs one number for each of the "
+                "--target-virtual-pipeline-model-parallel-size virtual stages"
+            )
+        if min(*first, *last) < 1:
+            parser.error("layer splits are positive numbers")
+
+
+@contextlib.contextmanager
+def _logging(path: Path | None) -> Iterator[None]:
+    """Log to standard error, when nobody watches a bar there, and to a file if one is named."""
+    logger = logging.getLogger("pp_to_vpp")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handlers: list[logging.Handler] = []
+    if not sys.stderr.isatty():
+        console = logging.StreamHandler(sys.stderr)
+        console.addFilter(lambda record: record.levelno == logging.INFO)
+        handlers.append(console)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path))
+    for handler in handlers:
+        handler.setFormatter(form)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _run(given: _Arguments) -> dict[str, object]:
+    """Do what is asked for; the report of it."""
+    from . import convert, report  # --help must not wait for numpy
+    from .verifier import Depth
+
+    first = given.target_first_virtual_pipeline_num_layers_split
+    last = given.target_last_virtual_pipeline_num_layers_split
+    ranks = given.pipeline_ranks_to_process
+    options = convert.Options(
+        load_dir=given.load_iteration_dir,
+        save_dir=given.save_iteration_dir,
+        pp_size=given.pipeline_model_parallel_size,
+        ep_size=given.expert_model_parallel_size,
+        tp_size=given.tensor_model_parallel_size,
+        target_vp_size=given.target_virtual_pipeline_model_parallel_size,
+        first_split=None if first is None else tuple(first),
+        last_split=None if last is None else tuple(last),
+        target_layout=given.target_pipeline_model_parallel_layout,
+        overlaps_param_gather_with_step=given.target_overlap_param_gather_with_optimizer_step,
+        processes=given.num_max_processing_processes,
+        pp_ranks=None if ranks is None else tuple(ranks),
+        is_dry_run=given.dry_run,
+        depth=Depth(given.verify),
+        resume=given.resume,
+    )
+    with _Bar() as bar:
+        listener = convert.Listener(_print_plan, bar.start, bar.advance)
+        if options.verifies_only:
+            verified = convert.verify_existing(options, listener)
+            _print_verified(verified)
+            return report.of_verification(verified)
+        prepared, outcome = convert.convert(options, listener)
+    if outcome is None:
+        _print_dry_run(prepared, options.processes)
+        return report.of_plan(prepared)
+    _print_outcome(prepared, outcome)
+    return report.of_conversion(prepared, outcome)
+
+
+class _Bar:
+    """A progress bar over bytes; quiet when standard error is no terminal."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm  # --help must not wait for it
+
+        tqdm.monitor_interval = 0  # no thread: workers are forked
+        self._make = tqdm
+        self._bar: tqdm[None] | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, total: int) -> None:
+        """Show the bar."""
+        self._bar = self._make(total=total, unit="B", unit_scale=True, disable=None)
+
+    def advance(self, count: int) -> None:
+        """So many more bytes."""
+        if self._bar is not None:
+            self._bar.update(count)
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _print_plan(prepared: Prepared) -> None:
+    """The layer table and what will be written."""
+    survey, target = prepared.survey, prepared.target
+    print(f"source: {survey.path} ({'; '.join(prepared.facts)})")
+    print(_indented(prepared.source.table()))
+    print("target layers (E embedding, M multi-token prediction, L loss):")
+    print(_indented(target.layout.table()))
+    files = sum(len(rank.files) for rank in prepared.ranks)
+    print(f"to write: {len(prepared.ranks)} rank folders, {files} files, {_size(prepared.length)}")
+    for note in prepared.notes:
+        print(f"note: {note}")
+    sys.stdout.flush()
+
+
+def _print_dry_run(prepared: Prepared, processes: int) -> None:
+    """What only a dry run tells: each folder, memory and disk."""
+    width = max(len(rank.rank.folder) for rank in prepared.ranks)
+    for rank in prepared.ranks if len(prepared.ranks) <= _LISTED_FOLDERS else ():
+        files = ", ".join(f"{file.name} {_size(file.length)}" for file in rank.files)
+        print(f"  {rank.rank.folder:<{width}}  {files}")
+    print(
+        f"memory: about {_BASE_MEGABYTES + _WORKER_MEGABYTES * processes} MB with {processes} workers"
+    )
+    print(f"disk: {prepared.length} bytes ({_size(prepared.length)})")
+    print(f"launch Megatron with: {prepared.launch_flags}")
+    print("dry run: nothing was written")
+
+
+def _print_outcome(prepared: Prepared, outcome: Outcome) -> None:
+    """What was done, and how to go on."""
+    kept = sum(rank.was_kept for rank in outcome.ranks)
+    rate = _size(outcome.written / max(outcome.seconds, 1e-3))
+    print(
+        f"wrote {len(outcome.ranks) - kept} rank folders, {_size(outcome.written)} in "
+        f"{outcome.seconds:.1f} s ({rate}/s)"
+        + (f"; kept {kept} from an earlier run" if kept else "")
+    )
+    print(f"verified: {outcome.depth.value}")
+    print(f"tracker: {outcome.tracker}")
+    print(f"launch Megatron with: {prepared.launch_flags}")
+
+
+def _print_verified(verified: Verified) -> None:
+    print(_indented(verified.layout.table()))
+    print(
+        f"verified ({verified.depth.value}): {verified.ranks} rank folders, "
+        f"{_size(verified.length)} in {verified.seconds:.1f} s; every tensor is where it must be"
+    )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

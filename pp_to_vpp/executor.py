@@ -1,0 +1,643 @@
+"""Worker processes, and the copying of planned bytes into files that appear only when whole.
+
+A rank folder is written under a temporary name and renamed at the end. Work is cut into tasks of a
+few dozen megabytes, so that a large file is shared by all workers. Workers import neither torch nor
+Megatron, end with their parent, and leave Ctrl-C to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from . import archive, checksum
+from .errors import CopyError, UsageError, problem
+from .types import Extent, Literal, Zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from .checksum import Derivation
+    from .plan import FilePlan, RankPlan
+    from .types import Piece
+
+_TASK_BYTES = 64 << 20
+_TASK_MOVES = 512
+_BUFFER_BYTES = 512 << 10
+"""Fits into the second-level cache: read, checksum and write touch main memory once each."""
+_KERNEL_COPY_BYTES = 32 << 20
+"""Per call, so that a signal is not kept waiting."""
+_WINDOW = 3
+"""Tasks queued per worker."""
+_FRESH_SECONDS = 15 * 60
+"""A temporary folder of another host that changed within this time is taken to be alive."""
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+class Workers:
+    """A pool of worker processes; a context manager that leaves none behind."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        # Forked before any thread exists, workers share the parent's memory and start at once.
+        method = "fork" if sys.platform == "linux" else "spawn"
+        self._pool = ProcessPoolExecutor(
+            count, multiprocessing.get_context(method), initializer=_start_worker
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self.kill()
+        else:
+            self._pool.shutdown()
+
+    def kill(self) -> None:
+        """End the workers at once, whatever they are doing."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Run a function in a worker."""
+        try:
+            return self._pool.submit(function, *arguments)
+        except BrokenProcessPool:
+            raise _worker_died() from None
+
+    def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """Results in the order of the jobs, with few of them waiting at any time."""
+        pending: list[Future[Result]] = []
+        for job in jobs:
+            pending.append(self.submit(function, job))
+            if len(pending) > _WINDOW * self.count:
+                yield result_of(pending.pop(0))
+        while pending:
+            yield result_of(pending.pop(0))
+
+
+def result_of(future: Future[Result]) -> Result:
+    """The result of a task.
+
+    Raises:
+        CopyError: its worker was killed.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise _worker_died() from None
+
+
+def _worker_died() -> CopyError:
+    return CopyError(
+        problem(
+            "worker process",
+            "it was killed",
+            cure="if the kernel ran out of memory, use fewer with --num-max-processing-processes; "
+            "then run again with --resume",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One range to be copied, or only to be read for its checksum."""
+
+    piece: Piece
+    offset: int | None
+    """Where it goes in the target file; None if it goes nowhere."""
+    has_checksum: bool
+    """Whether its CRC-32 is to be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTask:
+    """Moves into one file."""
+
+    path: str
+    moves: tuple[Move, ...]
+
+    @property
+    def length(self) -> int:
+        """Bytes that it writes."""
+        return sum(move.piece.length for move in self.moves if move.offset is not None)
+
+
+_buffer: bytearray | None = None
+
+
+def copy(task: CopyTask) -> tuple[int | None, ...]:
+    """Carry out a task; the CRC-32 of each move that wants one.
+
+    Raises:
+        CopyError: reading or writing failed.
+    """
+    found: list[int | None] = []
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(_opened(task.path, os.O_WRONLY))
+        sources: dict[str, int] = {}
+        for move in task.moves:
+            match move.piece:
+                case Extent() as extent:
+                    if extent.path not in sources:
+                        opened = _opened(extent.path, os.O_RDONLY)
+                        sources[extent.path] = stack.enter_context(opened)
+                    found.append(_move(sources[extent.path], target, extent, move, task.path))
+                case Literal(data):
+                    if move.offset is not None:
+                        _write(target, memoryview(data), move.offset, task.path)
+                    found.append(zlib.crc32(data))
+                case Zeros(length):
+                    found.append(checksum.of_zeros(length))  # the file began as a hole
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise _copy_error(path, "cannot be opened", error) from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _copy_error(path: str | Path, what: str, error: OSError) -> CopyError:
+    cure = "check the file system, then run again with --resume"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "free some space, then run again with --resume"
+    return CopyError(problem(path, f"{what} ({error.strerror})", cure=cure))
+
+
+def _move(source: int, target: int, extent: Extent, move: Move, path: str) -> int | None:
+    if move.has_checksum or move.offset is None:
+        return _copy_with_checksum(source, target, extent, move.offset, path)
+    _copy_in_kernel(source, target, extent, move.offset, path)
+    return None
+
+
+def _copy_with_checksum(
+    source: int, target: int, extent: Extent, offset: int | None, path: str
+) -> int:
+    """Read, checksum and write a range through the worker's buffer."""
+    global _buffer  # noqa: PLW0603  (one buffer per worker, allocated when first needed)
+    if _buffer is None:
+        _buffer = bytearray(_BUFFER_BYTES)
+    view = memoryview(_buffer)
+    crc32 = done = 0
+    while done < extent.length:
+        size = min(_BUFFER_BYTES, extent.length - done)
+        try:
+            count = os.preadv(source, [view[:size]], extent.offset + done)
+        except OSError as error:
+            raise _copy_error(extent.path, "cannot be read", error) from None
+        if count == 0:
+            raise _source_ended(extent)
+        crc32 = zlib.crc32(view[:count], crc32)
+        if offset is not None:
+            _write(target, view[:count], offset + done, path)
+        done += count
+    return crc32
+
+
+def _source_ended(extent: Extent) -> CopyError:
+    return CopyError(
+        problem(
+            extent.path,
+            "it became shorter while it was copied",
+            cure="nothing may write to the source: run again when it is at rest",
+        )
+    )
+
+
+def _copy_in_kernel(source: int, target: int, extent: Extent, offset: int, path: str) -> None:
+    """Copy a range without bringing it into the process: some file systems copy on the server, or
+    share the blocks. Where the kernel cannot, fall back to reading and writing."""
+    done = 0
+    while done < extent.length:
+        size = min(_KERNEL_COPY_BYTES, extent.length - done)
+        try:
+            count = os.copy_file_range(source, target, size, extent.offset + done, offset + done)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise _copy_error(path, "cannot be written", error) from None
+            count = 0
+        if count == 0:
+            rest = extent.cut(done, extent.length - done)
+            _copy_with_checksum(source, target, rest, offset + done, path)
+            return
+        done += count
+
+
+def _write(target: int, data: memoryview, offset: int, path: str) -> None:
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(target, data[done:], offset + done)
+        except OSError as error:
+            raise _copy_error(path, "cannot be written", error) from None
+
+
+@dataclass(frozen=True, slots=True)
+class TemporaryFolder:
+    """A rank folder that is being written."""
+
+    path: Path
+    target: Path
+    """Its name when it is whole."""
+
+    def file(self, name: str) -> str:
+        """Path of one of its files."""
+        return str(self.path / name)
+
+
+_PREFIX = ".writing-"
+
+
+def _own_mark() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{_start_time(os.getpid())}"
+
+
+def _start_time(pid: int) -> str:
+    """When a process began, in the kernel's ticks: tells it from a later one with its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return "0"
+
+
+def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> None:
+    """Remove what interrupted runs left of these rank folders.
+
+    A folder is renamed before it is emptied: a run that is still alive can then no longer publish
+    it, so removing it by mistake ends that run with an error and can do no other harm.
+
+    Raises:
+        UsageError: another run is writing one of them now.
+        CopyError: they cannot be removed.
+    """
+    if not save_dir.is_dir():
+        return
+    wanted = set(folders)
+    try:
+        names = [name for name in os.listdir(save_dir) if name.startswith(_PREFIX)]
+        for name in names:
+            folder, _, mark = name.removeprefix(_PREFIX).partition(".")
+            if folder not in wanted:
+                continue
+            if mark != "dead" and _is_alive(save_dir / name, mark):
+                raise UsageError(
+                    problem(
+                        save_dir / name,
+                        "another run is writing this rank folder now",
+                        cure="wait for it, or end it; give each run other "
+                        "--pipeline-ranks-to-process",
+                    )
+                )
+            dead = save_dir / f"{_PREFIX}{folder}.dead"
+            if name != dead.name:
+                shutil.rmtree(dead, ignore_errors=True)
+                (save_dir / name).rename(dead)
+            shutil.rmtree(dead)
+    except OSError as error:
+        raise _copy_error(
+            save_dir, "leftovers of an earlier run cannot be removed", error
+        ) from None
+
+
+def _is_alive(path: Path, mark: str) -> bool:
+    """Whether the run that writes a temporary folder still exists."""
+    host, pid, start = mark.rpartition("-")[0].rpartition("-")[0], *mark.rsplit("-", 2)[1:]
+    if host == socket.gethostname():
+        return pid.isdigit() and _start_time(int(pid)) == start and int(pid) != os.getpid()
+    try:
+        newest = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
+    except OSError:
+        return False
+    return time.time() - newest < _FRESH_SECONDS
+
+
+def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
+    """Make the temporary folder of a rank, with its files as holes of their final size.
+
+    Raises:
+        CopyError: the target cannot be written.
+    """
+    folder = TemporaryFolder(
+        save_dir / f"{_PREFIX}{plan.rank.folder}.{_own_mark()}", save_dir / plan.rank.folder
+    )
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir()
+        for file in plan.files:
+            with (folder.path / file.name).open("xb") as target:
+                target.truncate(file.length)
+    except OSError as error:
+        raise _copy_error(folder.path, "cannot be written", error) from None
+    return folder
+
+
+def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int]) -> int:
+    """Write what stands around the records and bring the file to disk; its own CRC-32.
+
+    Raises:
+        CopyError: writing failed.
+    """
+    total = position = 0
+    parts: list[tuple[int, int, int]] = [
+        (offset, sum(piece.length for piece in pieces), crc32)
+        for (offset, pieces), crc32 in zip(plan.places(), crc32s, strict=True)
+    ]
+    with _opened(path, os.O_WRONLY) as target:
+        for offset, data in archive.frame(plan.layout, crc32s) if plan.layout else ():
+            _write(target, memoryview(data), offset, path)
+            parts.append((offset, len(data), zlib.crc32(data)))
+        try:
+            os.fsync(target)
+        except OSError as error:
+            raise _copy_error(path, "cannot be brought to disk", error) from None
+    for offset, length, crc32 in sorted(parts):
+        total = checksum.concatenate(total, crc32, length)
+        position = offset + length
+    assert position == plan.length
+    return total
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to disk; network file systems that cannot are forgiven."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def publish(folder: TemporaryFolder) -> None:
+    """Give a whole folder its name.
+
+    Raises:
+        CopyError: the name is taken, or the file system refuses.
+    """
+    try:
+        sync_folder(folder.path)
+        folder.path.rename(folder.target)
+        sync_folder(folder.target.parent)
+    except OSError as error:
+        raise _copy_error(folder.target, "cannot be given its name", error) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there as a whole or not at all.
+
+    Raises:
+        CopyError: writing failed.
+    """
+    temporary = path.with_name(f".{path.name}.{_own_mark()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _copy_error(path, "cannot be written", error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyCopy:
+    """The rank folders of one family to be copied, in order."""
+
+    plans: tuple[RankPlan, ...]
+    derivations: Mapping[Extent, Derivation]
+    """Ranges whose checksums follow from others (see ``checksum.derivable``)."""
+    context: Any
+    """Handed on to ``finish``."""
+
+
+class _Ledger:
+    """CRC-32 of the ranges of one family, as they become known."""
+
+    def __init__(self, derivations: Mapping[Extent, Derivation]) -> None:
+        self.derivations = derivations
+        self._segments: dict[Extent, int] = {}
+
+    def enter(self, task: CopyTask, crc32s: tuple[int | None, ...]) -> None:
+        """Take down what a task found."""
+        for move, crc32 in zip(task.moves, crc32s, strict=True):
+            if isinstance(move.piece, Extent) and crc32 is not None:
+                self._segments[move.piece] = crc32
+
+    def of(self, piece: Piece) -> int:
+        """The checksum of a piece whose bytes have all been copied."""
+        match piece:
+            case Literal(data):
+                return zlib.crc32(data)
+            case Zeros(length):
+                return checksum.of_zeros(length)
+            case Extent():
+                if piece in self.derivations:
+                    return self.derivations[piece].solve(self._of_extent)
+                return self._of_extent(piece)
+
+    def _of_extent(self, extent: Extent) -> int:
+        joined = 0
+        for segment in _segments(extent):
+            joined = checksum.concatenate(joined, self._segments[segment], segment.length)
+        return joined
+
+    def of_records(self, plan: RankPlan) -> tuple[tuple[int, ...], ...]:
+        """The checksum of each record of each file."""
+        return tuple(
+            tuple(self._of_pieces(pieces) for pieces in file.contents) for file in plan.files
+        )
+
+    def _of_pieces(self, pieces: tuple[Piece, ...]) -> int:
+        joined = 0
+        for piece in pieces:
+            joined = checksum.concatenate(joined, self.of(piece), piece.length)
+        return joined
+
+
+def _segments(extent: Extent) -> Iterator[Extent]:
+    """An extent in parts of a task's size: large files are shared by all workers."""
+    for start in range(0, extent.length, _TASK_BYTES):
+        yield extent.cut(start, min(_TASK_BYTES, extent.length - start))
+
+
+def _tasks(
+    plan: RankPlan, folder: TemporaryFolder, derivations: Mapping[Extent, Derivation]
+) -> Iterator[CopyTask]:
+    """The work of one rank folder, in order of its bytes."""
+    for file in plan.files:
+        path = folder.file(file.name)
+        moves: list[Move] = []
+        length = 0
+        for move in _moves(file, derivations):
+            if moves and (length + move.piece.length > _TASK_BYTES or len(moves) >= _TASK_MOVES):
+                yield CopyTask(path, tuple(moves))
+                moves, length = [], 0
+            moves.append(move)
+            length += move.piece.length
+        yield CopyTask(path, tuple(moves))
+
+
+def _moves(file: FilePlan, derivations: Mapping[Extent, Derivation]) -> Iterator[Move]:
+    for offset, pieces in file.places():
+        position = offset
+        for piece in pieces:
+            match piece:
+                case Extent():
+                    derivation = derivations.get(piece)
+                    for gap in derivation.gaps if derivation is not None else ():
+                        yield from (Move(s, None, has_checksum=True) for s in _segments(gap))
+                    for segment in _segments(piece):
+                        yield Move(segment, position, has_checksum=derivation is None)
+                        position += segment.length
+                case Literal():
+                    yield Move(piece, position, has_checksum=False)
+                    position += piece.length
+                case Zeros(length):
+                    position += length  # the file began as a hole
+
+
+@dataclass(eq=False, slots=True)
+class _RankInWork:
+    """A rank folder between its first task and its publication."""
+
+    plan: RankPlan
+    folder: TemporaryFolder
+    ledger: _Ledger
+    context: Any
+    tasks_open: int = 0
+    is_submitted: bool = False
+    """All its tasks are with the workers."""
+    is_finishing: bool = False
+
+
+class Copier(Generic[Result]):
+    """Copies planned rank folders with a pool of workers.
+
+    ``finish`` runs in a worker when all bytes of a rank are there: it gets the family's context,
+    the plan, the temporary folder, and the CRC-32 of each record of each file, and publishes the
+    folder.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        save_dir: Path,
+        finish: Callable[[Any, RankPlan, TemporaryFolder, tuple[tuple[int, ...], ...]], Result],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._workers = workers
+        self._save_dir = save_dir
+        self._finish = finish
+        self._advance = advance
+        self._in_work: list[_RankInWork] = []
+        """Folders that exist under a temporary name, in order of their first task."""
+
+    def run(self, families: Iterable[FamilyCopy]) -> Iterator[Result]:
+        """Copy the folders in order; what ``finish`` returned for each.
+
+        Raises:
+            CopyError: reading or writing failed; the temporary folders are gone then.
+        """
+        try:
+            yield from self._run(families)
+        except BaseException:
+            self._workers.kill()  # nobody may publish a folder that is being removed
+            for rank in self._in_work:
+                shutil.rmtree(rank.folder.path, ignore_errors=True)
+            raise
+
+    def _run(self, families: Iterable[FamilyCopy]) -> Iterator[Result]:
+        copying: dict[Future[tuple[int | None, ...]], tuple[_RankInWork, CopyTask]] = {}
+        finishing: dict[Future[Result], _RankInWork] = {}
+        work = self._work(families)
+        is_over = False
+        while True:
+            while not is_over and len(copying) < _WINDOW * self._workers.count:
+                rank, task = next(work, (None, None))
+                if rank is None or task is None:
+                    is_over = True
+                else:
+                    copying[self._workers.submit(copy, task)] = (rank, task)
+            for rank in self._finished():
+                crc32s = rank.ledger.of_records(rank.plan)
+                arguments = (rank.context, rank.plan, rank.folder, crc32s)
+                finishing[self._workers.submit(self._finish, *arguments)] = rank
+            if not copying and not finishing:
+                return
+            wait([*copying, *finishing], return_when=FIRST_COMPLETED)
+            for copied in [future for future in copying if future.done()]:
+                rank, task = copying.pop(copied)
+                rank.ledger.enter(task, result_of(copied))
+                rank.tasks_open -= 1
+                self._advance(task.length)
+            for finished in [future for future in finishing if future.done()]:
+                result = result_of(finished)
+                self._in_work.remove(finishing.pop(finished))
+                yield result
+
+    def _work(self, families: Iterable[FamilyCopy]) -> Iterator[tuple[_RankInWork, CopyTask]]:
+        """Every task in order; its rank's folder is made just before the first."""
+        for family in families:
+            ledger = _Ledger(family.derivations)
+            for plan in family.plans:
+                folder = create_folder(self._save_dir, plan)
+                rank = _RankInWork(plan, folder, ledger, family.context)
+                self._in_work.append(rank)
+                for task in _tasks(plan, folder, family.derivations):
+                    rank.tasks_open += 1
+                    yield rank, task
+                rank.is_submitted = True
+
+    def _finished(self) -> Iterator[_RankInWork]:
+        """Ranks whose bytes are all there, in order: a checksum may follow from earlier ranks."""
+        for rank in self._in_work:
+            if rank.tasks_open or not rank.is_submitted:
+                return
+            if not rank.is_finishing:
+                rank.is_finishing = True
+                yield rank

@@ -1,0 +1,214 @@
+"""From a family's inventory and a target layout to the bytes of every target file.
+
+A plan holds tuples only, is a function of its inputs, knows its size and can be checked: every
+file is tiled, every source byte exists, no source byte is used twice and no tensor is left behind.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from . import states, torch_file
+from .arguments import patch_arguments
+from .errors import CheckpointError, problem
+from .inventory import OPTIMIZER
+from .model_state import Adopter, StateDictWriter, replace_chunks, target_chunk
+from .optimizer_state import TargetOptimizer
+from .states import OptimizerKind
+from .torch_file import FileFormatError
+from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from .archive import ArchiveLayout
+    from .inventory import Family
+    from .layout import PipelineLayout, Placement
+    from .types import RankId
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One target file: where each record's bytes come from."""
+
+    name: str
+    length: int
+    contents: tuple[tuple[Piece, ...], ...]
+    """The bytes of each record; of a file that is no archive, one entry."""
+    layout: ArchiveLayout | None
+    """Where the records lie; None for a file that is copied as it is."""
+
+    def places(self) -> Iterator[tuple[int, tuple[Piece, ...]]]:
+        """Offset in the file and bytes of each record."""
+        offsets = [record.offset for record in self.layout.records] if self.layout else [0]
+        yield from zip(offsets, self.contents, strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """One target rank folder."""
+
+    rank: RankId
+    files: tuple[FilePlan, ...]
+
+    @property
+    def length(self) -> int:
+        """Bytes of all files."""
+        return sum(file.length for file in self.files)
+
+    def source_paths(self) -> tuple[str, ...]:
+        """The source files that its bytes come from."""
+        extents = (p for file in self.files for pieces in file.contents for p in pieces)
+        return tuple(sorted({p.path for p in extents if isinstance(p, Extent)}))
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """What a conversion makes: the same for all families."""
+
+    placement: Placement
+    layout: PipelineLayout
+    overlaps_param_gather_with_step: bool
+
+
+def plan_rank(
+    family: Family,
+    target: TargetSpec,
+    pp_rank: int,
+    others: Sequence[tuple[str, Extent]] = (),
+) -> RankPlan:
+    """The plan of one target rank folder.
+
+    Args:
+        family: the inventory, with all source ranks that hold what this rank needs.
+        target: placement and layout of the target.
+        pp_rank: which rank.
+        others: name and whole content of further files of the folder, which are copied.
+
+    Raises:
+        LayoutError: Megatron could not build the target's buffers.
+        CheckpointError: the source has no param groups, or objects that cannot be written.
+    """
+    own = family.ranks[pp_rank]
+    chunks = [target_chunk(family, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
+    overlaps = target.overlaps_param_gather_with_step
+    buffers = states.rank_buffers(
+        [(chunk.chunk, chunk.parameters) for chunk in chunks],
+        family.arguments,
+        family.rules,
+        overlaps_param_gather_with_step=overlaps,
+    )
+    adopter = Adopter(family, pp_rank)
+    writer = StateDictWriter(family, pp_rank, adopter)
+    views = buffers.by_stage if family.shares_storages else [None] * len(chunks)
+    nodes = [writer.chunk(chunk, view) for chunk, view in zip(chunks, views, strict=True)]
+    root = replace_chunks(own.root, nodes)
+    root["args"] = patch_arguments(
+        root["args"], family.arguments, target.placement, overlap_param_gather_with_step=overlaps
+    )
+    roots = {MODEL_FILE: (root, own.files.model)}
+    if family.kind is not OptimizerKind.NONE:
+        optimizer = TargetOptimizer(family, pp_rank, chunks, buffers, overlaps, adopter)
+        root[OPTIMIZER] = optimizer.entry()
+        flat = optimizer.flat_root() if family.kind is OptimizerKind.DISTRIBUTED else None
+        if flat is not None:
+            siblings = (rank.files.optimizer for rank in (own, *family.ranks.values()))
+            roots[OPTIMIZER_FILE] = (flat, next(file for file in siblings if file is not None))
+    try:
+        files = [
+            _file_plan(name, torch_file.encode(graph, template))
+            for name, (graph, template) in roots.items()
+        ]
+    except FileFormatError as error:
+        cure = "the checkpoint holds objects that cannot be kept: ask for support of them"
+        raise CheckpointError(problem(own.files.model.path, str(error), cure=cure)) from None
+    files += [FilePlan(name, extent.length, ((extent,),), None) for name, extent in others]
+    return RankPlan(own.files.rank, tuple(files))
+
+
+def _file_plan(name: str, encoded: torch_file.EncodedFile) -> FilePlan:
+    return FilePlan(name, encoded.layout.length, encoded.contents, encoded.layout)
+
+
+def check(
+    ranks: Sequence[RankPlan], family: Family, sizes: Mapping[str, int], *, is_whole: bool
+) -> list[str]:
+    """What is wrong with a plan; nothing, unless this program has an error.
+
+    Args:
+        ranks: plans of ranks of one family.
+        family: its inventory.
+        sizes: bytes of each source file.
+        is_whole: all ranks of the family are planned, so everything in the source must be used.
+    """
+    errors: list[str] = []
+    used: dict[str, list[tuple[int, int]]] = {}
+    for plan in ranks:
+        for file in plan.files:
+            errors += [f"{plan.rank.folder}/{file.name}: {text}" for text in _holes(file)]
+            for piece in (p for pieces in file.contents for p in pieces):
+                if isinstance(piece, Extent):
+                    if not 0 <= piece.offset <= piece.offset + piece.length <= sizes[piece.path]:
+                        errors.append(f"{piece.path}: bytes past its end are wanted")
+                    used.setdefault(piece.path, []).append((piece.offset, piece.length))
+    wanted = _tensor_bytes(family) if is_whole else {}
+    for path, ranges in used.items():
+        end = 0
+        for offset, length in sorted(set(ranges)):
+            if offset < end:
+                errors.append(f"{path}: bytes at {offset} are used twice")
+            end = max(end, offset + length)
+    for path, ranges in wanted.items():
+        taken = sorted(used.get(path, ()))
+        errors += [
+            f"{path}: {length} bytes at {offset} are not used"
+            for offset, length in ranges
+            if not _covers(taken, offset, length)
+        ]
+    return errors[:20]
+
+
+def _holes(file: FilePlan) -> Iterator[str]:
+    """Records whose pieces do not fill them, or that overlap."""
+    end = 0
+    for index, (offset, pieces) in enumerate(file.places()):
+        length = sum(piece.length for piece in pieces)
+        planned = file.layout.records[index].length if file.layout else file.length
+        if length != planned or offset < end:
+            yield f"record {index} of {planned} bytes gets {length} at {offset}"
+        end = offset + length
+    if end > file.length:
+        yield f"records end at {end} of {file.length}"
+
+
+def _tensor_bytes(family: Family) -> dict[str, list[tuple[int, int]]]:
+    """Where the bytes of every weight and state lie."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    contents: list[tuple[Piece, ...]] = []
+    for item in family.items():
+        if item.tensor is not None:
+            contents.append(item.tensor.content())
+        state = family.states.get(item.name)
+        if isinstance(state, states.FlatState):
+            contents += state.parts.values()
+    for piece in (p for pieces in contents for p in pieces):
+        if isinstance(piece, Extent):
+            found.setdefault(piece.path, []).append((piece.offset, piece.length))
+    return found
+
+
+def _covers(taken: list[tuple[int, int]], offset: int, length: int) -> bool:
+    """Whether sorted, disjoint ranges cover one range; neighbours count together."""
+    index = bisect.bisect_right(taken, (offset, 1 << 63)) - 1
+    while length > 0:
+        if index < 0 or index >= len(taken):
+            return False
+        start, size = taken[index]
+        if not start <= offset < start + size:
+            return False
+        length -= start + size - offset
+        offset = start + size
+        index += 1
+    return True

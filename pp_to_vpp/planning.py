@@ -1,0 +1,167 @@
+"""The plan of one family of ranks, made in a worker: read, prove, lay out anew, check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from . import plan, reader
+from .errors import CheckpointError, ConversionError, problem
+from .plan import FilePlan, RankPlan, TargetSpec
+from .types import OPTIMIZER_FILE, Extent, RankId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .inventory import Family, RankFiles
+    from .layout import PipelineLayout
+    from .reader import SourceFile
+    from .rules import Rules
+    from .states import OptimizerKind
+
+
+@dataclass(frozen=True, slots=True)
+class PlanJob:
+    """A family to be planned."""
+
+    iteration_dir: str
+    ranks: Mapping[int, RankId]
+    """All ranks of the family, by pipeline rank."""
+    pp_ranks: tuple[int, ...]
+    """The target ranks wanted."""
+    target: TargetSpec
+    needs_contents: bool
+    """Whether the plans are to be carried out; else only their sizes are returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFamily:
+    """What planning a family has shown."""
+
+    ranks: tuple[RankPlan, ...]
+    sources: tuple[SourceFile, ...]
+    """The source files as they were."""
+    records: Mapping[str, tuple[tuple[Extent, int], ...]]
+    """The records of each source file with their CRC-32; 0 where none was computed."""
+    source: PipelineLayout
+    target: PipelineLayout
+    rules: Rules
+    kind: OptimizerKind
+    rounding: str
+    """How the 16-bit weights come from their main parameters; "" if there are none."""
+    holds_dense_state: bool
+    left_behind: tuple[str, ...]
+    """Files of the rank folders that are no part of the checkpoint."""
+
+
+def plan_family(job: PlanJob) -> PlannedFamily:
+    """Plan the wanted ranks of one family.
+
+    Raises:
+        CheckpointError: the source cannot be read, proved or converted.
+        LayoutError: the target cannot be built.
+    """
+    family, rounding, target = _read(job)
+    plans, left = [], []
+    for pp_rank in job.pp_ranks:
+        others, ignored = reader.other_files(job.iteration_dir, job.ranks[pp_rank])
+        plans.append(plan.plan_rank(family, target, pp_rank, others))
+        left += ignored
+    paths = sorted({path for rank in plans for path in rank.source_paths()})
+    sources = reader.source_files(paths)
+    errors = plan.check(
+        plans,
+        family,
+        {file.path: file.length for file in sources},
+        is_whole=len(job.pp_ranks) == target.layout.pp_size,
+    )
+    if errors:
+        raise ConversionError(*(f"{error}; this is an error of pp_to_vpp" for error in errors))
+    return PlannedFamily(
+        ranks=tuple(plans if job.needs_contents else map(_without_contents, plans)),
+        sources=sources if job.needs_contents else (),
+        records=_records(family) if job.needs_contents else {},
+        source=family.layout,
+        target=target.layout,
+        rules=family.rules,
+        kind=family.kind,
+        rounding=rounding,
+        holds_dense_state=family.holds_dense_state,
+        left_behind=tuple(left),
+    )
+
+
+def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
+    """The family's inventory with all source ranks that the wanted ranks need."""
+    target = job.target
+    files: dict[int, RankFiles] = {}
+    needed: Iterable[int] = job.pp_ranks
+    while True:
+        for pp_rank in needed:
+            files[pp_rank] = reader.read_rank(job.iteration_dir, job.ranks[pp_rank])
+        family, rounding = reader.proven_family(dict(sorted(files.items())))
+        arguments = family.arguments
+        layout = target.placement.place(
+            arguments.num_layers,
+            arguments.pp_size,
+            mtp_num_layers=arguments.mtp_num_layers,
+            final_norm_follows_layers=family.rules.final_norm_follows_layers,
+        )
+        wanted = {
+            source
+            for pp_rank in job.pp_ranks
+            for source in family.layout.sources_of(layout, pp_rank)
+        }
+        needed = sorted(wanted - files.keys())
+        if not needed:
+            return family, rounding, replace(target, layout=layout)
+
+
+def _records(family: Family) -> dict[str, tuple[tuple[Extent, int], ...]]:
+    found = {}
+    for rank in family.ranks.values():
+        for file in (rank.files.model, rank.files.optimizer):
+            if file is not None:
+                found[file.path] = tuple(
+                    (Extent(file.path, record.offset, record.length), record.crc32)
+                    for record in file.records.values()
+                )
+    return found
+
+
+def _without_contents(rank: RankPlan) -> RankPlan:
+    files = (FilePlan(file.name, file.length, (), None) for file in rank.files)
+    return RankPlan(rank.rank, tuple(files))
+
+
+def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> None:
+    """What only all families together can show.
+
+    Raises:
+        CheckpointError: they are not of one save, or the dense optimizer state is missing.
+    """
+    planned = list(families)
+    first = planned[0]
+    for family in planned:
+        if (family.rules, family.kind) != (first.rules, first.kind):
+            raise CheckpointError(
+                problem(
+                    iteration_dir,
+                    "its families of ranks were written in different ways "
+                    f"({family.ranks[0].rank.folder} and {first.ranks[0].rank.folder})",
+                    cure="the folders must be of one save: copy them again",
+                )
+            )
+    if first.kind.value != "distributed optimizer":
+        return
+    for tp_rank in sorted({family.ranks[0].rank.tp_rank for family in planned}):
+        holders = [f for f in planned if f.ranks[0].rank.tp_rank == tp_rank and f.holds_dense_state]
+        if not holders:
+            raise CheckpointError(
+                problem(
+                    iteration_dir,
+                    f"no {OPTIMIZER_FILE} of tp rank {tp_rank} holds the dense optimizer state",
+                    expected=f"it in one of the folders mp_rank_{tp_rank:02d}_*",
+                    cure="copy the missing files",
+                )
+            )

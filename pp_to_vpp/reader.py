@@ -1,0 +1,441 @@
+"""Source files: which rank folders there are, what their files decode to, samples of their bytes.
+
+Files are opened for reading only, and must be regular files inside the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from . import archive, rounding, torch_file
+from .archive import ArchiveError
+from .arguments import SavedArguments, namespace_values, read_arguments
+from .errors import CheckpointError, problem, show
+from .inventory import Family, RankFiles, Sample, read_family, samples
+from .pickling import as_mapping
+from .torch_file import FileFormatError, TorchFile
+from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, RankId
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from .archive import Record
+    from .types import Piece
+
+_RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
+_KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
+_REFUSED_FILES = re.compile(r"layer_wise_optimizer_.*\.pt|optim\.pt|model_rng\.pt")
+_SAMPLED = 16
+"""Elements compared at each end of a parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when it was planned: a later change must not go unnoticed."""
+
+    path: str
+    length: int
+    modified: int
+    """mtime in nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The folders of an iteration."""
+
+    path: str
+    ranks: tuple[RankId, ...]
+    arguments: SavedArguments
+    """Of the first rank."""
+    iteration: int | None
+    """As the first rank file tells."""
+    ignored: tuple[str, ...]
+    """Entries beside the rank folders that are no part of the checkpoint."""
+
+    @property
+    def families(self) -> tuple[tuple[int, int], ...]:
+        """Each (tp_rank, ep_rank)."""
+        return tuple(sorted({rank.family for rank in self.ranks}))
+
+    def family(self, family: tuple[int, int]) -> dict[int, RankId]:
+        """The ranks of one family by pipeline rank."""
+        return {rank.pp_rank: rank for rank in self.ranks if rank.family == family}
+
+
+def survey(iteration_dir: str) -> Survey:
+    """List an iteration folder and read the arguments of its first rank.
+
+    Raises:
+        CheckpointError: not a Megatron checkpoint of --ckpt-format torch, or ranks are missing.
+    """
+    path = Path(iteration_dir)
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise CheckpointError(
+            problem(path, f"cannot be listed ({error.strerror})", cure="check --load-iteration-dir")
+        ) from None
+    ranks = {rank: name for name in names if (rank := RankId.parse(name)) is not None}
+    odd = [name for name in names if _RANK_LIKE.fullmatch(name) and RankId.parse(name) is None]
+    if not ranks:
+        raise CheckpointError(_why_no_ranks(path, names, odd))
+    first = min(ranks)
+    arguments, iteration = _first_arguments(path / first.folder / MODEL_FILE)
+    _check_sizes(path, sorted(ranks), arguments)
+    ignored = tuple(name for name in names if RankId.parse(name) is None)
+    return Survey(str(path), tuple(sorted(ranks)), arguments, iteration, ignored)
+
+
+def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
+    """What the folder is instead of what was expected."""
+    expected = "folders named mp_rank_TT_PPP or mp_rank_TT_PPP_EEE"
+    if any(name in names for name in ("metadata.json", "common.pt", ".metadata")):
+        what = "this is a distributed checkpoint (torch_dist or fsdp_dtensor)"
+        cure = "Megatron reshards those by itself when it loads them: no conversion is needed"
+    elif odd:
+        what = f"its rank folders ({odd[0]}) name no pipeline rank: it was saved with PP 1"
+        cure = "virtual stages need pipeline parallelism: there is nothing to convert"
+    elif any(name.startswith(("iter_", "release")) for name in names):
+        what = "this is the checkpoint's root"
+        cure = "give one of its iteration folders, such as iter_0001000"
+    else:
+        what = "it holds no rank folders"
+        cure = "give the iter_* folder that Megatron-LM saved with --ckpt-format torch"
+    return problem(
+        path, what, expected=expected, found=", ".join(list(names)[:5]) or "nothing", cure=cure
+    )
+
+
+def _first_arguments(path: Path) -> tuple[SavedArguments, int | None]:
+    root = as_mapping(read_torch_file(path).root) or {}
+    values = namespace_values(root.get("args"), str(path))
+    _refuse_unsupported(values, str(path))
+    iteration = root.get("iteration")
+    return read_arguments(root.get("args"), str(path)), iteration if type(
+        iteration
+    ) is int else None
+
+
+_UNSUPPORTED = (
+    # argument, is it on?, what it means
+    ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
+    ("is_hybrid_model", bool, "a hybrid (Mamba) model: its layers follow a pattern of their own"),
+    ("hybrid_override_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
+    ("hybrid_layer_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
+    ("use_custom_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
+    ("use_megatron_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
+    ("use_torch_fsdp2", bool, "FSDP2: it shards parameters in another format"),
+    ("standalone_embedding_stage", bool, "a standalone embedding stage, which VPP cannot have"),
+    ("fp8_param_gather", bool, "weights stored natively in fp8"),
+    ("fp4_param_gather", bool, "weights stored natively in fp4"),
+    ("use_layer_wise_distributed_optimizer", bool, "a layer-wise optimizer with files per rank"),
+    ("optimizer", lambda v: "muon" in str(v).lower(), "Muon, whose state is kept per rank"),
+    ("optimizer", lambda v: v == "sgd", "SGD, whose momentum has another format"),
+    ("moe_extended_tp", bool, "experts split over TP x EP (--moe-extended-tp)"),
+    ("gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP ranks"),
+    ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),
+)
+
+
+def _refuse_unsupported(values: Mapping[object, object], where: str) -> None:
+    problems = [
+        problem(
+            where,
+            f"args.{name} is {show(values[name])}: {meaning}",
+            cure="it cannot be converted exactly; see 'What is refused' in the README",
+        )
+        for name, is_on, meaning in _UNSUPPORTED
+        if values.get(name) is not None and is_on(values[name])
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> None:
+    """The folders must be those of the sizes in the arguments."""
+    problems = []
+    if arguments.pp_size < 2:
+        problems.append(
+            problem(
+                path,
+                "it was saved with pipeline_model_parallel_size 1",
+                cure="virtual stages need pipeline parallelism: there is nothing to convert",
+            )
+        )
+    if any((rank.ep_rank is None) != (arguments.ep_size == 1) for rank in ranks):
+        problems.append(
+            problem(
+                path,
+                "its folder names do not fit expert_model_parallel_size",
+                expected=f"{'two' if arguments.ep_size == 1 else 'three'} numbers in each name",
+                found=ranks[0].folder,
+                cure="the folders and the arguments in them must be of one save",
+            )
+        )
+    if not problems:
+        problems = _missing_stages(path, ranks, arguments)
+    if problems:
+        raise CheckpointError(*problems[:8])
+
+
+def _missing_stages(path: Path, ranks: list[RankId], arguments: SavedArguments) -> list[str]:
+    families = {rank.family for rank in ranks}
+    found = set(ranks)
+    problems = []
+    for tp_rank, ep_rank in sorted(families):
+        for pp_rank in range(arguments.pp_size):
+            rank = RankId(tp_rank, pp_rank, ep_rank if arguments.ep_size > 1 else None)
+            if rank not in found:
+                problems.append(
+                    problem(
+                        path / rank.folder,
+                        "this rank folder is missing",
+                        expected=f"{arguments.pp_size} pipeline ranks of each family",
+                        cure="layers move between all of them: copy the missing folder",
+                    )
+                )
+    sizes = (
+        ("tensor", arguments.tp_size, {rank.tp_rank for rank in ranks}),
+        ("expert", arguments.ep_size, {rank.ep_rank or 0 for rank in ranks}),
+        ("pipeline", arguments.pp_size, {rank.pp_rank for rank in ranks}),
+    )
+    for kind, size, numbers in sizes:
+        if sorted(numbers) != list(range(size)):
+            missing = sorted(set(range(size)) - numbers)
+            problems.append(
+                problem(
+                    path,
+                    f"its folders do not fit {kind}_model_parallel_size",
+                    expected=f"ranks 0 to {size - 1}",
+                    found=f"{len(numbers)} of them"
+                    + (f", rank {missing[0]} is missing" if missing else ""),
+                    cure="copy the missing folders, or remove those of another save",
+                )
+            )
+    if arguments.etp_size == arguments.tp_size and not problems:
+        for tp_rank in range(arguments.tp_size):
+            for ep_rank in range(arguments.ep_size):
+                if (tp_rank, ep_rank) not in families:
+                    rank = RankId(tp_rank, 0, ep_rank if arguments.ep_size > 1 else None)
+                    problems.append(
+                        problem(
+                            path / rank.folder,
+                            "this rank folder and its siblings are missing",
+                            cure="copy the missing folders",
+                        )
+                    )
+    return problems
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file of the checkpoint for reading.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, no regular file, or outside its checkpoint.
+    """
+    try:
+        root = os.path.realpath(path.parent.parent)
+        if not os.path.realpath(path).startswith(root + os.sep):
+            raise CheckpointError(
+                problem(
+                    path,
+                    "it is a link out of the checkpoint",
+                    cure="put the file itself there",
+                )
+            )
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CheckpointError(
+                    problem(path, "it is no regular file", cure="put the file itself there")
+                )
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            problem(path, f"cannot be read ({error.strerror})", cure="check the file and its mode")
+        ) from None
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """Decode one ``.pt`` file; its tensors stay on disk.
+
+    Raises:
+        CheckpointError: unreadable, or not written by torch.save.
+    """
+    with open_source(path) as file:
+
+        def read(record: Record) -> bytes:
+            return os.pread(file.fileno(), record.length, record.offset)
+
+        try:
+            stem, records = archive.read_records(file)
+            return torch_file.decode(str(path), stem, records, read)
+        except (ArchiveError, FileFormatError) as error:
+            raise CheckpointError(
+                problem(
+                    path,
+                    str(error),
+                    expected="a file that torch.save wrote for Megatron-LM",
+                    cure="the file is damaged or of another kind: use another copy of it",
+                )
+            ) from None
+        except MemoryError:
+            raise CheckpointError(
+                problem(path, "its description does not fit into memory", cure="use another copy")
+            ) from None
+
+
+def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> RankFiles:
+    """Decode the files of one rank folder (``folder`` where it has a temporary name).
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    path = Path(iteration_dir) / (folder or rank.folder)
+    has_optimizer = (path / OPTIMIZER_FILE).exists()
+    return RankFiles(
+        rank,
+        read_torch_file(path / MODEL_FILE),
+        read_torch_file(path / OPTIMIZER_FILE) if has_optimizer else None,
+    )
+
+
+def other_files(iteration_dir: str, rank: RankId) -> tuple[list[tuple[str, Extent]], list[str]]:
+    """Files of a rank folder that are copied as they are, and names that are left behind.
+
+    Raises:
+        CheckpointError: a file of an optimizer or format that cannot be converted.
+    """
+    path = Path(iteration_dir) / rank.folder
+    kept: list[tuple[str, Extent]] = []
+    left: list[str] = []
+    for name in sorted(os.listdir(path)):
+        if name in (MODEL_FILE, OPTIMIZER_FILE):
+            continue
+        if _REFUSED_FILES.fullmatch(name):
+            raise CheckpointError(
+                problem(
+                    path / name,
+                    "a file of an optimizer or of an old format that is kept per rank",
+                    cure="it cannot be converted exactly; see 'What is refused' in the README",
+                )
+            )
+        if _KEPT_AS_THEY_ARE.fullmatch(name):
+            with open_source(path / name) as file:
+                length = os.fstat(file.fileno()).st_size
+            kept.append((name, Extent(str(path / name), 0, length)))
+        else:
+            left.append(f"{rank.folder}/{name}")
+    return kept, left
+
+
+def source_files(paths: Iterable[str]) -> tuple[SourceFile, ...]:
+    """Size and modification time of files."""
+    found = []
+    for path in paths:
+        with open_source(Path(path)) as file:
+            status = os.fstat(file.fileno())
+            found.append(SourceFile(path, status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
+    """The inventory of a family under the first rules that its bytes agree with, and how the
+    16-bit weights come from their main parameters: "rounded", "cut off", or "" if there are none.
+
+    Raises:
+        CheckpointError: no rules explain structure and samples.
+    """
+    worst: list[str] = []
+    for family in read_family(files):
+        rounding, differing = check_samples(samples(family))
+        if rounding is not None:
+            return family, rounding
+        worst = worst or differing
+    first = next(iter(files.values()))
+    raise CheckpointError(
+        problem(
+            first.optimizer.path if first.optimizer is not None else first.model.path,
+            f"{len(worst)} weights are not their main parameters rounded, {worst[0]} among them",
+            expected="16-bit weights that follow from the fp32 ones in distrib_optim.pt",
+            cure="weights and optimizer state are not of one save, or damaged: use those of one save",
+        )
+    )
+
+
+def check_samples(wanted: Iterable[Sample]) -> tuple[str | None, list[str]]:
+    """Compare the first and last elements of weights with those of their main parameters.
+
+    Returns:
+        "rounded" or "cut off" if one way of getting from fp32 to 16 bits explains every sample,
+        "" if there were none; None if neither does, with the names that differ.
+    """
+    batches: dict[str, tuple[list[bytes], list[bytes], list[str]]] = {}
+    with SampleReader() as reader:
+        for sample in wanted:
+            weights, mains, names = batches.setdefault(sample.dtype, ([], [], []))
+            weights.append(reader.ends(sample.weight, rounding.item_bytes(sample.dtype)))
+            mains.append(reader.ends(sample.main, rounding.item_bytes("float32")))
+            names.append(sample.name)
+    ways: set[str] = set(rounding.WAYS)
+    differing: list[str] = []
+    for dtype, (weights, mains, names) in batches.items():
+        found = rounding.explain(dtype, weights, mains)
+        ways &= found.ways
+        differing += [names[index] for index in found.differing]
+    if not batches:
+        return "", []
+    best = next((way for way in rounding.WAYS if way in ways), None)
+    return best, differing or [name for *_, names in batches.values() for name in names]
+
+
+class SampleReader:
+    """Reads small ranges; each file is opened once."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Bytes of a file.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        if path not in self._descriptors:
+            with open_source(Path(path)) as file:
+                self._descriptors[path] = os.dup(file.fileno())
+        try:
+            data = os.pread(self._descriptors[path], length, offset)
+        except OSError as error:
+            raise CheckpointError(
+                problem(path, f"cannot be read ({error.strerror})", cure="check the file system")
+            ) from None
+        if len(data) != length:
+            raise CheckpointError(problem(path, "it is cut off", cure="use another copy of it"))
+        return data
+
+    def ends(self, pieces: tuple[Piece, ...], item_bytes: int) -> bytes:
+        """The first and last elements of a tensor's bytes."""
+        extent = pieces[0]
+        if len(pieces) != 1 or not isinstance(extent, Extent):
+            raise TypeError("a source tensor is one extent")
+        window = _SAMPLED * item_bytes
+        if extent.length <= 2 * window:
+            return self.read(extent.path, extent.offset, extent.length)
+        head = self.read(extent.path, extent.offset, window)
+        return head + self.read(extent.path, extent.offset + extent.length - window, window)

@@ -1,0 +1,88 @@
+"""From fp32 main parameters to 16-bit weights: the one arithmetic fact that files can be held to.
+
+Megatron copies each main parameter into its weight after a step, rounding to nearest even. With
+stored remainders the weight may instead be the main parameter cut off at 16 bits
+(distrib_optimizer.py, ``store_param_remainders``, 0.12 and later).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    _Bits = NDArray[np.uint32]
+
+WAYS = ("rounded", "cut off")
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_EXPONENT, _QUIET = 0x7F800000, 0x7FFFFFFF
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element; 1 for dtypes that are not compared."""
+    return _ITEM_BYTES.get(dtype, 1)
+
+
+def _bfloat16_rounded(bits: _Bits) -> NDArray[np.uint16]:
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _bfloat16_cut(bits: _Bits) -> NDArray[np.uint16]:
+    return (bits >> 16).astype(np.uint16)
+
+
+def _float16_rounded(bits: _Bits) -> NDArray[np.uint16]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bits.view(np.float32).astype(np.float16).view(np.uint16)
+
+
+_CONVERSIONS: dict[str, dict[str, Callable[[_Bits], NDArray[np.uint16]]]] = {
+    "bfloat16": {"rounded": _bfloat16_rounded, "cut off": _bfloat16_cut},
+    "float16": {"rounded": _float16_rounded},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How weights follow from main parameters."""
+
+    ways: frozenset[str]
+    """The ways that explain every element."""
+    differing: tuple[int, ...]
+    """Indices of the pairs that the likeliest way does not explain."""
+
+
+def explain(dtype: str, weights: Sequence[bytes], mains: Sequence[bytes]) -> Explanation:
+    """Compare weights with the main parameters they come from.
+
+    Args:
+        dtype: of the weights; ``float32`` must be equal, unknown ones are not compared.
+        weights: raw elements, little-endian, one entry per parameter.
+        mains: the fp32 elements of the same parameters.
+    """
+    if dtype not in _ITEM_BYTES:
+        return Explanation(frozenset(WAYS), ())
+    if dtype == "float32":
+        differing = [i for i, (w, m) in enumerate(zip(weights, mains, strict=True)) if w != m]
+        return Explanation(frozenset(() if differing else WAYS), tuple(differing))
+    sizes = [len(weight) // item_bytes(dtype) for weight in weights]
+    found = np.frombuffer(b"".join(weights), dtype="<u2")
+    bits = np.frombuffer(b"".join(mains), dtype="<u4")
+    wrong = {
+        way: (convert(bits) != found) & ~_is_nan(bits)
+        for way, convert in _CONVERSIONS[dtype].items()
+    }
+    ways = frozenset(way for way, where in wrong.items() if not where.any())
+    likeliest = min(wrong.values(), key=lambda where: int(where.sum()))
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    return Explanation(ways, () if ways else tuple(np.unique(owners[likeliest]).tolist()))
+
+
+def _is_nan(bits: _Bits) -> NDArray[np.bool_]:
+    return (bits & _QUIET) > _EXPONENT

@@ -1,0 +1,389 @@
+"""Proof that rank folders hold what their source holds, by code that knows neither plan nor mapping.
+
+Each side's files are read back and every tensor is named globally on its own side; then names,
+shapes and bytes are compared. ``structure`` samples bytes, ``full`` compares all of them by digest,
+holds source records to their CRC-32, every 16-bit weight to its main parameter, and opens each file
+with ``torch.load`` itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import pickle
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import pickling, rounding, torch_loading
+from .arguments import namespace_values
+from .chunks import chunk_keys
+from .errors import ConversionError, VerificationError, problem, show
+from .inventory import OPTIMIZER, Family, Sample, read_family, samples
+from .param_groups import STEP, key_of_group
+from .reader import SampleReader, proven_family, read_rank
+from .states import GROUPS, FlatState, OptimizerKind, PlainState, items_by_group, part_entries
+from .tensors import unwrap_tensor
+from .types import Extent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from .chunks import Item
+    from .inventory import RankFiles
+    from .layout import PipelineLayout
+    from .types import Piece, RankId
+
+_CURE = "do not train from it: remove the folder and convert again"
+_MAY_DIFFER = frozenset(
+    (
+        "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout",
+        "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+        "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+        "decoder_first_pipeline_num_layers_split", "decoder_last_pipeline_num_layers_split",
+        "overlap_p2p_comm", "align_param_gather", "overlap_param_gather_with_optimizer_step",
+    )
+)  # fmt: skip
+"""Arguments that say where layers are, or that Megatron derives from that."""
+_READ_BYTES = 4 << 20
+_SHOWN = 8
+
+
+class Depth(enum.Enum):
+    """How much is verified."""
+
+    NONE = "none"
+    STRUCTURE = "structure"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Where the ranks of one family lie."""
+
+    directory: str
+    ranks: Mapping[int, RankId]
+
+    def read(self, pp_ranks: Iterable[int]) -> dict[int, RankFiles]:
+        """Decode the files of some ranks."""
+        return {pp_rank: read_rank(self.directory, self.ranks[pp_rank]) for pp_rank in pp_ranks}
+
+
+def verify_rank(
+    source: Side,
+    target: RankFiles,
+    layout: PipelineLayout | None,
+    digests: Mapping[str, bytes] | None = None,
+) -> None:
+    """Hold one target rank folder to its source.
+
+    Args:
+        source: the source ranks of its family.
+        target: the decoded files of the folder.
+        layout: the layout it must have; None to take what its own arguments tell.
+        digests: those of the source (see ``digest_side``), to compare every byte; None to sample.
+
+    Raises:
+        VerificationError: it differs, with a line for each difference.
+        CheckpointError: the source cannot be read.
+    """
+    pp_rank = target.rank.pp_rank
+    try:
+        found, _ = proven_family({pp_rank: target})
+    except ConversionError as error:
+        raise VerificationError(*error.problems) from None
+    if layout is not None and found.layout.rank_chunks(pp_rank) != layout.rank_chunks(pp_rank):
+        raise VerificationError(
+            problem(
+                target.model.path,
+                "its arguments tell another layout than the one asked for",
+                expected=layout.table().replace("\n", " / "),
+                found=found.layout.table().replace("\n", " / "),
+                cure=_CURE,
+            )
+        )
+    own = proven_family(source.read([pp_rank]))[0]
+    needed = {*own.layout.sources_of(found.layout, pp_rank), pp_rank}
+    wanted = next(read_family(source.read(sorted(needed)), only=own.rules))
+    differences = [
+        *_compare_items(wanted, found, pp_rank, digests),
+        *_compare_rest(wanted, found, pp_rank),
+    ]
+    if digests is not None:
+        differences += [
+            f"{sample.name} is not its main parameter rounded to {sample.dtype}"
+            for sample in _unlike_their_mains(samples(found))
+        ]
+        for file in (target.model, target.optimizer):
+            if file is not None:
+                differences += torch_loading.differences(file, _head)
+    if differences:
+        lines = [problem(target.model.path, text, cure=_CURE) for text in differences[:_SHOWN]]
+        if len(differences) > _SHOWN:
+            lines.append(f"{target.model.path}: {len(differences) - _SHOWN} more differences")
+        raise VerificationError(*lines)
+
+
+def _compare_items(
+    source: Family, target: Family, pp_rank: int, digests: Mapping[str, bytes] | None
+) -> Iterator[str]:
+    """Differences between the tensors of a target rank and those of the same names in the source."""
+    chunks = target.layout.rank_chunks(pp_rank)
+    layers = {layer for chunk in chunks for layer in chunk.layers}
+    sections = {section for chunk in chunks for section in chunk.sections}
+    wanted = {
+        item.name: item
+        for item in source.items()
+        if (item.layer in layers if item.layer is not None else item.section in sections)
+    }
+    found = {item.name: item for item in target.items()}
+    yield from (f"{name} is missing" for name in wanted if name not in found)
+    yield from (f"{name} does not belong here" for name in found if name not in wanted)
+    with SampleReader() as reader:
+        for name in (name for name in wanted if name in found):
+            yield from _compare_item(wanted[name], found[name])
+            ours = dict(_ranges(found[name], target))
+            theirs = dict(_ranges(wanted[name], source))
+            if ours.keys() != theirs.keys():
+                yield f"{name} has states {sorted(ours)}, its source {sorted(theirs)}"
+                continue
+            for label, pieces in ours.items():
+                if digests is None:
+                    if _ends(reader, pieces) != _ends(reader, theirs[label]):
+                        yield f"{label} differs from its source"
+                elif _digest(pieces) != digests.get(label):
+                    yield f"{label} differs from its source"
+
+
+def _compare_item(wanted: Item, found: Item) -> Iterator[str]:
+    if wanted.tensor is None or found.tensor is None:
+        if _frozen(wanted.value) != _frozen(found.value):
+            yield f"{wanted.name} differs from its source"
+        return
+    ours, theirs = found.tensor, wanted.tensor
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        yield f"{wanted.name} is {ours.dtype} {ours.shape}, not {theirs.dtype} {theirs.shape}"
+
+
+def _frozen(value: Any) -> bytes | None:
+    """A value as bytes, for comparison; the contents of its storages are not part of them."""
+    try:
+        return pickling.dump(pickling.adopt(value, {}))[0]
+    except pickle.PicklingError:
+        return None
+
+
+def _ranges(item: Item, family: Family) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """Every range of bytes that belongs to an item: the tensor, and its optimizer state."""
+    if item.tensor is not None:
+        yield item.name, item.tensor.content()
+    state = family.states.get(item.name)
+    if isinstance(state, FlatState):
+        for name, pieces in state.parts.items():
+            yield f"{item.name} [{name}]", pieces
+    elif isinstance(state, PlainState):
+        values = dict(state.state) if isinstance(state.state, dict) else {}
+        values["main parameter"] = state.main
+        for name, value in values.items():
+            tensor = unwrap_tensor(value)
+            if tensor is not None:
+                yield f"{item.name} [{name}]", tensor.content()
+
+
+def _ends(reader: SampleReader, pieces: tuple[Piece, ...]) -> bytes:
+    return reader.ends(pieces, 1) if pieces else b""
+
+
+def _head(pieces: tuple[Piece, ...], length: int) -> bytes:
+    """The first bytes of a range of a file."""
+    piece = pieces[0]
+    if not isinstance(piece, Extent):
+        raise TypeError("tensors in a file are extents")
+    with SampleReader() as reader:
+        return reader.read(piece.path, piece.offset, length)
+
+
+def _digest(pieces: tuple[Piece, ...]) -> bytes:
+    """SHA-256 of a range of a file."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        if isinstance(piece, Extent):
+            for data in _chunks(piece):
+                found.update(data)
+    return found.digest()
+
+
+def _chunks(extent: Extent) -> Iterator[bytes]:
+    """The bytes of an extent, some megabytes at a time.
+
+    Raises:
+        CheckpointError: the file is shorter or cannot be read.
+    """
+    with SampleReader() as reader:
+        for start in range(0, extent.length, _READ_BYTES):
+            size = min(_READ_BYTES, extent.length - start)
+            yield reader.read(extent.path, extent.offset + start, size)
+
+
+def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]:
+    """Differences in everything that is no tensor of the model: it comes from the same folder."""
+    ours, theirs = target.ranks[pp_rank].root, source.ranks[pp_rank].root
+    moved = {*chunk_keys(ours), *chunk_keys(theirs), "args", OPTIMIZER}
+    left, right = ([key for key in root if key not in moved] for root in (ours, theirs))
+    if left != right or (OPTIMIZER in ours) != (OPTIMIZER in theirs):
+        yield f"its entries are {', '.join(map(str, left))}, not {', '.join(map(str, right))}"
+        return
+    for key in left:
+        if _frozen(ours[key]) != _frozen(theirs[key]):
+            yield f"entry {show(key)} differs from its source"
+    mine, yours = (namespace_values(root["args"], "args") for root in (ours, theirs))
+    for name in {*mine, *yours} - _MAY_DIFFER:
+        if name not in mine or name not in yours or _frozen(mine[name]) != _frozen(yours[name]):
+            yield f"args.{name} differs from its source"
+    yield from _check_groups(target, pp_rank)
+
+
+def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
+    """Every parameter needs a param group of its kind, and all groups one step count."""
+    rank = target.ranks[pp_rank]
+    if target.kind is OptimizerKind.NONE:
+        return
+    steps = set()
+    entries = part_entries(rank.root[OPTIMIZER], rank.files.model.path)
+    for part, entry in zip(rank.parts, entries, strict=True):
+        groups = entry.get(OPTIMIZER, entry)[GROUPS]
+        by_key = items_by_group(
+            [content.parameters for content in rank.contents],
+            part,
+            target.arguments,
+            target.rules,
+        )
+        known = {key_of_group(group) for group in groups}
+        if any("default_config" not in group for group in groups):
+            yield from (f"no param group for {key}" for key in by_key if key not in known)
+        if by_key:
+            steps |= {show(group.get(STEP)) for group in groups if key_of_group(group) in by_key}
+    if len(steps) > 1:
+        yield f"its param groups have different step counts: {', '.join(sorted(steps))}"
+
+
+def _unlike_their_mains(wanted: Iterable[Sample]) -> Iterator[Sample]:
+    """Weights that are not their fp32 main parameter rounded, or all cut off; every element."""
+    possible = set(rounding.WAYS)
+    for sample in wanted:
+        ways = set(rounding.WAYS)
+        for weight, main in _pairs(sample, rounding.item_bytes(sample.dtype)):
+            ways &= rounding.explain(sample.dtype, [weight], [main]).ways
+        if possible & ways:
+            possible &= ways
+        else:
+            yield sample
+
+
+def _pairs(sample: Sample, width: int) -> Iterator[tuple[bytes, bytes]]:
+    """Weight and main parameter, some megabytes at a time."""
+    (weight,), (main,) = sample.weight, sample.main
+    if not isinstance(weight, Extent) or not isinstance(main, Extent):
+        raise TypeError("tensors in a file are extents")
+    items = _READ_BYTES // 4
+    with SampleReader() as reader:
+        for start in range(0, weight.length // width, items):
+            count = min(items, weight.length // width - start)
+            yield (
+                reader.read(weight.path, weight.offset + start * width, count * width),
+                reader.read(main.path, main.offset + start * 4, count * 4),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What reading a rank's files in full has shown."""
+
+    by_label: Mapping[str, bytes]
+    """SHA-256 of every weight and optimizer state, by global name."""
+    damaged: tuple[str, ...]
+    """Problems: records whose bytes are not those that were written."""
+    length: int
+    """Bytes read."""
+
+
+def digest_rank(files: RankFiles) -> Digests:
+    """Read all tensor records of a rank folder once.
+
+    Raises:
+        CheckpointError: the files cannot be read or understood.
+    """
+    family = next(read_family({files.rank.pp_rank: files}))
+    labels: dict[Extent, list[str]] = {}
+    for item in family.items():
+        for label, pieces in _ranges(item, family):
+            for piece in pieces:
+                if isinstance(piece, Extent):
+                    labels.setdefault(piece, []).append(label)
+    by_label: dict[str, bytes] = {}
+    damaged: list[str] = []
+    total = 0
+    for file in (file for file in (files.model, files.optimizer) if file is not None):
+        for record in file.records.values():
+            whole = Extent(file.path, record.offset, record.length)
+            parts = sorted(
+                (e for e in labels if e.path == file.path and _is_inside(e, whole)),
+                key=lambda extent: extent.offset,
+            )
+            crc32 = _read_record(whole, parts, labels, by_label)
+            total += record.length
+            if record.has_checksum and crc32 != record.crc32:
+                names = [label for part in parts for label in labels[part]]
+                damaged.append(_damage(file.path, record.name, names, family))
+    return Digests(by_label, tuple(damaged), total)
+
+
+def _is_inside(extent: Extent, whole: Extent) -> bool:
+    return whole.offset <= extent.offset < whole.offset + whole.length
+
+
+def _read_record(
+    whole: Extent,
+    parts: Sequence[Extent],
+    labels: Mapping[Extent, list[str]],
+    by_label: dict[str, bytes],
+) -> int:
+    """Digest the parts of a record, in one pass over it; the CRC-32 of all of it."""
+    crc32 = 0
+    position = whole.offset
+    end = whole.offset + whole.length
+    for part in (*parts, Extent(whole.path, end, 0)):
+        for data in _chunks(Extent(whole.path, position, part.offset - position)):
+            crc32 = zlib.crc32(data, crc32)
+        found = hashlib.sha256()
+        for data in _chunks(part):
+            crc32 = zlib.crc32(data, crc32)
+            found.update(data)
+        for label in labels.get(part, ()):
+            by_label[label] = found.digest()
+        position = part.offset + part.length
+    return crc32
+
+
+def _damage(path: str, record: str, labels: Sequence[str], family: Family) -> str:
+    """A line about a damaged record: with the parameter, where its main parameter gives it away."""
+    held = set(labels)
+    suspects = (
+        sample
+        for sample in samples(family)
+        if sample.name in held or f"{sample.name} [param]" in held
+    )
+    guilty = next(_unlike_their_mains(suspects), None)
+    if guilty is not None:
+        owner = f"parameter {guilty.name}"
+    elif labels:
+        owner = f"{labels[0]}" + (f" or one of {len(labels) - 1} more" if labels[1:] else "")
+    else:
+        owner = "no parameter"
+    return problem(
+        path,
+        f"record {record!r} is damaged ({owner}): its bytes do not have the CRC-32 they were "
+        "written with",
+        cure="use another copy of this file",
+    )
