@@ -1,3 +1,3 @@
-"""Rewrite a Megatron-LM pipeline-parallel checkpoint into its virtual-pipeline form, bit for bit."""
+"""Rewrite a Megatron-LM checkpoint from one pipeline layout into another, bit for bit."""
 
 __version__ = "0.1.0"

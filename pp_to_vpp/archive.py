@@ -283,7 +283,8 @@ def frame(layout: ArchiveLayout, crc32s: Sequence[int]) -> Iterator[tuple[int, b
         extra = _wide_extra(record.length, record.length, record.header_offset)
         length = min(record.length, _MAX32)
         directory += _ENTRY.pack(
-            _ENTRY_SIGNATURE, 0, 0, record.flags, 0, 0, 0, crc32, length, length, len(name), len(extra),
+            _ENTRY_SIGNATURE, 0, 0, record.flags, 0, 0, 0, crc32, length, length,
+            len(name), len(extra),
             0, 0, 0, 0, min(record.header_offset, _MAX32),
         )  # fmt: skip
         directory += name + extra

@@ -77,7 +77,7 @@ class _Reader:
         self.where = where
         self.problems: list[str] = []
 
-    def take(self, name: str, default: Any, is_right: Callable[[Any], bool], kind: str) -> Any:
+    def take(self, name: str, is_right: Callable[[Any], bool], kind: str, default: Any) -> Any:
         value = self.values.get(name)
         if value is None:
             return default
@@ -92,23 +92,19 @@ class _Reader:
         return default
 
     def size(self, name: str, default: int = 1, low: int = 1, high: int = _MAX_SIZE) -> int:
-        value: int = self.take(
-            name,
-            default,
-            lambda v: type(v) is int and low <= v <= high,
-            f"integer of {low} to {high}",
-        )
+        kind = f"integer of {low} to {high}"
+        value: int = self.take(name, lambda v: type(v) is int and low <= v <= high, kind, default)
         return value
 
     def optional(self, name: str, low: int = 0, high: int = 1 << 62) -> int | None:
         return None if self.values.get(name) is None else self.size(name, low, low, high)
 
     def flag(self, name: str) -> bool:
-        value: bool = self.take(name, False, lambda v: type(v) is bool, "truth value")
+        value: bool = self.take(name, lambda v: type(v) is bool, "truth value", default=False)
         return value
 
     def text(self, name: str) -> str | None:
-        value: str | None = self.take(name, None, lambda v: isinstance(v, str), "string")
+        value: str | None = self.take(name, lambda v: isinstance(v, str), "string", default=None)
         return value
 
     def split(self, name: str) -> tuple[int, ...] | None:
@@ -117,7 +113,7 @@ class _Reader:
                 type(n) is int and 0 < n < 1 << 16 for n in value
             )
 
-        value = self.take(name, None, is_right, "list of layer counts")
+        value = self.take(name, is_right, "list of layer counts", default=None)
         return None if not value else tuple(value)
 
 

@@ -144,7 +144,7 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
         raise CheckpointError(
             problem(
                 where,
-                f"the pipeline layout puts {missing[0].name.lower()} here, but no key belongs to it",
+                f"the pipeline layout puts {missing[0].name.lower()} here, but no key does",
                 cure="the file is incomplete, or its arguments are not its own",
             )
         )
@@ -187,7 +187,7 @@ def _place_keys(
                 problem(
                     where,
                     f"no rule says which chunk key {show(key)} belongs to",
-                    cure="remove it from the model, or ask for support of it: guessing could lose it",
+                    cure="ask for support of it: guessing could lose it",
                 )
             )
             continue

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .errors import ConversionError
@@ -290,7 +290,7 @@ class _Bar:
 
         tqdm.monitor_interval = 0  # no thread: workers are forked
         self._make = tqdm
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> _Bar:
         return self
@@ -338,9 +338,8 @@ def _print_dry_run(prepared: Prepared, processes: int) -> None:
     for rank in prepared.ranks if len(prepared.ranks) <= _LISTED_FOLDERS else ():
         files = ", ".join(f"{file.name} {_size(file.length)}" for file in rank.files)
         print(f"  {rank.rank.folder:<{width}}  {files}")
-    print(
-        f"memory: about {_BASE_MEGABYTES + _WORKER_MEGABYTES * processes} MB with {processes} workers"
-    )
+    memory = _BASE_MEGABYTES + _WORKER_MEGABYTES * processes
+    print(f"memory: about {memory} MB with {processes} workers")
     print(f"disk: {prepared.length} bytes ({_size(prepared.length)})")
     print(f"launch Megatron with: {prepared.launch_flags}")
     print("dry run: nothing was written")

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING
 
 from . import archive, checksum, executor, planning, reader, verifier
 from .archive import ArchiveError
-from .errors import (
-    CheckpointError,
-    CopyError,
-    LayoutError,
-    UsageError,
-    VerificationError,
-    problem,
-)
+from .errors import CheckpointError, CopyError, LayoutError, UsageError, VerificationError, problem
 from .executor import Copier, FamilyCopy, TemporaryFolder, Workers
 from .layout import PipelineLayout, Placement, parse_layout
 from .plan import FilePlan, RankPlan, TargetSpec
@@ -172,8 +165,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
             return prepared, None
         there = _existing(options, options.save_dir, prepared.ranks)
         _check_space(
-            options.save_dir,
-            sum(rank.length for rank in prepared.ranks if rank.rank not in there),
+            options.save_dir, sum(rank.length for rank in prepared.ranks if rank.rank not in there)
         )
         digests = _digest_sources(options, workers, survey)
         contexts = {

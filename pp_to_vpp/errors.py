@@ -85,12 +85,7 @@ def show(value: object) -> str:
 
 
 def problem(
-    where: object,
-    what: str,
-    *,
-    expected: object = None,
-    found: object = None,
-    cure: str,
+    where: object, what: str, *, expected: object = None, found: object = None, cure: str
 ) -> str:
     """One line that tells where, what is wrong, what was expected and found, and what to do.
 

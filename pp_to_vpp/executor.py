@@ -609,7 +609,7 @@ class Copier(Generic[Result]):
                 finishing[self._workers.submit(self._finish, *arguments)] = rank
             if not copying and not finishing:
                 return
-            wait([*copying, *finishing], return_when=FIRST_COMPLETED)
+            wait({**copying, **finishing}, return_when=FIRST_COMPLETED)
             for copied in [future for future in copying if future.done()]:
                 rank, task = copying.pop(copied)
                 rank.ledger.enter(task, result_of(copied))

@@ -262,7 +262,7 @@ def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKin
             problem(
                 files.model.path,
                 "it has no 'optimizer' entry although distrib_optim.pt is there",
-                cure="remove distrib_optim.pt to convert weights only, or use the files of one save",
+                cure="use files of one save; to convert weights only, remove distrib_optim.pt",
             )
         )
     return OptimizerKind.NONE
@@ -326,15 +326,18 @@ def _parts(
     )
     overlaps = arguments.overlaps_param_gather_with_step
     entries = states.part_entries(entry, where)
-    for has_expert_part in (has_experts, True):
-        parts = chained_optimizers(
-            len(contents),
-            has_expert_part=has_expert_part,
-            overlaps_param_gather_with_step=overlaps,
+    computed = [
+        chained_optimizers(
+            len(contents), has_expert_part=has_part, overlaps_param_gather_with_step=overlaps
         )
+        for has_part in (has_experts, True)
+    ]
+    for parts in computed:
         if len(parts) == len(entries):
             return parts
-    raise Unexplained(f"{len(entries)} optimizers in the file, {len(parts)} computed ({where})")
+    raise Unexplained(
+        f"{len(entries)} optimizers in the file, {len(computed[0])} computed ({where})"
+    )
 
 
 def samples(family: Family) -> Iterator[Sample]:

@@ -139,30 +139,37 @@ class StateDictWriter:
         known = [c for rank in self._family.ranks.values() for c in rank.contents]
         if any(content.modules is None for content in known):
             return None
-        stack = known[0].stack
-        common: dict[str, Module] = {}
-        sections: dict[Section, list[Module]] = {}
-        layers: dict[int, list[Module]] = {}
-        for module in (m for content in known for m in content.modules or ()):
-            if module.layer is not None:
-                layers.setdefault(module.layer, []).append(module)
-            elif module.section is not None:
-                sections.setdefault(module.section, []).append(module)
-            elif module.rest not in common or module.after > common[module.rest].after:
-                common[module.rest] = module
+        common, sections, layers = _sorted_modules(m for c in known for m in c.modules or ())
         placed: dict[str, Any] = {}
         for after in (-1, *Section):
+            here: list[Module] = []
             if after == Section.LAYERS:
                 for local, layer in enumerate(chunk.layers):
                     for module in layers.get(layer, ()):
-                        placed[naming.join_layer(stack, local, module.rest)] = _versions(module)
+                        path = naming.join_layer(known[0].stack, local, module.rest)
+                        placed[path] = _versions(module)
             elif after in chunk.sections:
-                for module in sections.get(Section(after), ()):
-                    placed[fresh(module.rest)] = _versions(module)
-            for module in common.values():
-                if module.after == after:
-                    placed[fresh(module.rest)] = _versions(module)
+                here += sections.get(after, ())
+            here += (module for module in common if module.after == after)
+            placed |= {fresh(module.rest): _versions(module) for module in here}
         return placed
+
+
+def _sorted_modules(
+    modules: Iterable[Module],
+) -> tuple[list[Module], dict[int, list[Module]], dict[int, list[Module]]]:
+    """Modules that every chunk has, those of each section, and those of each layer."""
+    common: dict[str, Module] = {}
+    sections: dict[int, list[Module]] = {}
+    layers: dict[int, list[Module]] = {}
+    for module in modules:
+        if module.layer is not None:
+            layers.setdefault(module.layer, []).append(module)
+        elif module.section is not None:
+            sections.setdefault(module.section, []).append(module)
+        elif module.rest not in common or module.after > common[module.rest].after:
+            common[module.rest] = module
+    return list(common.values()), sections, layers
 
 
 def _versions(module: Module) -> Any:

@@ -237,7 +237,8 @@ class _InertUnpickler(pickle._Unpickler):  # the C one calls what it loads
                 if (known.type, known.location, known.numel) != (storage_type, location, n):
                     raise pickle.UnpicklingError(f"storage {key!r} is described in two ways")
                 return known
-        raise pickle.UnpicklingError("a persistent id that is no storage")
+            case _:
+                raise pickle.UnpicklingError("a persistent id that is no storage")
 
     def _load_proto(self) -> None:
         version = cast("Any", self).read(1)[0]
@@ -333,7 +334,7 @@ class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot im
         location = "cpu" if obj.location == "cpu" else fresh(obj.location)
         return ("storage", obj.type, key, location, obj.numel)
 
-    def _refuse(self, *parts: Any, **named: Any) -> NoReturn:
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise pickle.PicklingError("an object that does not belong in a checkpoint")
 
     save_reduce = save_global = _refuse  # where the base would pickle any live object

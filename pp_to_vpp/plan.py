@@ -74,10 +74,7 @@ class TargetSpec:
 
 
 def plan_rank(
-    family: Family,
-    target: TargetSpec,
-    pp_rank: int,
-    others: Sequence[tuple[str, Extent]] = (),
+    family: Family, target: TargetSpec, pp_rank: int, others: Sequence[tuple[str, Extent]] = ()
 ) -> RankPlan:
     """The plan of one target rank folder.
 

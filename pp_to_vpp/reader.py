@@ -246,9 +246,7 @@ def open_source(path: Path) -> Iterator[BinaryIO]:
         if not os.path.realpath(path).startswith(root + os.sep):
             raise CheckpointError(
                 problem(
-                    path,
-                    "it is a link out of the checkpoint",
-                    cure="put the file itself there",
+                    path, "it is a link out of the checkpoint", cure="put the file itself there"
                 )
             )
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -366,7 +364,7 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
             first.optimizer.path if first.optimizer is not None else first.model.path,
             f"{len(worst)} weights are not their main parameters rounded, {worst[0]} among them",
             expected="16-bit weights that follow from the fp32 ones in distrib_optim.pt",
-            cure="weights and optimizer state are not of one save, or damaged: use those of one save",
+            cure="weights and optimizer state are damaged or not of one save: use those of one",
         )
     )
 

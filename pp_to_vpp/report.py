@@ -79,10 +79,7 @@ def _sides(prepared: Prepared) -> dict[str, object]:
             "facts": list(prepared.facts),
             **_layout(prepared.source),
         },
-        "target": {
-            **_layout(prepared.target.layout),
-            "launch_flags": prepared.launch_flags,
-        },
+        "target": {**_layout(prepared.target.layout), "launch_flags": prepared.launch_flags},
         "notes": list(prepared.notes),
         "bytes": prepared.length,
     }

@@ -1,9 +1,8 @@
 """What changed between Megatron versions, as data: one row per change, each in force or not.
 
 No checkpoint stores the version that wrote it, and users run commits between releases. So each
-row names an argument that appeared with the change (its presence in the saved arguments is the
-first guess), and whether the buffers of the source can prove the guess wrong: then the other value
-is tried.
+row names an argument that appeared with the change: its presence in the saved arguments is the
+first guess. Where the files of the source prove a guess wrong, the other value is tried.
 """
 
 from __future__ import annotations
@@ -40,39 +39,51 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One row: since when, by which sign, and whether buffers prove it."""
+    """One row: since when, and by which sign."""
 
     rule: str
     since: str
     """Megatron-Core version."""
     sign: str
     """An argument that appeared within days of the change."""
-    provable: bool
-    """Whether the source's buffers show which way it is, if it matters there."""
+    source: str
+    """Where Megatron does it."""
 
 
 CHANGES = (
-    # pgb: _pad_start_of_param_if_needed
-    Change("aligns_parameters", "0.8", "deterministic_mode", provable=True),
-    # pgb: _update_bucket_metadata(param_start_index)
-    Change("closes_bucket_cleanly", "0.13", "nccl_ub", provable=True),
-    # training.py get_model: get_data_parallel_world_size(with_context_parallel=True)
-    Change("counts_cp_in_default_bucket", "0.12", "ddp_num_buckets", provable=True),
-    # transformer_engine.py: use_expert_pgs
-    Change("separates_experts_by_tp", "0.19", "gtp_weight_remat_size", provable=True),
-    # optimizer/__init__.py: gathered_params_key
-    Change("keeps_all_groups", "0.14", "rope_type", provable=True),
-    # transformer_block.py: has_final_layernorm_in_this_stage
-    Change("final_norm_follows_layers", "0.16", "mtp_standalone", provable=True),
-    # language_module.py: is_embedding_or_output_parameter with mtp_process
-    Change("marks_mtp_embedding", "0.18", "use_layer_wise_param_layout", provable=True),
-)
+    Change(
+        "aligns_parameters", "0.8", "deterministic_mode",
+        "param_and_grad_buffer.py: _pad_start_of_param_if_needed",
+    ),
+    Change(
+        "closes_bucket_cleanly", "0.13", "nccl_ub",
+        "param_and_grad_buffer.py: _update_bucket_metadata(param_start_index)",
+    ),
+    Change(
+        "counts_cp_in_default_bucket", "0.12", "ddp_num_buckets",
+        "training.py, get_model: get_data_parallel_world_size(with_context_parallel=True)",
+    ),
+    Change(
+        "separates_experts_by_tp", "0.19", "gtp_weight_remat_size",
+        "tensor_parallel/layers.py: use_expert_pgs",
+    ),
+    Change(
+        "keeps_all_groups", "0.14", "rope_type", "optimizer/__init__.py: gathered_params_key"
+    ),
+    Change(
+        "final_norm_follows_layers", "0.16", "mtp_standalone",
+        "transformer_block.py: has_final_layernorm_in_this_stage",
+    ),
+    Change(
+        "marks_mtp_embedding", "0.18", "use_layer_wise_param_layout",
+        "language_module.py: is_embedding_or_output_parameter with mtp_process",
+    ),
+)  # fmt: skip
 
 
 def candidates(argument_names: Collection[str]) -> Iterator[Rules]:
     """The rules to try, the likeliest first: as the signs say, then with more and more doubt."""
     guess = {change.rule: change.sign in argument_names for change in CHANGES}
-    provable = [change.rule for change in CHANGES if change.provable]
-    for doubted in range(len(provable) + 1):
-        for rows in itertools.combinations(provable, doubted):
+    for doubted in range(len(guess) + 1):
+        for rows in itertools.combinations(guess, doubted):
             yield Rules(**{rule: now != (rule in rows) for rule, now in guess.items()})

@@ -317,7 +317,7 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
         )
     if states[NUMEL] != buffer.numel_unpadded:
         raise Unexplained(
-            f"{show(states[NUMEL])} elements in the file, {buffer.numel_unpadded} computed ({where})"
+            f"{show(states[NUMEL])} elements found, {buffer.numel_unpadded} computed ({where})"
         )
     tensors: dict[str, TensorRef] = {}
     for name, value in states.items():

@@ -125,6 +125,8 @@ def unwrap_tensor(node: Any) -> TensorRef | None:
         match node.arguments:
             case (Global() as rebuild, Global(), tuple() as arguments, _):
                 return as_tensor(Instance(rebuild, arguments))
+            case _:
+                return None
     return as_tensor(node)
 
 

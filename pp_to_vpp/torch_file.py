@@ -69,17 +69,11 @@ def decode(
             raise FileFormatError(f"record {name!r} is missing: no file of torch.save")
     if "constants.pkl" in records:
         raise FileFormatError("it is a TorchScript archive, not a checkpoint")
-    small: dict[str, bytes] = {}
-    for name, record in records.items():
-        if name.startswith(_DATA):
-            continue
-        limit = _MAX_PICKLE if name == _PICKLE else _MAX_SMALL
-        if record.length > limit:
-            raise FileFormatError(f"record {name!r} of {record.length} bytes is absurdly large")
-        data = read(record)
-        if record.has_checksum and zlib.crc32(data) != record.crc32:
-            raise FileFormatError(f"record {name!r} is damaged: its CRC-32 is wrong")
-        small[name] = data
+    small = {
+        name: _read_checked(record, read)
+        for name, record in records.items()
+        if not name.startswith(_DATA)
+    }
     if small.get("byteorder", b"little") != b"little":
         raise FileFormatError("its tensors are big-endian")
 
@@ -100,6 +94,16 @@ def decode(
     except pickle.UnpicklingError as error:
         raise FileFormatError(f"its pickle is refused: {error}") from None
     return TorchFile(path, root, stem, records, small)
+
+
+def _read_checked(record: Record, read: Callable[[Record], bytes]) -> bytes:
+    limit = _MAX_PICKLE if record.name == _PICKLE else _MAX_SMALL
+    if record.length > limit:
+        raise FileFormatError(f"record {record.name!r} of {record.length} bytes is absurdly large")
+    data = read(record)
+    if record.has_checksum and zlib.crc32(data) != record.crc32:
+        raise FileFormatError(f"record {record.name!r} is damaged: its CRC-32 is wrong")
+    return data
 
 
 @dataclass(frozen=True, slots=True)

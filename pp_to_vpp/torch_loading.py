@@ -16,8 +16,6 @@ from .tensors import TensorRef, unwrap_tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
-
     from .torch_file import TorchFile
     from .types import Piece
 
@@ -102,10 +100,7 @@ def _pairs(ours: Any, theirs: Any, where: str) -> Iterator[tuple[str, Any, Any]]
 
 
 def _compare_tensor(
-    ours: TensorRef,
-    theirs: torch.Tensor,
-    where: str,
-    read: Callable[[tuple[Piece, ...], int], bytes],
+    ours: TensorRef, theirs: Any, where: str, read: Callable[[tuple[Piece, ...], int], bytes]
 ) -> Iterator[str]:
     import torch
 

@@ -1,4 +1,4 @@
-"""Proof that rank folders hold what their source holds, by code that knows neither plan nor mapping.
+"""Proof that rank folders hold what their source holds, by code that knows no plan or mapping.
 
 Each side's files are read back and every tensor is named globally on its own side; then names,
 shapes and bytes are compared. ``structure`` samples bytes, ``full`` compares all of them by digest,
@@ -128,7 +128,7 @@ def verify_rank(
 def _compare_items(
     source: Family, target: Family, pp_rank: int, digests: Mapping[str, bytes] | None
 ) -> Iterator[str]:
-    """Differences between the tensors of a target rank and those of the same names in the source."""
+    """Differences between a target rank's tensors and those of the same names in the source."""
     chunks = target.layout.rank_chunks(pp_rank)
     layers = {layer for chunk in chunks for layer in chunk.layers}
     sections = {section for chunk in chunks for section in chunk.sections}
@@ -254,10 +254,7 @@ def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
     for part, entry in zip(rank.parts, entries, strict=True):
         groups = entry.get(OPTIMIZER, entry)[GROUPS]
         by_key = items_by_group(
-            [content.parameters for content in rank.contents],
-            part,
-            target.arguments,
-            target.rules,
+            [content.parameters for content in rank.contents], part, target.arguments, target.rules
         )
         known = {key_of_group(group) for group in groups}
         if any("default_config" not in group for group in groups):
