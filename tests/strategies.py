@@ -1,0 +1,77 @@
+"""Hypothesis strategies for what tests share: layouts, and buffers of parameters."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from pp_to_vpp.ddp_buffer import BucketPolicy, BufferParameter
+from pp_to_vpp.layout import Placement
+from pp_to_vpp.rules import CHANGES, Rules
+
+rules = st.builds(Rules, **{change.rule: st.booleans() for change in CHANGES})
+
+policies = st.builds(
+    BucketPolicy,
+    bucket_size=st.none() | st.integers(1, 5000),
+    dense_shards=st.integers(1, 12),
+    expert_shards=st.integers(1, 12),
+    pads_for_bandwidth=st.booleans(),
+)
+
+parameters = st.lists(
+    st.builds(
+        BufferParameter,
+        numel=st.integers(1, 1000) | st.integers(1, 40).map(lambda n: 64 * n),
+        dtype=st.sampled_from(["bfloat16", "float32"]),
+        is_expert=st.booleans(),
+        is_shared_embedding=st.integers(0, 9).map(lambda n: n == 0),
+    ),
+    max_size=12,
+)
+
+
+@st.composite
+def layout_strings(draw: st.DrawFn, num_layers: int, stages: int, mtp: int = 0) -> str:
+    """A valid layout string, empty stages included."""
+    cuts = sorted(draw(st.lists(st.integers(0, num_layers), min_size=stages - 1, max_size=stages - 1)))
+    counts = [b - a for a, b in zip([0, *cuts], [*cuts, num_layers], strict=True)]
+    parts = ["t" * count for count in counts]
+    parts[0] = "E" + parts[0]
+    parts[-1] += "m" * mtp + "L"
+    return "|".join(parts)
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> tuple[int, int, Placement]:
+    """Number of layers, pipeline size, and a placement that Megatron could build."""
+    pp_size, vp_size = draw(st.integers(2, 5)), draw(st.integers(1, 4))
+    chunks = pp_size * vp_size
+    kind = draw(st.sampled_from(["even", "accounted", "uneven", "split", "string"]))
+    if kind == "even":
+        return draw(st.integers(1, 4)) * chunks, pp_size, Placement(vp_size)
+    if kind == "accounted":
+        embedding, loss = draw(st.booleans()), draw(st.booleans())
+        layers = draw(st.integers(1, 4)) * chunks - embedding - loss
+        return layers, pp_size, Placement(vp_size, embedding, loss)
+    if kind == "string":
+        layers = draw(st.integers(0, 12))
+        text = draw(layout_strings(layers, chunks))
+        return layers, pp_size, Placement(vp_size, layout=text)
+    middle = draw(st.integers(1, 3)) * vp_size
+    splits = st.lists(st.integers(1, 4), min_size=vp_size, max_size=vp_size).map(tuple)
+    if kind == "split":
+        first, last = draw(splits), draw(splits)
+        layers = sum(first) + sum(last) + middle * (pp_size - 2)
+        placement = Placement(
+            vp_size,
+            first_layers=sum(first),
+            last_layers=sum(last),
+            first_split=first,
+            last_split=last,
+        )
+        return layers, pp_size, placement
+    sizes = st.integers(1, 3).map(lambda n: n * vp_size)
+    ends = [draw(st.none() | sizes), draw(st.none() | sizes)]
+    given = [end for end in ends if end is not None]
+    layers = sum(given) + middle * (pp_size - len(given))
+    return layers, pp_size, Placement(vp_size, first_layers=ends[0], last_layers=ends[1])

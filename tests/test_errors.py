@@ -1,0 +1,74 @@
+"""Errors must survive the way back from a worker, and print hostile values without harm."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from pp_to_vpp import errors
+from pp_to_vpp.errors import ConversionError, problem, show
+
+
+def _subclasses(kind: type[ConversionError]) -> list[type[ConversionError]]:
+    return [kind, *(sub for child in kind.__subclasses__() for sub in _subclasses(child))]
+
+
+@pytest.mark.parametrize("kind", _subclasses(ConversionError))
+def test_errors_keep_their_problems_across_processes(kind: type[ConversionError]) -> None:
+    error = kind("one", "two")
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is kind
+    assert back.problems == ("one", "two")
+    assert str(back) == "one\ntwo"
+
+
+def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
+    statuses = {kind.__name__: kind.exit_status for kind in _subclasses(ConversionError)}
+    assert statuses == {
+        "ConversionError": 1,
+        "UsageError": 2,
+        "LayoutError": 3,
+        "CheckpointError": 4,
+        "CopyError": 5,
+        "VerificationError": 6,
+    }
+
+
+def test_the_tree_in_the_docstring_is_the_real_one() -> None:
+    for kind in _subclasses(ConversionError):
+        assert f"{kind.__name__}" in (errors.__doc__ or "")
+
+
+def test_a_problem_is_one_line_with_everything_in_it() -> None:
+    line = problem("a/b", "is\nodd", expected=3, found=show("x\ny"), cure="do this")
+    assert line == "a/b: is odd, expected 3, found 'x\\ny'; do this"
+
+
+def _bomb() -> tuple[Any, ...]:
+    value: tuple[Any, ...] = ()
+    for _ in range(60):
+        value = (value, value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "None"),
+        (7, "7"),
+        ("a", "'a'"),
+        (10**5000, "an integer of 16610 bits"),
+        (_bomb(), "a tuple of 2"),
+        ({"k": 1}, "a dict of 1"),
+        (object(), "a object"),
+    ],
+    ids=["none", "int", "str", "huge int", "endless tuple", "dict", "object"],
+)
+def test_show_is_short_whatever_it_is_given(value: object, expected: str) -> None:
+    assert show(value) == expected
+
+
+def test_show_cuts_long_texts() -> None:
+    assert len(show("x" * 10**6)) < 200

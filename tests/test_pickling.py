@@ -1,0 +1,227 @@
+"""The inert pickle machines: identical bytes out, and nothing that a pickle names ever runs."""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pickle
+import pickletools
+import struct
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pp_to_vpp import pickling
+from pp_to_vpp.pickling import Global, Instance, Storage
+
+from .pairs import rank_files
+
+
+def no_storage(_kind: Global, _key: str, _location: str, _numel: int) -> Storage:
+    raise AssertionError("this pickle has no storages")
+
+
+def make_storage(kind: Global, _key: str, location: str, numel: int) -> Storage:
+    return Storage(kind, location, numel, ())
+
+
+@pytest.mark.parametrize("path", rank_files(), ids=lambda path: "/".join(path.parts[-4:]))
+def test_every_real_pickle_comes_back_byte_for_byte(path: Path, read_pickle: Any) -> None:
+    data = read_pickle(path)
+    written, storages = pickling.dump(pickling.load(data, make_storage))
+    assert written == data
+    assert len(set(storages)) == len(storages)
+
+
+class Plain:
+    """A class of this test, to be pickled by reference."""
+
+    def __init__(self) -> None:
+        self.number = 3
+
+
+_scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=30)
+)
+_graphs = st.recursive(
+    _scalars,
+    lambda part: (
+        st.lists(part, max_size=5)
+        | st.tuples(part, part)
+        | st.dictionaries(st.text(max_size=5) | st.integers(), part, max_size=5)
+        | st.dictionaries(st.text(max_size=5), part, max_size=3).map(collections.OrderedDict)
+        | st.dictionaries(st.text(max_size=5), part, max_size=3).map(
+            lambda names: types.SimpleNamespace(**names)
+        )
+    ),
+    max_leaves=30,
+)
+
+
+@given(_graphs)
+def test_graphs_of_the_c_pickler_come_back_opcode_for_opcode(graph: Any) -> None:
+    data = pickle.dumps(graph, protocol=2)
+    written, storages = pickling.dump(pickling.load(data, no_storage))
+    assert [(o.name, a) for o, a, _ in pickletools.genops(written)] == [
+        (o.name, a) for o, a, _ in pickletools.genops(data)
+    ]
+    assert storages == ()
+    assert pickle.loads(written) == graph
+
+
+def test_shared_and_recursive_objects_stay_so() -> None:
+    shared = [1]
+    graph: dict[str, Any] = {"a": shared, "b": shared, "long": list(range(3000))}
+    graph["self"] = graph
+    data = pickle.dumps(graph, protocol=2)
+    loaded = pickling.load(data, no_storage)
+    assert loaded["a"] is loaded["b"]
+    assert loaded["self"] is loaded
+    assert pickling.dump(loaded)[0] == data
+
+
+def test_objects_remember_what_they_were_made_of() -> None:
+    loaded = pickling.load(pickle.dumps(Plain(), protocol=2), no_storage)
+    assert isinstance(loaded, Instance)
+    assert loaded.factory.name == "Plain"
+    assert loaded.by_new
+    assert loaded.state == {"number": 3}
+
+
+class Evil:
+    """Runs a command when unpickled."""
+
+    def __init__(self, *reduction: Any) -> None:
+        self.reduction = reduction
+
+    def __reduce__(self) -> Any:
+        return self.reduction
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        Evil(os.system, ("touch RAN",)),
+        Evil(eval, ("open('RAN', 'w')",)),
+        Evil(getattr, (Evil(__import__, ("os",)), "system")),
+        Evil(Plain, (), {"x": Evil(os.mkdir, ("RAN",))}),
+        [Evil(collections.OrderedDict, (), None, None, iter([("k", Evil(os.mkdir, ("RAN",)))]))],
+    ],
+    ids=["reduce", "eval", "nested", "build", "items"],
+)
+def test_nothing_runs(evil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph = pickling.load(pickle.dumps(evil, protocol=2), no_storage)
+    pickling.dump(graph)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _doubling_tuple(depth: int) -> bytes:
+    """A tuple that holds itself twice, ``depth`` times over: hashing it takes 2**depth steps."""
+    data = b"\x80\x02K\x01"
+    for index in range(depth):
+        data += b"q" + bytes([index]) + b"h" + bytes([index]) + b"\x86"
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "announced"),
+        (b"\x80\x02", "announced"),
+        (b"\x80\x04K\x01.", "protocol 4"),
+        (b"\x80\x02X\xff\xff\xff\x7fabc.", "announced"),
+        (b"\x80\x02\x8b\xff\xff\xff\x7fabc.", "announced"),
+        (b"\x80\x02cos\nsystem", "without an end"),
+        (b"\x80\x02B\x01\x00\x00\x00a.", "opcode"),
+        (b"\x80\x02(cos\nsystem\nQ.", "persistent id"),
+        (b"\x80\x02i__main__\nPlain\n.", "opcode"),
+        (b"\x80\x02\x82\x01.", "opcode"),
+        (b"\x80\x02K\x01)R.", "no global"),
+        (b"\x80\x02]}b.", "state"),
+        (b"\x80\x02]K\x01K\x02s.", "no dictionary"),
+        (b"\x80\x02h\x05.", "Memo value not found"),
+        (b"\x80\x020.", "not a pickle"),
+        (b"\x80\x02K\x01e.", "not a pickle"),
+        (b"\x80\x02}" + b"]" + b"K\x01s.", "not a pickle"),
+        (b"\x80\x02}" + _doubling_tuple(60)[2:] + b"K\x01s.", "64 parts"),
+        (b"\x80\x02Kr" + struct.pack("<I", 2**32 - 1) + b".", "opcode"),
+    ],
+)
+def test_bad_pickles_are_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=reason):
+        pickling.load(data, no_storage)
+
+
+def test_huge_memo_indices_take_no_memory() -> None:
+    data = b"\x80\x02K\x07r" + struct.pack("<I", 2**32 - 1) + b"."
+    assert pickling.load(data, no_storage) == 7
+
+
+def test_deep_nesting_is_refused_when_written() -> None:
+    depth = 100_000
+    data = b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
+    graph = pickling.load(data, no_storage)
+    with pytest.raises(pickle.PicklingError, match="deeply"):
+        pickling.dump(graph)
+    while graph:  # taken apart by hand: the interpreter would recurse too
+        graph = graph.pop()
+
+
+def test_live_objects_cannot_be_written() -> None:
+    for value in (object(), Plain, b"bytes", {1, 2}, 1j):
+        with pytest.raises(pickle.PicklingError):
+            pickling.dump({"x": value})
+
+
+def _pickle_with_storages(location: str) -> bytes:
+    """Two tensors of one storage and one of another, as torch.save persists them."""
+    kinds = {"x": ("0", 4), "y": ("0", 4), "z": ("1", 2)}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if isinstance(obj, Plain):
+                key, numel = kinds[obj.__dict__["name"]]
+                place = location if location == "cpu" else location[:4] + location[4:]
+                return ("storage", collections.OrderedDict, key, "".join(list(place)), numel)
+            return None
+
+    found = {}
+    for name in kinds:
+        found[name] = Plain()
+        found[name].__dict__["name"] = name
+    file = io.BytesIO()
+    Pickler(file, protocol=2).dump(found)
+    return file.getvalue()
+
+
+def test_storages_keep_their_identity_and_are_numbered_in_order() -> None:
+    graph = pickling.load(_pickle_with_storages("cuda:3"), make_storage)
+    assert graph["x"] is graph["y"]
+    assert graph["x"] is not graph["z"]
+    written, storages = pickling.dump({"z": graph["z"], "x": graph["x"], "y": graph["y"]})
+    assert storages == (graph["z"], graph["x"])
+    again = pickling.load(written, make_storage)
+    assert again["x"] is again["y"]
+    assert again["x"].location == "cuda:3"
+
+
+def test_a_storage_described_in_two_ways_is_refused() -> None:
+    data = _pickle_with_storages("cpu").replace(b"K\x02t", b"K\x03t").replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
+    with pytest.raises(pickle.UnpicklingError, match="two ways"):
+        pickling.load(data, make_storage)
+
+
+def test_adopted_values_share_their_strings_with_the_file() -> None:
+    key = "".join(["exp", "_avg"])
+    own = {"state": {key: [1]}, "name": "exp_avg"}
+    other = pickling.load(pickle.dumps({"exp_avg": [2]}, protocol=2), no_storage)
+    adopted = pickling.adopt(other, pickling.vocabulary(own))
+    assert adopted == {"exp_avg": [2]}
+    assert next(iter(adopted)) is key
+    assert adopted["exp_avg"] is not other["exp_avg"]
