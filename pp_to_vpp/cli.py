@@ -180,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write_report(path: Path, content: dict[str, object]) -> None:
-    from .executor import write_whole
+    from .folders import write_whole
 
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
@@ -246,12 +246,12 @@ def _logging(path: Path | None) -> Iterator[None]:
 def _run(given: _Arguments) -> dict[str, object]:
     """Do what is asked for; the report of it."""
     from . import convert, report  # --help must not wait for numpy
-    from .verifier import Depth
+    from .request import Depth, Options
 
     first = given.target_first_virtual_pipeline_num_layers_split
     last = given.target_last_virtual_pipeline_num_layers_split
     ranks = given.pipeline_ranks_to_process
-    options = convert.Options(
+    options = Options(
         load_dir=given.load_iteration_dir,
         save_dir=given.save_iteration_dir,
         pp_size=given.pipeline_model_parallel_size,

@@ -187,13 +187,23 @@ def _root(files: RankFiles) -> Mapping[Any, Any]:
     return root
 
 
-def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules) -> Family:
-    layout = arguments.placement.place(
+def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
+    """The layout that a rank's own arguments tell.
+
+    Raises:
+        LayoutError: they tell an impossible one.
+    """
+    arguments = read_arguments(_root(files).get("args"), files.model.path)
+    return arguments.placement.place(
         arguments.num_layers,
         arguments.pp_size,
         mtp_num_layers=arguments.mtp_num_layers,
         final_norm_follows_layers=rules.final_norm_follows_layers,
     )
+
+
+def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules) -> Family:
+    layout = layout_of(next(iter(files.values())), rules)
     kind = _optimizer_kind(next(iter(files.values())), arguments)
     ranks: dict[int, RankInventory] = {}
     layers: dict[int, list[Item]] = {}

@@ -310,10 +310,6 @@ class Placement:
 def _build(
     counts: list[int], pp_size: int, mtp_chunk: int | None, *, final_norm_follows_layers: bool
 ) -> PipelineLayout:
-    if min(counts) < 0:
-        raise LayoutError(
-            "layer placement: a chunk would get fewer than 0 layers; choose a smaller VPP size"
-        )
     last = len(counts) - 1
     norm_chunk = last
     if final_norm_follows_layers:

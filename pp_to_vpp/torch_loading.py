@@ -24,6 +24,13 @@ _COMPARED = 16
 _TORCH_FUNCTIONS = ("_rebuild_tensor_v2", "_rebuild_from_type_v2")
 
 
+def load_torch() -> None:
+    """Import torch, which takes seconds and hundreds of megabytes."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 class _StandIn:
     """Any object of a class that is not loaded."""
 

@@ -8,7 +8,6 @@ with ``torch.load`` itself.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import pickle
 import zlib
@@ -19,9 +18,10 @@ from . import pickling, rounding, torch_loading
 from .arguments import namespace_values
 from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
-from .inventory import OPTIMIZER, Family, Sample, read_family, samples
+from .inventory import OPTIMIZER, Family, Sample, layout_of, read_family, samples
 from .param_groups import STEP, key_of_group
-from .reader import SampleReader, proven_family, read_rank
+from .reader import SampleReader, check_samples, proven_family, read_rank
+from .request import Depth
 from .states import GROUPS, FlatState, OptimizerKind, PlainState, items_by_group, part_entries
 from .tensors import unwrap_tensor
 from .types import Extent
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from .chunks import Item
     from .inventory import RankFiles
     from .layout import PipelineLayout
+    from .rules import Rules
     from .types import Piece, RankId
 
+_UNLIKE_MAIN = "{} is not its main parameter rounded to 16 bits"
 _CURE = "do not train from it: remove the folder and convert again"
 _MAY_DIFFER = frozenset(
     (
@@ -50,14 +52,6 @@ _READ_BYTES = 4 << 20
 _SHOWN = 8
 
 
-class Depth(enum.Enum):
-    """How much is verified."""
-
-    NONE = "none"
-    STRUCTURE = "structure"
-    FULL = "full"
-
-
 @dataclass(frozen=True, slots=True)
 class Side:
     """Where the ranks of one family lie."""
@@ -70,66 +64,96 @@ class Side:
         return {pp_rank: read_rank(self.directory, self.ranks[pp_rank]) for pp_rank in pp_ranks}
 
 
-def verify_rank(
-    source: Side,
-    target: RankFiles,
-    layout: PipelineLayout | None,
-    digests: Mapping[str, bytes] | None = None,
-) -> None:
-    """Hold one target rank folder to its source.
+@dataclass(frozen=True, slots=True)
+class VerifyJob:
+    """A target rank folder to be held to its source."""
 
-    Args:
-        source: the source ranks of its family.
-        target: the decoded files of the folder.
-        layout: the layout it must have; None to take what its own arguments tell.
-        digests: those of the source (see ``digest_side``), to compare every byte; None to sample.
+    source: Side
+    rules: Rules
+    """Of the version that wrote the source."""
+    directory: str
+    """The target's iteration folder."""
+    rank: RankId
+    folder: str | None = None
+    """Name of the rank folder while it is a temporary one."""
+    layout: PipelineLayout | None = None
+    """The layout it must have; None to take what its own arguments tell."""
+    digests: Mapping[str, bytes] | None = None
+    """Those of the source (see ``digest_rank``), to compare every byte; None to sample."""
+
+
+def prepare(depth: Depth) -> None:
+    """Load what workers will need, before they are forked: they then share one copy of it."""
+    if depth is Depth.FULL:
+        torch_loading.load_torch()
+
+
+def rules_of(side: Side) -> Rules:
+    """The rules that explain a family, its bytes included.
 
     Raises:
-        VerificationError: it differs, with a line for each difference.
+        CheckpointError: none do.
+    """
+    return proven_family(side.read(side.ranks))[0].rules
+
+
+def verify_folder(job: VerifyJob) -> int:
+    """Verify one target rank folder; the bytes of its records.
+
+    Raises:
+        VerificationError: it differs from its source or is damaged, with a line for each problem.
         CheckpointError: the source cannot be read.
     """
-    pp_rank = target.rank.pp_rank
     try:
-        found, _ = proven_family({pp_rank: target})
+        target = read_rank(job.directory, job.rank, job.folder)
+        found = next(read_family({job.rank.pp_rank: target}, only=job.rules))
+        way, differing = check_samples(samples(found))
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
-    if layout is not None and found.layout.rank_chunks(pp_rank) != layout.rank_chunks(pp_rank):
-        raise VerificationError(
-            problem(
-                target.model.path,
-                "its arguments tell another layout than the one asked for",
-                expected=layout.table().replace("\n", " / "),
-                found=found.layout.table().replace("\n", " / "),
-                cure=_CURE,
-            )
-        )
-    own = proven_family(source.read([pp_rank]))[0]
-    needed = {*own.layout.sources_of(found.layout, pp_rank), pp_rank}
-    wanted = next(read_family(source.read(sorted(needed)), only=own.rules))
-    differences = [
-        *_compare_items(wanted, found, pp_rank, digests),
-        *_compare_rest(wanted, found, pp_rank),
-    ]
-    if digests is not None:
-        differences += [
-            f"{sample.name} is not its main parameter rounded to {sample.dtype}"
-            for sample in _unlike_their_mains(samples(found))
-        ]
+    differences = [] if way is not None else [_UNLIKE_MAIN.format(differing[0])]
+    source = _source_of(job, found)
+    differences += [*_compare_layout(job, found), *_compare_rest(source, found, job.rank.pp_rank)]
+    ours = None if job.digests is None else digest_rank(target)
+    differences += _compare_items(source, found, job, ours)
+    if ours is not None:
+        differences += ours.damaged
+        differences += (_UNLIKE_MAIN.format(s.name) for s in _unlike_their_mains(samples(found)))
         for file in (target.model, target.optimizer):
             if file is not None:
                 differences += torch_loading.differences(file, _head)
     if differences:
-        lines = [problem(target.model.path, text, cure=_CURE) for text in differences[:_SHOWN]]
+        path = target.model.path
+        lines = [problem(path, text, cure=_CURE) for text in differences[:_SHOWN]]
         if len(differences) > _SHOWN:
-            lines.append(f"{target.model.path}: {len(differences) - _SHOWN} more differences")
+            lines.append(f"{path}: {len(differences) - _SHOWN} more differences")
         raise VerificationError(*lines)
+    files = (file for file in (target.model, target.optimizer) if file is not None)
+    return sum(record.length for file in files for record in file.records.values())
+
+
+def _source_of(job: VerifyJob, target: Family) -> Family:
+    """The source ranks that hold what a target rank must hold, and the same rank."""
+    pp_rank = job.rank.pp_rank
+    (own,) = job.source.read([pp_rank]).values()
+    layout = layout_of(own, job.rules)
+    needed = {*layout.sources_of(target.layout, pp_rank)} - {pp_rank}
+    files = {pp_rank: own, **job.source.read(needed)}
+    return next(read_family(dict(sorted(files.items())), only=job.rules))
+
+
+def _compare_layout(job: VerifyJob, found: Family) -> Iterator[str]:
+    pp_rank = job.rank.pp_rank
+    if job.layout is not None:
+        wanted = job.layout.rank_chunks(pp_rank)
+        if found.layout.rank_chunks(pp_rank) != wanted:
+            yield "its arguments tell another layout than the one asked for"
 
 
 def _compare_items(
-    source: Family, target: Family, pp_rank: int, digests: Mapping[str, bytes] | None
+    source: Family, target: Family, job: VerifyJob, digests: Digests | None
 ) -> Iterator[str]:
     """Differences between a target rank's tensors and those of the same names in the source."""
-    chunks = target.layout.rank_chunks(pp_rank)
+    chunks = target.layout.rank_chunks(job.rank.pp_rank)
     layers = {layer for chunk in chunks for layer in chunk.layers}
     sections = {section for chunk in chunks for section in chunk.sections}
     wanted = {
@@ -149,10 +173,11 @@ def _compare_items(
                 yield f"{name} has states {sorted(ours)}, its source {sorted(theirs)}"
                 continue
             for label, pieces in ours.items():
-                if digests is None:
-                    if _ends(reader, pieces) != _ends(reader, theirs[label]):
-                        yield f"{label} differs from its source"
-                elif _digest(pieces) != digests.get(label):
+                if digests is not None and job.digests is not None:
+                    is_same = digests.by_label[label] == job.digests.get(label)
+                else:
+                    is_same = _ends(reader, pieces) == _ends(reader, theirs[label])
+                if not is_same:
                     yield f"{label} differs from its source"
 
 
@@ -202,16 +227,6 @@ def _head(pieces: tuple[Piece, ...], length: int) -> bytes:
         raise TypeError("tensors in a file are extents")
     with SampleReader() as reader:
         return reader.read(piece.path, piece.offset, length)
-
-
-def _digest(pieces: tuple[Piece, ...]) -> bytes:
-    """SHA-256 of a range of a file."""
-    found = hashlib.sha256()
-    for piece in pieces:
-        if isinstance(piece, Extent):
-            for data in _chunks(piece):
-                found.update(data)
-    return found.digest()
 
 
 def _chunks(extent: Extent) -> Iterator[bytes]:

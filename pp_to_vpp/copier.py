@@ -1,32 +1,22 @@
-"""Worker processes, and the copying of planned bytes into files that appear only when whole.
-
-A rank folder is written under a temporary name and renamed at the end. Work is cut into tasks of a
-few dozen megabytes, so that a large file is shared by all workers. Workers import neither torch nor
-Megatron, end with their parent, and leave Ctrl-C to it.
-"""
+"""Copying of planned bytes, shared by the workers in tasks of a few dozen megabytes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import shutil
-import signal
-import socket
-import sys
-import threading
-import time
 import zlib
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from . import archive, checksum
-from .errors import CopyError, UsageError, problem
+from .errors import CopyError, problem
+from .folders import TemporaryFolder, copy_error, create_folder
 from .types import Extent, Literal, Zeros
+from .workers import QUEUED_PER_WORKER, Workers, result_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,95 +31,8 @@ _BUFFER_BYTES = 512 << 10
 """Fits into the second-level cache: read, checksum and write touch main memory once each."""
 _KERNEL_COPY_BYTES = 32 << 20
 """Per call, so that a signal is not kept waiting."""
-_WINDOW = 3
-"""Tasks queued per worker."""
-_FRESH_SECONDS = 15 * 60
-"""A temporary folder of another host that changed within this time is taken to be alive."""
 
-Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-class Workers:
-    """A pool of worker processes; a context manager that leaves none behind."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        # Forked before any thread exists, workers share the parent's memory and start at once.
-        method = "fork" if sys.platform == "linux" else "spawn"
-        self._pool = ProcessPoolExecutor(
-            count, multiprocessing.get_context(method), initializer=_start_worker
-        )
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self.kill()
-        else:
-            self._pool.shutdown()
-
-    def kill(self) -> None:
-        """End the workers at once, whatever they are doing."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()
-            process.join()
-
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Run a function in a worker."""
-        try:
-            return self._pool.submit(function, *arguments)
-        except BrokenProcessPool:
-            raise _worker_died() from None
-
-    def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Results in the order of the jobs, with few of them waiting at any time."""
-        pending: list[Future[Result]] = []
-        for job in jobs:
-            pending.append(self.submit(function, job))
-            if len(pending) > _WINDOW * self.count:
-                yield result_of(pending.pop(0))
-        while pending:
-            yield result_of(pending.pop(0))
-
-
-def result_of(future: Future[Result]) -> Result:
-    """The result of a task.
-
-    Raises:
-        CopyError: its worker was killed.
-    """
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise _worker_died() from None
-
-
-def _worker_died() -> CopyError:
-    return CopyError(
-        problem(
-            "worker process",
-            "it was killed",
-            cure="if the kernel ran out of memory, use fewer with --num-max-processing-processes; "
-            "then run again with --resume",
-        )
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,18 +93,11 @@ def _opened(path: str, flags: int) -> Iterator[int]:
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC)
     except OSError as error:
-        raise _copy_error(path, "cannot be opened", error) from None
+        raise copy_error(path, "cannot be opened", error) from None
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _copy_error(path: str | Path, what: str, error: OSError) -> CopyError:
-    cure = "check the file system, then run again with --resume"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        cure = "free some space, then run again with --resume"
-    return CopyError(problem(path, f"{what} ({error.strerror})", cure=cure))
 
 
 def _move(source: int, target: int, extent: Extent, move: Move, path: str) -> int | None:
@@ -225,7 +121,7 @@ def _copy_with_checksum(
         try:
             count = os.preadv(source, [view[:size]], extent.offset + done)
         except OSError as error:
-            raise _copy_error(extent.path, "cannot be read", error) from None
+            raise copy_error(extent.path, "cannot be read", error) from None
         if count == 0:
             raise _source_ended(extent)
         crc32 = zlib.crc32(view[:count], crc32)
@@ -255,7 +151,7 @@ def _copy_in_kernel(source: int, target: int, extent: Extent, offset: int, path:
             count = os.copy_file_range(source, target, size, extent.offset + done, offset + done)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise _copy_error(path, "cannot be written", error) from None
+                raise copy_error(path, "cannot be written", error) from None
             count = 0
         if count == 0:
             rest = extent.cut(done, extent.length - done)
@@ -270,106 +166,7 @@ def _write(target: int, data: memoryview, offset: int, path: str) -> None:
         try:
             done += os.pwrite(target, data[done:], offset + done)
         except OSError as error:
-            raise _copy_error(path, "cannot be written", error) from None
-
-
-@dataclass(frozen=True, slots=True)
-class TemporaryFolder:
-    """A rank folder that is being written."""
-
-    path: Path
-    target: Path
-    """Its name when it is whole."""
-
-    def file(self, name: str) -> str:
-        """Path of one of its files."""
-        return str(self.path / name)
-
-
-_PREFIX = ".writing-"
-
-
-def _own_mark() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}-{_start_time(os.getpid())}"
-
-
-def _start_time(pid: int) -> str:
-    """When a process began, in the kernel's ticks: tells it from a later one with its number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return "0"
-
-
-def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> None:
-    """Remove what interrupted runs left of these rank folders.
-
-    A folder is renamed before it is emptied: a run that is still alive can then no longer publish
-    it, so removing it by mistake ends that run with an error and can do no other harm.
-
-    Raises:
-        UsageError: another run is writing one of them now.
-        CopyError: they cannot be removed.
-    """
-    if not save_dir.is_dir():
-        return
-    wanted = set(folders)
-    try:
-        names = [name for name in os.listdir(save_dir) if name.startswith(_PREFIX)]
-        for name in names:
-            folder, _, mark = name.removeprefix(_PREFIX).partition(".")
-            if folder not in wanted:
-                continue
-            if mark != "dead" and _is_alive(save_dir / name, mark):
-                raise UsageError(
-                    problem(
-                        save_dir / name,
-                        "another run is writing this rank folder now",
-                        cure="wait for it, or end it; give each run other "
-                        "--pipeline-ranks-to-process",
-                    )
-                )
-            dead = save_dir / f"{_PREFIX}{folder}.dead"
-            if name != dead.name:
-                shutil.rmtree(dead, ignore_errors=True)
-                (save_dir / name).rename(dead)
-            shutil.rmtree(dead)
-    except OSError as error:
-        raise _copy_error(
-            save_dir, "leftovers of an earlier run cannot be removed", error
-        ) from None
-
-
-def _is_alive(path: Path, mark: str) -> bool:
-    """Whether the run that writes a temporary folder still exists."""
-    host, pid, start = mark.rpartition("-")[0].rpartition("-")[0], *mark.rsplit("-", 2)[1:]
-    if host == socket.gethostname():
-        return pid.isdigit() and _start_time(int(pid)) == start and int(pid) != os.getpid()
-    try:
-        newest = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
-    except OSError:
-        return False
-    return time.time() - newest < _FRESH_SECONDS
-
-
-def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
-    """Make the temporary folder of a rank, with its files as holes of their final size.
-
-    Raises:
-        CopyError: the target cannot be written.
-    """
-    folder = TemporaryFolder(
-        save_dir / f"{_PREFIX}{plan.rank.folder}.{_own_mark()}", save_dir / plan.rank.folder
-    )
-    try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        folder.path.mkdir()
-        for file in plan.files:
-            with (folder.path / file.name).open("xb") as target:
-                target.truncate(file.length)
-    except OSError as error:
-        raise _copy_error(folder.path, "cannot be written", error) from None
-    return folder
+            raise copy_error(path, "cannot be written", error) from None
 
 
 def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int]) -> int:
@@ -390,58 +187,12 @@ def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int]) -> int:
         try:
             os.fsync(target)
         except OSError as error:
-            raise _copy_error(path, "cannot be brought to disk", error) from None
+            raise copy_error(path, "cannot be brought to disk", error) from None
     for offset, length, crc32 in sorted(parts):
         total = checksum.concatenate(total, crc32, length)
         position = offset + length
     assert position == plan.length
     return total
-
-
-def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to disk; network file systems that cannot are forgiven."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def publish(folder: TemporaryFolder) -> None:
-    """Give a whole folder its name.
-
-    Raises:
-        CopyError: the name is taken, or the file system refuses.
-    """
-    try:
-        sync_folder(folder.path)
-        folder.path.rename(folder.target)
-        sync_folder(folder.target.parent)
-    except OSError as error:
-        raise _copy_error(folder.target, "cannot be given its name", error) from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there as a whole or not at all.
-
-    Raises:
-        CopyError: writing failed.
-    """
-    temporary = path.with_name(f".{path.name}.{_own_mark()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise _copy_error(path, "cannot be written", error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,7 +348,7 @@ class Copier(Generic[Result]):
         work = self._work(families)
         is_over = False
         while True:
-            while not is_over and len(copying) < _WINDOW * self._workers.count:
+            while not is_over and len(copying) < QUEUED_PER_WORKER * self._workers.count:
                 rank, task = next(work, (None, None))
                 if rank is None or task is None:
                     is_over = True
