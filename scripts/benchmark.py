@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Measure the converter against `cp -r`, and against an obvious converter that uses torch.
+
+Checkpoints of the sizes asked for are made in Megatron's structure (PP 4, EP 2, hundreds of
+experts' tensors). The columns are run in turn, several times; each run is set against the `cp -r`
+beside it. Prints a Markdown table of the medians, and writes it to --output with a plot (.svg)
+beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarking import commands, report
+from benchmarking.measure import Measured, RunFailedError
+from benchmarking.report import Series
+
+_UNITS = {"MB": 10**6, "GB": 10**9}
+_COLUMNS = ("workers", "one", "cp", "naive")
+_TINY = 10**7
+_V3_RANK = 5
+_NAIVE_MEMORY = 0.75
+"""Bytes that the naive converter holds at most, for each byte of the checkpoint."""
+_METHOD = """\
+Time includes start-up and bringing the files to disk. Memory is the sum of the proportional set
+sizes of all processes, sampled 20 times a second. Bytes are those that all processes moved by read,
+write and copy_file_range, as the kernel counts them, in parts of the checkpoint's size."""
+
+
+class _Arguments(argparse.Namespace):
+    """The arguments, typed."""
+
+    size: list[int] | None
+    runs: int
+    workers: int
+    where: Path
+    columns: list[str]
+    warm: bool
+    simulate_deepseek_v3: bool
+    output: Path
+    keep: bool
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+)\s*(MB|GB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 6GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--size",
+        type=_size,
+        action="append",
+        metavar="SIZE",
+        help="size of a checkpoint, such as 6GB or 500MB; repeat it for more [default: 1GB]",
+    )
+    add(
+        "--runs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="measured runs of each column [default: %(default)s]",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="workers of the converter's first column [default: %(default)s]",
+    )
+    add(
+        "--where",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        metavar="DIR",
+        help="folder to work in, on disk or in memory; needs twice the size [default: %(default)s]",
+    )
+    add(
+        "--columns",
+        nargs="+",
+        choices=_COLUMNS,
+        default=list(_COLUMNS),
+        help="what to run: the converter with several workers, with one worker, cp -r, and the "
+        "naive torch converter [default: all]",
+    )
+    add(
+        "--warm",
+        action="store_true",
+        help="on disk, leave the source in the page cache instead of dropping it before each run",
+    )
+    add(
+        "--simulate-deepseek-v3",
+        action="store_true",
+        help="only plan (--dry-run) a DeepSeek-V3 of sparse files: PP 16, EP 64, 1,024 folders of "
+        "12 TB in all; needs 200 MB",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("benchmark.md"),
+        metavar="FILE",
+        help="the tables; the plot goes beside it [default: %(default)s]",
+    )
+    add("--keep", action="store_true", help="leave the made checkpoints there")  # fmt: skip
+    return parser
+
+
+def main() -> int:
+    """Run what is asked for; the exit status."""
+    given = _parser().parse_args(namespace=_Arguments())
+    signal.signal(signal.SIGTERM, _interrupt)
+    head = f"Measured on {report.machine(given.where)}."
+    try:
+        with _scratch(given.where, keep=given.keep) as scratch:
+            if given.simulate_deepseek_v3:
+                text = _simulate(given, scratch)
+            else:
+                text = f"{_measure(given, scratch)}\n\n{_METHOD}"
+    except RunFailedError as error:
+        print(f"benchmark: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    given.output.write_text(f"{head}\n\n{text}\n")
+    print(f"\n{head}\n\n{text}")
+    return 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _scratch(where: Path, *, keep: bool) -> Iterator[Path]:
+    """A folder that is gone afterwards, whatever happens."""
+    path = Path(tempfile.mkdtemp(prefix="pp_to_vpp-benchmark-", dir=where))
+    try:
+        yield path
+    finally:
+        if keep:
+            print(f"kept: {path}")
+        else:
+            shutil.rmtree(path)
+
+
+def _measure(given: _Arguments, scratch: Path) -> str:
+    """Start-up, then every size; the tables."""
+    small = _measure_start(given, scratch)
+    found: list[Series] = []
+    for size in sorted(given.size or [10**9]):
+        found += _measure_size(given, scratch, size)
+    picture = given.output.with_suffix(".svg")
+    picture.write_text(report.plot(found))
+    return f"{report.size_table(found)}\n\n{report.small_table('start-up', small)}"
+
+
+def _measure_start(given: _Arguments, scratch: Path) -> dict[str, list[Measured]]:
+    """What the converter takes when there is next to nothing to do."""
+    root, target = scratch / "tiny", scratch / "target"
+    commands.make(str(_TINY), root)
+    if "naive" in given.columns:
+        commands.check_naive(root, scratch)
+    size = commands.size_of(root) / 1e6
+    jobs: dict[str, Callable[[], Measured]] = {
+        "--help": commands.show_help,
+        f"--dry-run of {size:.0f} MB": lambda: commands.dry_run(root, given.workers),
+        f"conversion of {size:.0f} MB": lambda: commands.run_column(
+            commands.converter(given.workers), root, target
+        ),
+    }
+    return _repeat(jobs, given.runs)
+
+
+def _repeat(jobs: dict[str, Callable[[], Measured]], runs: int) -> dict[str, list[Measured]]:
+    """Run each job once to warm up, then all in turn."""
+    for job in jobs.values():
+        job()
+    found: dict[str, list[Measured]] = {name: [] for name in jobs}
+    for _ in range(runs):
+        for name, job in jobs.items():
+            found[name].append(job())
+            print(f"{name:<24} {found[name][-1].seconds:7.2f} s", flush=True)
+    return found
+
+
+def _measure_size(given: _Arguments, scratch: Path, wanted: int) -> list[Series]:
+    """All columns on one checkpoint."""
+    root, target = scratch / f"source-{wanted}", scratch / "target"
+    commands.make(str(wanted), root)
+    size = commands.size_of(root)
+    is_cold = not given.warm and report.file_system(scratch) != "tmpfs"
+    columns = _columns(given, size)
+    found: dict[str, list[Measured]] = {column: [] for column in columns}
+    commands.run_column(columns[0], root, target)
+    for _ in range(given.runs):
+        for column in columns:
+            if is_cold:
+                commands.forget(root)
+            run = commands.run_column(column, root, target)
+            found[column].append(run)
+            print(report.run_line(column, size, run), flush=True)
+    if not given.keep:
+        shutil.rmtree(root)
+    return [Series(column, size, tuple(runs)) for column, runs in found.items()]
+
+
+def _columns(given: _Arguments, size: int) -> list[str]:
+    """Names of the columns that can be run."""
+    names = {
+        "workers": commands.converter(given.workers),
+        "one": commands.converter(1),
+        "cp": commands.COPY,
+        "naive": commands.NAIVE,
+    }
+    chosen = [names[column] for column in _COLUMNS if column in given.columns]
+    if commands.NAIVE in chosen and report.free_memory() < size * _NAIVE_MEMORY:
+        print(f"no {commands.NAIVE} of {size / 1e9:.1f} GB: too little free memory", flush=True)
+        chosen.remove(commands.NAIVE)
+    return list(dict.fromkeys(chosen))
+
+
+def _simulate(given: _Arguments, scratch: Path) -> str:
+    """Plan a DeepSeek-V3; the table."""
+    root = scratch / "deepseek-v3"
+    print("making 1,024 rank folders", flush=True)
+    commands.make("deepseek-v3", root)
+    workers = given.workers
+    jobs: dict[str, Callable[[], Measured]] = {
+        f"all 16 pipeline ranks, {workers} workers": lambda: commands.dry_run_v3(root, workers, []),
+        "one pipeline rank": lambda: commands.dry_run_v3(root, workers, [_V3_RANK]),
+    }
+    size = commands.size_of(root) / 1e12
+    title = f"`--dry-run` of a DeepSeek-V3, 1,024 folders, {size:.1f} TB"
+    return report.small_table(title, _repeat(jobs, given.runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The commands that are measured, and those that make what they work on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import measure
+from .measure import Measured
+
+_SCRIPTS = Path(__file__).resolve().parent.parent
+_ITERATION = "iter_0000010"
+_V3_TARGET_LAYOUT = "Et*3|(tt|)*29m|L"
+_VP_SIZE = "2"
+_SYNCED = 'target=$1; shift; "$@" && find "$target" -type f -exec sync {} +'
+"""Shell: run a command, then bring what it wrote to disk, as the converter does by itself."""
+COPY = "cp -r"
+NAIVE = "torch.load/save"
+
+
+def converter(workers: int) -> str:
+    """Name of the column of the converter."""
+    return f"pp_to_vpp, {workers} worker{'s' if workers > 1 else ''}"
+
+
+def make(wanted: str, root: Path) -> None:
+    """Make a checkpoint of so many bytes, or the simulated DeepSeek-V3, in a new folder."""
+    command = [sys.executable, "-m", "benchmarking.checkpoint", wanted, str(root)]
+    subprocess.run(command, check=True, cwd=_SCRIPTS, start_new_session=True)
+
+
+def size_of(root: Path) -> int:
+    """Bytes of the files of a folder."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def _run_converter(*arguments: str) -> Measured:
+    paths = [str(_SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return measure.run([sys.executable, "-m", "pp_to_vpp", *arguments], environment)
+
+
+def show_help() -> Measured:
+    """The least that the program can do."""
+    return _run_converter("--help")
+
+
+def dry_run(root: Path, workers: int) -> Measured:
+    """Plan without writing."""
+    source = str(root / _ITERATION)
+    return _run_converter(
+        "--load-iteration-dir", source, "--target-virtual-pipeline-model-parallel-size", _VP_SIZE,
+        "--num-max-processing-processes", str(workers), "--dry-run",
+    )  # fmt: skip
+
+
+def dry_run_v3(root: Path, workers: int, ranks: Iterable[int]) -> Measured:
+    """Plan the simulated DeepSeek-V3: all of it, or some target pipeline ranks."""
+    chosen = [str(rank) for rank in ranks]
+    return _run_converter(
+        "--load-iteration-dir", str(root / _ITERATION),
+        "--target-pipeline-model-parallel-layout", _V3_TARGET_LAYOUT,
+        "--num-max-processing-processes", str(workers), "--dry-run",
+        *(["--pipeline-ranks-to-process", *chosen] if chosen else []),
+    )  # fmt: skip
+
+
+def convert(root: Path, target: Path, workers: int) -> Measured:
+    """Convert a checkpoint with default verification."""
+    return _run_converter(
+        "--load-iteration-dir", str(root / _ITERATION),
+        "--save-iteration-dir", str(target / _ITERATION),
+        "--target-virtual-pipeline-model-parallel-size", _VP_SIZE,
+        "--num-max-processing-processes", str(workers),
+    )  # fmt: skip
+
+
+def copy(root: Path, target: Path) -> Measured:
+    """Copy the iteration folder as it is."""
+    target.mkdir()
+    return _synced(target, "cp", "-r", str(root / _ITERATION), str(target / _ITERATION))
+
+
+def convert_naively(root: Path, target: Path) -> Measured:
+    """Convert with torch alone."""
+    script = str(_SCRIPTS / "naive_convert.py")
+    places = str(root / _ITERATION), str(target / _ITERATION)
+    return _synced(target, sys.executable, script, *places, "--vp-size", _VP_SIZE)
+
+
+def _synced(target: Path, *command: str) -> Measured:
+    return measure.run(["sh", "-c", _SYNCED, "sh", str(target), *command])
+
+
+def check_naive(root: Path, scratch: Path) -> None:
+    """Both converters must write the same tensors.
+
+    Raises:
+        subprocess.CalledProcessError: they do not, as printed.
+    """
+    ours, naive = scratch / "ours", scratch / "naive"
+    convert(root, ours, 1)
+    convert_naively(root, naive)
+    script = str(_SCRIPTS / "naive_convert.py")
+    places = str(naive / _ITERATION), str(ours / _ITERATION)
+    subprocess.run([sys.executable, script, *places, "--compare"], check=True)
+    shutil.rmtree(ours)
+    shutil.rmtree(naive)
+
+
+def run_column(column: str, root: Path, target: Path) -> Measured:
+    """One run of a column; what it wrote is removed again."""
+    try:
+        if column == COPY:
+            return copy(root, target)
+        if column == NAIVE:
+            return convert_naively(root, target)
+        return convert(root, target, int(column.split()[1]))
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+        if target.parent.exists():
+            subprocess.run(["sync", "-f", str(target.parent)], check=True)
+
+
+def forget(root: Path) -> None:
+    """Drop the pages of a folder's files from the page cache."""
+    for path in root.rglob("*.pt"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
