@@ -15,9 +15,9 @@ from .copier import Copier, FamilyCopy
 from .errors import CheckpointError, CopyError, UsageError, VerificationError, problem
 from .finishing import FinishContext, KeptJob, RankDone
 from .layout import PipelineLayout
-from .plan import RankPlan, TargetSpec
+from .plan import RankPlan
 from .planning import PlanJob, PlannedFamily
-from .request import Depth, Options
+from .request import Depth, Options, TargetSpec
 from .types import Extent, RankId
 from .verifier import Side, VerifyJob
 from .workers import Workers

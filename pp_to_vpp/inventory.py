@@ -131,31 +131,30 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
         CheckpointError: when iterated, if no rules explain the files.
     """
     first = next(iter(files.values()))
-    arguments = read_arguments(_root(first).get("args"), first.model.path)
-    explained = False
-    tried: list[str] = []
-    refusal: CheckpointError | None = None
+    where = first.model.path
+    arguments = read_arguments(_root(first).get("args"), where)
+    failures: list[CheckpointError | Unexplained] = []
+    is_explained = False
     for rules in candidates(arguments.names) if only is None else (only,):
         try:
             family = _read_family(files, arguments, rules)
-        except Unexplained as mismatch:
-            tried.append(str(mismatch))
-            continue
-        except (CheckpointError, LayoutError) as error:
-            refusal = refusal or CheckpointError(*error.problems)
-            continue
-        explained = True
-        yield family
-    if explained:
+        except (CheckpointError, Unexplained) as failure:
+            failures.append(failure)
+        except LayoutError as error:
+            failures.append(CheckpointError(*(f"{where}: {line}" for line in error.problems)))
+        else:
+            is_explained = True
+            yield family
+    if is_explained:
         return
-    if refusal is not None:
-        raise refusal
+    if isinstance(failures[0], CheckpointError):
+        raise failures[0]
+    mismatches = dict.fromkeys(str(failure) for failure in failures)
     raise CheckpointError(
         problem(
-            first.model.path,
-            "no known layout of Megatron's buffers explains this family of ranks ("
-            + "; or ".join(list(dict.fromkeys(tried))[:3])
-            + f"; {len(set(tried))} ways tried)",
+            where,
+            "no known layout of Megatron's buffers explains this family of ranks "
+            f"({'; or '.join(list(mismatches)[:3])}; {len(failures)} ways tried)",
             cure="frozen parameters, unknown buffers and rewritten files cannot be converted "
             "exactly: convert a checkpoint that Megatron itself saved, without them",
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .archive import ArchiveLayout
     from .inventory import Family
-    from .layout import PipelineLayout, Placement
+    from .request import TargetSpec
     from .types import RankId
 
 
@@ -62,15 +62,6 @@ class RankPlan:
         """The source files that its bytes come from."""
         extents = (p for file in self.files for pieces in file.contents for p in pieces)
         return tuple(sorted({p.path for p in extents if isinstance(p, Extent)}))
-
-
-@dataclass(frozen=True, slots=True)
-class TargetSpec:
-    """What a conversion makes: the same for all families."""
-
-    placement: Placement
-    layout: PipelineLayout
-    overlaps_param_gather_with_step: bool
 
 
 def plan_rank(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from . import plan, reader
 from .errors import CheckpointError, ConversionError, problem
-from .plan import FilePlan, RankPlan, TargetSpec
+from .plan import FilePlan, RankPlan
+from .request import TargetSpec
 from .types import OPTIMIZER_FILE, Extent, RankId
 
 if TYPE_CHECKING:

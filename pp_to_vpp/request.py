@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from .errors import LayoutError, UsageError, problem
 from .layout import PipelineLayout, Placement, parse_layout
-from .plan import TargetSpec
 from .rules import candidates
 
 if TYPE_CHECKING:
@@ -48,6 +47,15 @@ class Options:
     def verifies_only(self) -> bool:
         """No target layout is asked for: the target is there and is to be verified."""
         return self.target_vp_size is None and self.target_layout is None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """What a conversion makes: the same for all families."""
+
+    placement: Placement
+    layout: PipelineLayout
+    overlaps_param_gather_with_step: bool
 
 
 def wanted_ranks(options: Options, arguments: SavedArguments) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ state dicts inside ``model_optim_rng.pt``, numbered through the param groups (op
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from .tensors import TensorError, TensorRef, as_tensor, unwrap_tensor
 from .types import Piece, cut_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from .arguments import SavedArguments
     from .chunks import ChunkContents, Item
@@ -166,29 +167,37 @@ def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers
     Raises:
         Unexplained: weights share storages, but not as computed.
     """
-    owners: dict[int, str] = {}
-    shared = 0
-    parameters = 0
-    for content, stage_buffers in zip(contents, buffers.by_stage, strict=True):
-        for buffer in stage_buffers:
-            members = [content.parameters[index] for index in buffer.members]
-            parameters += len(members)
-            storages = {id(_tensor(item).storage) for item in members}
-            shared += len(members) - len(storages)
-            for item, start in zip(members, buffer.starts, strict=True):
-                tensor = _tensor(item)
-                place = (tensor.offset, tensor.storage.numel)
-                if place != (start, buffer.numel) or len(storages) > 1:
-                    owners.setdefault(
-                        id(tensor.storage),
-                        f"{item.name} lies at element {place[0]} of {place[1]}, computed {start} "
-                        f"of {buffer.numel}",
-                    )
-    if not owners:
-        return parameters > 0
-    if not shared:
+    pairs = [
+        ([content.parameters[index] for index in buffer.members], buffer)
+        for content, stage_buffers in zip(contents, buffers.by_stage, strict=True)
+        for buffer in stage_buffers
+    ]
+    odd = [text for items, buffer in pairs for text in _misplaced(items, buffer)]
+    if not odd:
+        return bool(pairs)
+    owners = [_tensor(item).storage for items, _ in pairs for item in items]
+    if len(set(owners)) == len(owners):
         return False
-    raise Unexplained(next(iter(owners.values())))
+    raise Unexplained(odd[0])
+
+
+def _misplaced(items: Sequence[Item], buffer: Buffer) -> Iterator[str]:
+    """Members of a buffer that do not lie in it as computed, strangers first."""
+    storages = Counter(_tensor(item).storage for item in items)
+    common = storages.most_common(1)[0][0]
+    for item in items:
+        if _tensor(item).storage is not common:
+            yield (
+                f"{item.name} lies outside the flat buffer of its kind, as frozen parameters and "
+                "unknown buffers do"
+            )
+    for item, start in zip(items, buffer.starts, strict=True):
+        found = (_tensor(item).offset, _tensor(item).storage.numel)
+        if found != (start, buffer.numel):
+            yield (
+                f"{item.name} lies at element {found[0]} of {found[1]} in its storage, computed "
+                f"{start} of {buffer.numel}"
+            )
 
 
 def part_entries(node: Any, where: str) -> list[Any]:

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs the converter with the given arguments, and keeps a log of the run under logs/.
+# Without arguments it converts the sample checkpoint that ships with the project.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+python=python3
+if ! python3 -c 'import numpy, tqdm' 2>/dev/null; then
+    make_environment
+    python="$environment/bin/python"
+    "$python" -c 'import numpy, tqdm' 2>/dev/null || "$python" -m pip install --quiet numpy tqdm
+fi
+
+if [ $# -eq 0 ]; then
+    sample="$(mktemp -d)"
+    trap 'rm -rf "$sample"' EXIT
+    tar -xf "$repository/tests/data/moe-pp2ep2-v016.tar.xz" -C "$sample"
+    echo "converting the sample checkpoint: a small MoE model, PP 2, EP 2, saved by Megatron-LM 0.16.1"
+    "${BASH_SOURCE[0]}" \
+        --load-iteration-dir "$sample/moe-pp2ep2-v016/source/iter_0000001" \
+        --save-iteration-dir "$sample/converted/iter_0000001" \
+        --target-virtual-pipeline-model-parallel-size 2
+    echo "the result has been removed; give your own folders as shown in the README"
+    exit
+fi
+
+log="$repository/logs/convert-$(date +%Y%m%d-%H%M%S)-$$.log"
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m pp_to_vpp --log-file "$log" "$@"
