@@ -39,12 +39,23 @@ _CHUNK_ARGUMENTS = (
 )
 """Three ways to ask for virtual stages, of which a run gives one."""
 _IMPORTABLE = frozenset(
-    ("_codecs", "_io", "argparse", "builtins", "collections", "copyreg", "numpy", "pathlib")
-    + ("signal", "torch", "types")
+    [
+        "_codecs",
+        "_io",
+        "argparse",
+        "builtins",
+        "collections",
+        "copyreg",
+        "numpy",
+        "pathlib",
+        "signal",
+        "torch",
+        "types",
+    ]
 )
 
 
-def differences(converted: Path, truth: Path, source: Path | None = None) -> list[str]:
+def differences(converted: Path, truth: Path, source: Path) -> list[str]:
     """What differs, in words; nothing if the checkpoints are equal.
 
     Args:
@@ -54,16 +65,8 @@ def differences(converted: Path, truth: Path, source: Path | None = None) -> lis
     """
     found = list(_compare_names(_rank_folders(converted), _rank_folders(truth), "rank folders"))
     for rank in _rank_folders(truth):
-        if not (converted / rank).is_dir():
-            continue
-        got, want = (sorted(p.name for p in (root / rank).glob("*.pt")) for root in (converted, truth))
-        found += _compare_names(got, want, f"files of {rank}")
-        if MODEL_FILE in got and MODEL_FILE in want:
-            states = [load(root / rank / MODEL_FILE) for root in (converted, truth, source or truth)]
-            found += _compare_model_files(*states, has_source=source is not None, where=rank)
-        if OPTIMIZER_FILE in got and OPTIMIZER_FILE in want:
-            parts = [load(root / rank / OPTIMIZER_FILE) for root in (converted, truth)]
-            found += _compare(*parts, f"{rank}/{OPTIMIZER_FILE}")
+        if (converted / rank).is_dir():
+            found += _compare_ranks(converted / rank, truth / rank, source / rank)
     return found
 
 
@@ -112,41 +115,59 @@ def _compare_names(got: list[str], want: list[str], what: str) -> Iterator[str]:
     if got != want:
         extra = [name for name in got if name not in want]
         missing = [name for name in want if name not in got]
-        yield f"{what}: {extra} too many, {missing} missing" if extra or missing else (
-            f"{what}: order {got[:4]} instead of {want[:4]}"
+        yield (
+            f"{what}: {extra} too many, {missing} missing"
+            if extra or missing
+            else (f"{what}: order {got[:4]} instead of {want[:4]}")
         )
 
 
+def _compare_ranks(got: Path, want: Path, source: Path) -> Iterator[str]:
+    names = [sorted(path.name for path in folder.glob("*.pt")) for folder in (got, want)]
+    yield from _compare_names(names[0], names[1], f"files of {got.name}")
+    if MODEL_FILE in names[0]:
+        yield from _compare_model_files(
+            load(got / MODEL_FILE), load(want / MODEL_FILE), load(source / MODEL_FILE), got.name
+        )
+    if OPTIMIZER_FILE in names[0] and OPTIMIZER_FILE in names[1]:
+        where = f"{got.name}/{OPTIMIZER_FILE}"
+        yield from _compare(load(got / OPTIMIZER_FILE), load(want / OPTIMIZER_FILE), where)
+
+
 def _compare_model_files(
-    got: dict[str, Any], want: dict[str, Any], source: dict[str, Any], *, has_source: bool, where: str
+    got: dict[str, Any], want: dict[str, Any], source: dict[str, Any], where: str
 ) -> Iterator[str]:
     yield from _compare_names(list(got), list(want), f"{where}: entries")
-    for key in got:
-        if key.startswith("model") and key in want:
-            yield from _compare(got[key], want[key], f"{where}/{key}")
-            metadata = (list(getattr(side[key], "_metadata", {}).items()) for side in (got, want))
-            yield from _compare(*metadata, f"{where}/{key}._metadata")
-        elif key == "args":
+    for key in got.keys() & want.keys():
+        if key == "args":
             yield from _compare_arguments(
-                vars(got[key]), vars(want[key]), vars(source[key]), has_source, f"{where}/args"
+                vars(got[key]), vars(want[key]), vars(source[key]), f"{where}/{key}"
             )
-        elif key == "optimizer" and key in want:
+        elif key.startswith("model"):
             yield from _compare(got[key], want[key], f"{where}/{key}")
-        elif has_source and key in source:
+            yield from _compare(
+                list(got[key]._metadata.items()),
+                list(want[key]._metadata.items()),
+                f"{where}/{key}._metadata",
+            )
+        elif key == "optimizer":
+            yield from _compare(got[key], want[key], f"{where}/{key}")
+        else:
             yield from _compare(got[key], source[key], f"{where}/{key} against the source")
 
 
 def _compare_arguments(
-    got: dict[str, Any], want: dict[str, Any], source: dict[str, Any], has_source: bool, where: str
+    got: dict[str, Any], want: dict[str, Any], source: dict[str, Any], where: str
 ) -> Iterator[str]:
     for name in _LAYOUT_ARGUMENTS:
         yield from _compare(got.get(name), want.get(name), f"{where}.{name}")
-    given = [sum(side.get(name) is not None for name in _CHUNK_ARGUMENTS) for side in (got, want)]
-    yield from _compare(*given, f"{where}: number of arguments that ask for virtual stages")
-    if has_source:
-        yield from _compare_names(list(got), list(source), f"{where} against the source")
-        for name in source.keys() & got.keys() - {*_LAYOUT_ARGUMENTS, *_CHUNK_ARGUMENTS}:
-            yield from _compare(got[name], source[name], f"{where}.{name} against the source")
+    given, wanted = (
+        sum(side.get(name) is not None for name in _CHUNK_ARGUMENTS) for side in (got, want)
+    )
+    yield from _compare(given, wanted, f"{where}: arguments that ask for virtual stages")
+    yield from _compare_names(list(got), list(source), f"{where} against the source")
+    for name in source.keys() & got.keys() - {*_LAYOUT_ARGUMENTS, *_CHUNK_ARGUMENTS}:
+        yield from _compare(got[name], source[name], f"{where}.{name} against the source")
 
 
 def _compare(got: Any, want: Any, where: str) -> Iterator[str]:
@@ -171,9 +192,9 @@ def _compare(got: Any, want: Any, where: str) -> Iterator[str]:
 
 def _are_equal(got: Any, want: Any) -> bool:
     if isinstance(got, io.BytesIO):
-        return got.getvalue() == want.getvalue()
+        return bool(got.getvalue() == want.getvalue())
     if isinstance(got, np.ndarray):
-        return np.array_equal(got, want)
+        return bool(got.dtype == want.dtype and np.array_equal(got, want))
     return bool(got == want)
 
 

@@ -1,0 +1,192 @@
+"""What makes Megatron-Core run on a CPU with the gloo backend. Nothing of it is edited; calls that
+need a GPU are replaced, each for the reason given. To be installed before Megatron is imported."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo.trace_rules
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Megatron spells device="cuda" in many places; tensors made so are made on the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if str(named.get("device")).startswith("cuda"):
+            named["device"] = "cpu"
+        if func is torch.Tensor.type and len(args) == 1 and not named:
+            # Optimizers sort parameters by the names of such types.
+            return str(func(*args)).replace("torch.", "torch.cuda.")
+        return func(*args, **named)
+
+
+class _Stream:
+    """A CUDA stream or event: on a CPU everything is done in order, so nothing waits."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.device = torch.device("cpu")
+
+    def _nothing(self, *_: object) -> _Stream:
+        return self
+
+    wait_stream = wait_event = record = record_event = wait = synchronize = _nothing
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam with the state layout of Transformer Engine's: ``step`` is in the param groups, and a
+    group without parameters has none. torch's keeps it elsewhere, which Megatron's legacy loading
+    cannot read."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        **_: object,
+    ) -> None:
+        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas}
+        super().__init__(params, {**defaults, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """One update."""
+        assert closure is None
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        average = state["exp_avg"] / (1 - beta1 ** group["step"])
+        spread = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+        change = average / spread + group["weight_decay"] * parameter
+        parameter.add_(change, alpha=-group["lr"])
+
+
+def install() -> None:
+    """Replace what needs a GPU in torch, for the rest of the process."""
+    # Optimizers ask for this table of torch's functions, which must not find the replacements.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
+    _replace_devices()
+    _replace_random_numbers()
+    _keep_sent_tensors()
+    _list_split_sizes()
+    # Kernels are compiled when first called, by a compiler that a test machine may not have.
+    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    # Only this submodule: were Transformer Engine importable, Megatron would want its layers.
+    optimizers = types.ModuleType("transformer_engine.pytorch.optimizers")
+    optimizers.FusedAdam, optimizers.FusedSGD = FusedAdam, torch.optim.SGD  # type: ignore[attr-defined]
+    sys.modules[optimizers.__name__] = optimizers
+
+
+def _replace_devices() -> None:
+    cuda: Any = torch.cuda
+    # Given as device=..., which may well be "cpu".
+    cuda.current_device = lambda: "cpu"
+    cuda.set_device = cuda.synchronize = lambda *_: None
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.stream = lambda *_: contextlib.nullcontext()
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+    tensor.record_stream = lambda *_: None
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *_: self
+
+
+def _replace_random_numbers() -> None:
+    """A generator of its own stands for the GPU's, so that Megatron's tracker has what to track."""
+    cuda: Any = torch.cuda
+    generator = torch.Generator()
+    cuda.default_generators = {"cpu": generator}
+    cuda.manual_seed = generator.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: generator.get_state()
+    cuda._lazy_call = lambda callback, **_: callback()
+
+
+def _keep_sent_tensors() -> None:
+    """Megatron frees an output right after ``isend``. CUDA streams make that safe; gloo sends in
+    the background, so it
+    gets a copy that outlives the sending."""
+    send = dist.isend
+    in_flight: collections.deque[object] = collections.deque(maxlen=256)
+
+    def send_a_copy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        copy = tensor.detach().clone()
+        work = send(copy, *args, **kwargs)
+        in_flight.append((work, copy))
+        return work
+
+    # Batches of sends are recognised by the name in the second module.
+    dist.isend = dist.distributed_c10d.isend = send_a_copy
+
+
+def _list_split_sizes() -> None:
+    """Megatron brings split sizes from the GPU as arrays; those that are on the CPU already stay
+    tensors, which the collective does not take."""
+    exchange = dist.all_to_all_single
+
+    def exchange_with_lists(output: Any, given: Any, *sizes: Any, **options: Any) -> Any:
+        def listed(value: Any) -> Any:
+            return value.tolist() if isinstance(value, torch.Tensor) else value
+
+        named = {name: listed(value) for name, value in options.items()}
+        return exchange(output, given, *map(listed, sizes), **named)
+
+    dist.all_to_all_single = exchange_with_lists  # type: ignore[assignment]
+
+
+def patch_megatron() -> None:
+    """Replace what needs Transformer Engine in Megatron, after it is imported."""
+    from megatron.core import fp8_utils
+    from megatron.core.transformer import dot_product_attention, multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    quantize: Any = fp8_utils._quantize_param_shard_impl
+    # 0.12 refuses even if no parameter is in fp8.
+    fp8_utils._quantize_param_shard_impl = lambda params, *rest: params and quantize(params, *rest)
+    for name in ("TELinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear"):
+        # Asked for in isinstance(), which takes nothing that stands for "not installed".
+        if not isinstance(getattr(multi_latent_attention, name, type), type):
+            setattr(multi_latent_attention, name, type(name, (), {}))
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    attention: Any = dot_product_attention.DotProductAttention
+    create = attention.__init__
+
+    def create_for_latent_attention(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Without parameters, so that the widths of its heads do not matter to a checkpoint."""
+        for name in ("k_channels", "v_channels"):
+            kwargs.pop(name, None)
+        create(self, *args, **kwargs)
+
+    attention.__init__ = create_for_latent_attention

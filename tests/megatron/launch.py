@@ -1,0 +1,176 @@
+"""Starts the processes of Megatron runs.
+
+Importing torch and Megatron takes seconds and a run of a tiny model does not. So one server
+process imports them once, and forks the ranks of every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from .spec import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+TIMEOUT = 300.0
+_GRACE = 2.0
+"""When one rank has failed the others wait for it; so long they may still report."""
+
+
+class RankError(Exception):
+    """A rank of a run failed; the message is its traceback."""
+
+
+class Megatron:
+    """The server process, seen from a test."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def run(self, action: str, run: Run, **options: Any) -> list[Any]:
+        """Do an action of ``worker.ACTIONS`` in as many processes as the run needs.
+
+        Returns:
+            what each rank returned.
+
+        Raises:
+            RankError: a rank raised, died, or took too long.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"action": action, "run": run.to_json(), "options": options}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RankError("the server is gone; its standard error tells why")
+        outcome = json.loads(answer)
+        if "failure" in outcome:
+            raise RankError(outcome["failure"])
+        results: list[Any] = outcome["results"]
+        return results
+
+
+@contextlib.contextmanager
+def megatron(environment: Mapping[str, str] | None = None) -> Iterator[Megatron]:
+    """A server; its processes end with the context."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})},
+        start_new_session=True,
+    )
+    try:
+        yield Megatron(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _serve(answers: IO[str]) -> None:
+    """Answer each line of standard input, until it ends."""
+    import torch
+
+    from . import cpu
+
+    torch.set_num_threads(1)  # also because threads do not survive a fork
+    cpu.install()
+    from . import worker  # brings Megatron in
+
+    cpu.patch_megatron()
+    assert worker.ACTIONS
+    for line in sys.stdin:
+        answers.write(json.dumps(_run_world(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _run_world(job: dict[str, Any]) -> dict[str, Any]:
+    """Fork the ranks of a run and wait for them."""
+    run = Run.from_json(job["run"])
+    with tempfile.TemporaryDirectory(prefix="megatron_world_") as folder:
+        ranks = {_fork_rank(rank, run, job, Path(folder)): rank for rank in range(run.world_size)}
+        failed = _wait(dict(ranks), time.monotonic() + TIMEOUT)
+        if failed is not None:
+            log = Path(folder, f"{failed}.log")
+            return {"failure": f"rank {failed} of {run}:\n{log.read_text()[-6000:]}"}
+        return {
+            "results": [
+                json.loads(Path(folder, f"{rank}.json").read_text())
+                for rank in range(run.world_size)
+            ]
+        }
+
+
+def _wait(running: dict[int, int], deadline: float) -> int | None:
+    """Wait for all processes (their ranks by process id); the rank that failed first, if any."""
+    failed: int | None = None
+    while running:
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if process:
+            rank = running.pop(process)
+            if status and failed is None:
+                failed, deadline = rank, time.monotonic() + _GRACE
+        elif time.monotonic() > deadline:
+            failed = next(iter(running.values())) if failed is None else failed
+            for process in running:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+            return failed
+        else:
+            time.sleep(0.005)
+    return failed
+
+
+def _fork_rank(rank: int, run: Run, job: dict[str, Any], folder: Path) -> int:
+    """Start one rank; its process id. Its result and its log become files in the folder."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        result = _run_rank(rank, run, job, folder / "store")
+        Path(folder, f"{rank}.json").write_text(json.dumps(result))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run_rank(rank: int, run: Run, job: dict[str, Any], store: Path) -> Any:
+    import torch.distributed as dist
+
+    from . import worker
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=run.world_size
+    )
+    return worker.ACTIONS[job["action"]](run, **job["options"])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever Megatron prints is not an answer
+    _serve(answers)

@@ -1,0 +1,69 @@
+"""What one process of a Megatron run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import checkpoint, values
+from .building import build, initialize
+from .train import train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .spec import Run
+
+
+def save(run: Run, root: str, iteration: int = 10) -> Any:
+    """Build a model, give it the values of ``values.fill``, and save it."""
+    trainee = build(initialize(run))
+    values.fill(trainee)
+    trainee.scheduler.step(increment=iteration * trainee.args.global_batch_size)
+    checkpoint.save(trainee, Path(root), iteration)
+    return values.digests(trainee)
+
+
+def load(run: Run, root: str) -> Any:
+    """Build a model, load a checkpoint into it, and tell what it then holds."""
+    trainee = build(initialize(run))
+    checkpoint.load(trainee, Path(root))
+    return values.digests(trainee)
+
+
+def damage(run: Run, folder: str, kind: str) -> None:
+    """Spoil a rank folder that holds virtual stages, in ways that loading alone does not notice."""
+    assert run.world_size == 1
+    paths = [Path(folder, name) for name in ("model_optim_rng.pt", "distrib_optim.pt")]
+    model, optimizer = (torch.load(path, weights_only=False) for path in paths)
+    chunk = model["model1"]
+    one, other = (f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in (0, 1))
+    dense = optimizer[0] if isinstance(optimizer, list) else optimizer
+    (states,) = dense[1].values()
+    if kind == "weight":
+        chunk[one][3, 5] *= 1.01
+    elif kind == "moment":
+        states["exp_avg_sq"][5] *= 1.0001
+    elif kind == "order of moments":
+        states["exp_avg"] = states["exp_avg"].flip(0)
+    elif kind == "order of layers":
+        chunk[one], chunk[other] = chunk[other], chunk[one]
+    elif kind == "order of keys":
+        chunk.move_to_end(one)
+    elif kind == "step":
+        for group in model["optimizer"]["optimizer"]["param_groups"]:
+            group["step"] -= 1
+    else:
+        raise ValueError(kind)
+    torch.save(model, paths[0])
+    torch.save(optimizer, paths[1])
+
+
+ACTIONS: dict[str, Callable[..., Any]] = {
+    "save": save,
+    "load": load,
+    "train": train,
+    "damage": damage,
+}
