@@ -245,7 +245,9 @@ def _check_parts(family: Family) -> None:
     for rank in family.ranks.values():
         where = rank.files.model.path
         has_part = any(part.is_expert for part in rank.parts)
-        has_experts = rank.buffers is not None and rank.buffers.has_experts
+        has_experts = states.have_experts(
+            (content.parameters for content in rank.contents), family.arguments, family.rules
+        )
         if family.kind is OptimizerKind.DISTRIBUTED and has_part != (has_experts or everywhere):
             raise Unexplained(f"an expert optimizer is {'' if has_part else 'not '}there ({where})")
         needs_file = family.kind is OptimizerKind.DISTRIBUTED and (
@@ -328,10 +330,8 @@ def _parts(
     where: str,
 ) -> tuple[OptimizerPart, ...]:
     """The optimizers of a rank, from the shape of its 'optimizer' entry."""
-    has_experts = any(
-        states.in_expert_buffer(item, arguments, rules)
-        for content in contents
-        for item in content.parameters
+    has_experts = states.have_experts(
+        (content.parameters for content in contents), arguments, rules
     )
     overlaps = arguments.overlaps_param_gather_with_step
     entries = states.part_entries(entry, where)

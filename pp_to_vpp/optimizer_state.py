@@ -42,7 +42,8 @@ class TargetOptimizer:
     family: Family
     pp_rank: int
     chunks: Sequence[TargetChunk]
-    buffers: RankBuffers
+    buffers: RankBuffers | None
+    """None without the distributed optimizer."""
     overlaps_param_gather_with_step: bool
     adopter: Adopter
 
@@ -51,12 +52,19 @@ class TargetOptimizer:
         """The same folder of the source."""
         return self.family.ranks[self.pp_rank]
 
+    @property
+    def _parameters(self) -> list[tuple[Item, ...]]:
+        """Those of each virtual stage."""
+        return [chunk.parameters for chunk in self.chunks]
+
     def parts(self) -> tuple[OptimizerPart, ...]:
         """The optimizers that Megatron will chain on the target rank."""
-        everywhere = self.family.rules.keeps_all_groups and self.family.has_expert_part
+        family = self.family
+        everywhere = family.rules.keeps_all_groups and family.has_expert_part
+        has_experts = states.have_experts(self._parameters, family.arguments, family.rules)
         return chained_optimizers(
             len(self.chunks),
-            has_expert_part=self.buffers.has_experts or everywhere,
+            has_expert_part=has_experts or everywhere,
             overlaps_param_gather_with_step=self.overlaps_param_gather_with_step,
         )
 
@@ -67,17 +75,19 @@ class TargetOptimizer:
 
     def flat_root(self) -> Any:
         """The content of ``distrib_optim.pt``; None where Megatron writes no such file."""
-        entries = [self._flat_part(part) for part in self.parts()]
+        if self.buffers is None:
+            return None
+        entries = [self._flat_part(part, self.buffers) for part in self.parts()]
         if all(entry is None for entry in entries):
             return None
         return entries[0] if len(entries) == 1 else entries
 
-    def _flat_part(self, part: OptimizerPart) -> dict[Any, Any] | None:
+    def _flat_part(self, part: OptimizerPart, buffers: RankBuffers) -> dict[Any, Any] | None:
         """One optimizer's buffers under compressed indices; None where another family has them."""
         if not part.is_expert and not self.family.holds_dense_state:
             return None
         root: dict[Any, Any] = {COALESCED: True}
-        for index, (stage, buffer) in enumerate(self.buffers.of_part(part)):
+        for index, (stage, buffer) in enumerate(buffers.of_part(part)):
             root[index] = self._flat_buffer(self.chunks[stage].parameters, buffer)
         return root
 
@@ -102,10 +112,7 @@ class TargetOptimizer:
         inner_key = OPTIMIZER if OPTIMIZER in template else None
         inner = template if inner_key is None else template[inner_key]
         by_key = states.items_by_group(
-            [chunk.parameters for chunk in self.chunks],
-            part,
-            self.family.arguments,
-            self.family.rules,
+            self._parameters, part, self.family.arguments, self.family.rules
         )
         groups = self._groups(part, inner[GROUPS], tuple(by_key))
         if self.family.kind is OptimizerKind.DISTRIBUTED:

@@ -7,6 +7,7 @@ file is tiled, every source byte exists, no source byte is used twice and no ten
 from __future__ import annotations
 
 import bisect
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .archive import ArchiveLayout
     from .inventory import Family
     from .request import TargetSpec
+    from .states import RankBuffers
     from .types import RankId
 
 
@@ -82,16 +84,18 @@ def plan_rank(
     own = family.ranks[pp_rank]
     chunks = [target_chunk(family, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
     overlaps = target.overlaps_param_gather_with_step
-    buffers = states.rank_buffers(
-        [(chunk.chunk, chunk.parameters) for chunk in chunks],
-        family.arguments,
-        family.rules,
-        overlaps_param_gather_with_step=overlaps,
-    )
+    buffers: RankBuffers | None = None
+    if family.shares_storages or family.kind is OptimizerKind.DISTRIBUTED:
+        buffers = states.rank_buffers(
+            [(chunk.chunk, chunk.parameters) for chunk in chunks],
+            family.arguments,
+            family.rules,
+            overlaps_param_gather_with_step=overlaps,
+        )
     adopter = Adopter(family, pp_rank)
     writer = StateDictWriter(family, pp_rank, adopter)
-    views = buffers.by_stage if family.shares_storages else [None] * len(chunks)
-    nodes = [writer.chunk(chunk, view) for chunk, view in zip(chunks, views, strict=True)]
+    views = buffers.by_stage if buffers is not None and family.shares_storages else ()
+    nodes = [writer.chunk(chunk, view) for chunk, view in itertools.zip_longest(chunks, views)]
     root = replace_chunks(own.root, nodes)
     root["args"] = patch_arguments(
         root["args"], family.arguments, target.placement, overlap_param_gather_with_step=overlaps

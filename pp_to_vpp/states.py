@@ -23,7 +23,7 @@ from .tensors import TensorError, TensorRef, as_tensor, unwrap_tensor
 from .types import Piece, cut_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .arguments import SavedArguments
     from .chunks import ChunkContents, Item
@@ -78,11 +78,6 @@ class RankBuffers:
     by_stage: tuple[tuple[Buffer, ...], ...]
     """For each virtual stage, the buffers of its chunk."""
 
-    @property
-    def has_experts(self) -> bool:
-        """Whether any parameter lies in an expert buffer."""
-        return any(buffer.is_expert for buffers in self.by_stage for buffer in buffers)
-
     def of_part(self, part: OptimizerPart) -> list[tuple[int, Buffer]]:
         """(virtual stage, buffer) of each buffer of an optimizer, in the order of its index
         ``gbuf_idx``: chunks without such parameters have none."""
@@ -101,6 +96,13 @@ def in_expert_buffer(item: Item, arguments: SavedArguments, rules: Rules) -> boo
         rules.separates_experts_by_tp and arguments.etp_size != arguments.tp_size
     )
     return own_groups and naming.is_expert(item.rest)
+
+
+def have_experts(
+    parameters: Iterable[Sequence[Item]], arguments: SavedArguments, rules: Rules
+) -> bool:
+    """Whether any parameter of a rank's chunks lies in an expert buffer."""
+    return any(in_expert_buffer(item, arguments, rules) for items in parameters for item in items)
 
 
 def _is_shared_embedding(item: Item, chunk: ModelChunk, arguments: SavedArguments) -> bool:

@@ -130,27 +130,25 @@ def encode(root: Any, template: TorchFile) -> EncodedFile:
         raise FileFormatError(f"its objects cannot be written back: {error}") from None
     names = list(template.records)
     old_data = [name for name in names if name.startswith(_DATA)]
-    data = {f"{_DATA}{i}": storage.content for i, storage in enumerate(storages)}
+    data = [f"{_DATA}{i}" for i in range(len(storages))]
+    contents = {name: storage.content for name, storage in zip(data, storages, strict=True)}
     if old_data == sorted(old_data) and len(old_data) > 10:
-        data = dict(sorted(data.items()))  # older versions of torch sort the names as strings
-    first = names.index(_VERSION)  # the data stands before it
+        data.sort()  # older versions of torch sort the names as strings
+    small = [name for name in names if not name.startswith(_DATA)]
+    tail = small.index(_VERSION)  # the data stands before it
     records: dict[str, tuple[Piece, ...]] = {}
-    for name in names[:first]:
-        records[name] = (Literal(template.small.get(name, b"")),)
-    records |= data
-    for name in names[first:]:
-        if not name.startswith(_DATA):
-            records[name] = (Literal(template.small.get(name, b"")),)
+    for name in (*small[:tail], *data, *small[tail:]):
+        records[name] = contents.get(name) or (Literal(template.small.get(name, b"")),)
     records[_PICKLE] = (Literal(pickled),)
     if _IDENTITY in records:
         old = template.small[_IDENTITY]
         digest = hashlib.sha256(pickled + old).digest()
         number = int.from_bytes(digest, "big") % 10**_IDENTITY_DIGITS
         records[_IDENTITY] = (Literal(b"%040d" % number),)
-    contents = {name: join_pieces(list(pieces)) for name, pieces in records.items()}
-    sizes = [(name, sum(p.length for p in pieces)) for name, pieces in contents.items()]
+    joined = {name: join_pieces(list(pieces)) for name, pieces in records.items()}
+    sizes = [(name, sum(piece.length for piece in pieces)) for name, pieces in joined.items()]
     layout = archive.lay_out(template.stem, sizes, _alignment(template))
-    return EncodedFile(layout, tuple(contents.values()))
+    return EncodedFile(layout, tuple(joined.values()))
 
 
 def _alignment(template: TorchFile) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from .runs import Program
+
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
@@ -25,3 +27,9 @@ def read_pickle() -> Callable[[Path], bytes]:
             return archive.read(name)
 
     return read
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    """The command line."""
+    return Program(capsys)

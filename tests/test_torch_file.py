@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 
 from pp_to_vpp import archive, torch_file
 from pp_to_vpp.tensors import as_tensor
-from pp_to_vpp.torch_file import EncodedFile, FileFormatError, TorchFile
-from pp_to_vpp.types import Extent, Literal, Zeros
+from pp_to_vpp.torch_file import FileFormatError, TorchFile
+from pp_to_vpp.types import Extent
 
+from .edit import assemble
 from .pairs import rank_files
 
 
@@ -28,25 +28,10 @@ def decode(data: bytes) -> TorchFile:
     )
 
 
-def assemble(encoded: EncodedFile, data: bytes) -> bytes:
-    """The bytes of a planned file whose extents refer to ``data``."""
-    written = bytearray(encoded.layout.length)
-    crc32s = []
-    for record, pieces in zip(encoded.layout.records, encoded.contents, strict=True):
-        payload = b""
-        for piece in pieces:
-            match piece:
-                case Extent(_, offset, length):
-                    payload += data[offset : offset + length]
-                case Zeros(length):
-                    payload += bytes(length)
-                case Literal(literal):
-                    payload += literal
-        written[record.offset : record.offset + record.length] = payload
-        crc32s.append(zlib.crc32(payload))
-    for offset, part in archive.frame(encoded.layout, crc32s):
-        written[offset : offset + len(part)] = part
-    return bytes(written)
+def rebuilt(file: TorchFile, data: bytes) -> bytes:
+    """The file, encoded from what it was decoded to."""
+    encoded = torch_file.encode(file.root, file)
+    return assemble(encoded, lambda extent: data[extent.offset : extent.offset + extent.length])
 
 
 def saved(value: Any) -> bytes:
@@ -69,7 +54,7 @@ def without_identity(data: bytes) -> bytes:
 def test_real_files_are_encoded_to_the_same_bytes(path: Path) -> None:
     data = path.read_bytes()
     file = decode(data)
-    again = assemble(torch_file.encode(file.root, file), data)
+    again = rebuilt(file, data)
     assert len(again) == len(data)
     assert without_identity(again) == without_identity(data)
 
@@ -91,7 +76,7 @@ def test_tensors_of_this_torch_are_found_and_written_back(sizes: list[int], shar
         assert isinstance(extent, Extent)
         raw = value[name].contiguous().view(torch.uint8).numpy().tobytes()
         assert data[extent.offset : extent.offset + extent.length] == raw
-    again = assemble(torch_file.encode(file.root, file), data)
+    again = rebuilt(file, data)
     assert without_identity(again) == without_identity(data)
     loaded = torch.load(io.BytesIO(again), weights_only=True)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in value.items())
