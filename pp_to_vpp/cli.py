@@ -160,23 +160,29 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments, _Arguments())
     _check(parser, given)
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with _logging(given.log_file):
+    with _logging(given.log_file):
+        try:
             content = _run(given)
             if given.report is not None:
                 _write_report(given.report, content)
-    except ConversionError as error:
-        for line in error.problems:
-            print(f"pp_to_vpp: error: {line}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
-        return _INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        print("pp_to_vpp: this is an error of the program, please report it", file=sys.stderr)
-        return ConversionError.exit_status
+        except ConversionError as error:
+            return _refuse(error)
+        except KeyboardInterrupt:
+            print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
+            return _INTERRUPTED
+        except Exception:  # the last resort: an error of this program
+            traceback.print_exc()
+            print("pp_to_vpp: this is an error of the program, please report it", file=sys.stderr)
+            return ConversionError.exit_status
     return 0
+
+
+def _refuse(error: ConversionError) -> int:
+    """Print one line per problem; the exit status of its kind."""
+    for line in error.problems:
+        print(f"pp_to_vpp: error: {line}", file=sys.stderr)
+        logging.getLogger("pp_to_vpp").error("%s", line)
+    return error.exit_status
 
 
 def _write_report(path: Path, content: dict[str, object]) -> None:
@@ -195,8 +201,8 @@ def _check(parser: argparse.ArgumentParser, given: _Arguments) -> None:
     last = given.target_last_virtual_pipeline_num_layers_split
     v = given.target_virtual_pipeline_model_parallel_size
     layout = given.target_pipeline_model_parallel_layout
-    verifies_only = v is None and layout is None
-    if verifies_only and (given.dry_run or given.verify == "none" or given.resume):
+    may_verify_only = given.save_iteration_dir is not None and given.verify != "none"
+    if v is None and layout is None and (given.dry_run or given.resume or not may_verify_only):
         parser.error(
             "give --target-virtual-pipeline-model-parallel-size or "
             "--target-pipeline-model-parallel-layout"

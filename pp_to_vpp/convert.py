@@ -152,8 +152,15 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         CheckpointError: the source cannot be read, or is damaged itself.
     """
     began = time.monotonic()
-    if options.save_dir is None:
-        raise UsageError("--save-iteration-dir: nothing to verify; name the target")
+    if options.save_dir is None or not options.save_dir.exists():
+        raise UsageError(
+            problem(
+                options.save_dir,
+                "there is nothing to verify",
+                cure="to convert, give --target-virtual-pipeline-model-parallel-size or "
+                "--target-pipeline-model-parallel-layout",
+            )
+        )
     source = reader.survey(str(options.load_dir))
     request.wanted_ranks(options, source.arguments)
     target = _survey_target(options.save_dir, source)

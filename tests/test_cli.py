@@ -1,0 +1,207 @@
+"""The command line: help, wrong calls, exit statuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from .edit import copy_of, set_arguments
+from .pairs import pair
+from .runs import ROOT, Program, run_process
+
+_V2 = ("--target-virtual-pipeline-model-parallel-size", "2")
+_FIRST = "--target-first-virtual-pipeline-num-layers-split"
+_LAST = "--target-last-virtual-pipeline-num-layers-split"
+
+
+def test_help_tells_every_option_and_imports_nothing_heavy() -> None:
+    run = run_process("--help")
+    assert run.status == 0
+    for option in (
+        "--load-iteration-dir", "--save-iteration-dir", "--pipeline-model-parallel-size",
+        "--expert-model-parallel-size", "--tensor-model-parallel-size", _V2[0], _FIRST, _LAST,
+        "--target-pipeline-model-parallel-layout",
+        "--target-overlap-param-gather-with-optimizer-step", "--num-max-processing-processes",
+        "--pipeline-ranks-to-process", "--dry-run", "--verify", "--resume", "--report",
+        "--log-file",
+    ):  # fmt: skip
+        assert option in run.output
+
+
+def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None:
+    """Even where they are installed: imports are watched from outside."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "megatron.py").write_text("raise SystemExit('megatron was imported')")
+    case = pair("dense-pp2-v016")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    script = (
+        f"import sys; sys.path[:0] = {path.split(os.pathsep)!r}; "
+        "from pp_to_vpp.cli import main; "
+        f"sys.exit(main(['--load-iteration-dir', {str(case.source)!r}, '--save-iteration-dir', "
+        f"{str(tmp_path / 'iter_0000001')!r}, *{list(_V2)!r}]))"
+    )
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "was imported" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "--load-iteration-dir"),
+        (("--load-iteration-dir", "x"), "give --target-virtual"),
+        (("--load-iteration-dir", "x", *_V2), "--save-iteration-dir is required"),
+        (("--load-iteration-dir", "x", "--dry-run"), "give --target-virtual"),
+        (("--load-iteration-dir", "x", "--save-iteration-dir", "y", "--resume"), "give --target"),
+        (("--load-iteration-dir", "x", "--dry-run", *_V2, _FIRST, "4", "4"), "or none"),
+        (
+            ("--load-iteration-dir", "x", "--dry-run", *_V2, _FIRST, "4", _LAST, "4", "4"),
+            "one number for each",
+        ),
+        (
+            ("--load-iteration-dir", "x", "--dry-run", *_V2, _FIRST, "4", "0", _LAST, "4", "4"),
+            "positive",
+        ),
+        (("--load-iteration-dir", "x", "--dry-run", _V2[0], "0"), "not a positive number"),
+        (("--load-iteration-dir", "x", "--dry-run", *_V2, "--verify", "some"), "--verify"),
+        (("--load", "x", "--dry-run", *_V2), "--load-iteration-dir"),
+    ],
+)
+def test_wrong_calls_end_with_2(
+    arguments: tuple[str, ...], reason: str, program: Program
+) -> None:
+    run = program(*arguments)
+    assert run.status == 2
+    assert reason in run.errors
+
+
+def test_forgetting_the_target_layout_is_told(program: Program, tmp_path: Path) -> None:
+    case = pair("dense-pp2-v016")
+    run = program("--load-iteration-dir", case.source, "--save-iteration-dir", tmp_path / "new")
+    program.refuses(2, run, "there is nothing to verify", "to convert, give --target-virtual")
+
+
+def test_disagreeing_sizes_are_refused(program: Program, tmp_path: Path) -> None:
+    case = pair("moe-pp2ep2-v016")
+    for name, wrong in (("pipeline", "4"), ("expert", "1"), ("tensor", "2")):
+        run = program.convert(
+            case.source, tmp_path / "x", _V2, f"--{name}-model-parallel-size", wrong
+        )
+        program.refuses(2, run, f"--{name}-model-parallel-size: disagrees", f"found {wrong}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_is_refused(program: Program, tmp_path: Path) -> None:
+    case = pair("dense-pp2-v016")
+    target = tmp_path / "iter_0000001"
+    assert program.convert(case.source, target, _V2).status == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run = program.convert(case.source, target, _V2)
+    program.refuses(2, run, "the target exists already (2 of 2 rank folders)", "--resume")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_target_inside_the_source_is_refused(program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    for target in (source, source / "vpp"):
+        program.refuses(2, program.convert(source, target, _V2), "it lies in the source")
+
+
+def test_ranks_that_do_not_exist_are_refused(program: Program, tmp_path: Path) -> None:
+    run = program.convert(
+        pair("dense-pp2-v016").source, tmp_path / "x", _V2, "--pipeline-ranks-to-process", "2"
+    )
+    program.refuses(2, run, "there is no pipeline rank 2", "expected 0 to 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--target-virtual-pipeline-model-parallel-size", "3"), "do not divide"),
+        (("--target-virtual-pipeline-model-parallel-size", "1"), "already has the layout"),
+        (("--target-pipeline-model-parallel-layout", "Et|tL"), "expected 8 of t"),
+        (("--target-pipeline-model-parallel-layout", "Et*4|t*4|L"), "3 stages do not make"),
+        ((*_V2, "--target-pipeline-model-parallel-layout", "Et*4|t*4L"), "disagrees with the lay"),
+        ((*_V2, _FIRST, "3", "2", _LAST, "2", "2"), "must divide evenly"),
+        (
+            (
+                "--target-pipeline-model-parallel-layout", "Ettt|tttttL",
+                "--target-overlap-param-gather-with-optimizer-step",
+            ),
+            "virtual pipeline stages only",
+        ),
+    ],
+)  # fmt: skip
+def test_impossible_layouts_end_with_3(
+    options: tuple[str, ...], reason: str, program: Program, tmp_path: Path
+) -> None:
+    run = program.convert(pair("dense-pp2-v016").source, tmp_path / "x", options)
+    program.refuses(3, run, reason)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_has_the_layout_already_is_refused(program: Program, tmp_path: Path) -> None:
+    run = program.convert(pair("dense-pp2-v016").truth, tmp_path / "x", _V2)
+    program.refuses(3, run, "already has the layout", "virtual pipeline size 2")
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ((), "it holds no rank folders"),
+        (("metadata.json", "common.pt", "__0_0.distcp"), "Megatron reshards those by itself"),
+        (("mp_rank_00", "mp_rank_01"), "it was saved with PP 1"),
+        (("iter_0000001", "latest_checkpointed_iteration.txt"), "checkpoint's root"),
+    ],
+)
+def test_other_folders_are_told_apart(
+    names: tuple[str, ...], reason: str, program: Program, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+    run = program.convert(tmp_path, tmp_path / "x", _V2)
+    program.refuses(4, run, reason)
+    program.refuses(4, program.convert(tmp_path / "missing", tmp_path / "x", _V2), "be listed")
+
+
+def test_missing_folders_are_named(program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair("moe-pp2ep2-v016").source, tmp_path)
+    shutil.rmtree(source / "mp_rank_00_001_001")
+    run = program.convert(source, tmp_path / "x", _V2)
+    program.refuses(4, run, "mp_rank_00_001_001: this rank folder is missing")
+    shutil.rmtree(source / "mp_rank_00_000_001")
+    run = program.convert(source, tmp_path / "x", _V2)
+    program.refuses(4, run, "expert_model_parallel_size", "rank 1 is missing")
+
+
+def test_a_plain_pipeline_of_one_stage_is_refused(program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    set_arguments(source, pipeline_model_parallel_size=1)
+    run = program.convert(source, tmp_path / "x", _V2)
+    program.refuses(4, run, "pipeline_model_parallel_size 1", "nothing to convert")
+
+
+def test_logs_and_reports_go_where_they_are_asked_to(program: Program, tmp_path: Path) -> None:
+    log = tmp_path / "deep" / "run.log"
+    case = pair("dense-pp2-v016")
+    run = program.convert(case.source, tmp_path / "iter_0000001", _V2, "--log-file", log)
+    assert run.status == 0
+    text = log.read_text()
+    assert re.search(r"INFO mp_rank_00_000: \d+ bytes written", text)
+    assert re.search(r"INFO mp_rank_00_001: \d+ bytes written", text)
+    refused = program.convert(case.source, tmp_path / "iter_0000001", _V2, "--log-file", log)
+    assert refused.status == 2
+    assert "ERROR" in log.read_text()
+
+
+def test_the_package_runs_as_a_module_and_tells_its_version() -> None:
+    run = run_process("--version")
+    assert run.status == 0
+    assert re.fullmatch(r"pp_to_vpp \d+\.\d+\.\d+\n", run.output)
