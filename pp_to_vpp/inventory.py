@@ -18,6 +18,7 @@ from .errors import CheckpointError, LayoutError, problem, show
 from .pickling import as_mapping
 from .rules import Rules, candidates
 from .states import FlatState, OptimizerKind, PlainState, RankBuffers, Unexplained
+from .types import Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -118,6 +119,11 @@ class Sample:
     dtype: str
     weight: tuple[Piece, ...]
     main: tuple[Piece, ...]
+
+    @property
+    def main_path(self) -> str:
+        """The file that holds the main parameter."""
+        return next((piece.path for piece in self.main if isinstance(piece, Extent)), "")
 
 
 def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> Iterator[Family]:

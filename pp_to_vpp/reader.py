@@ -352,47 +352,47 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
     Raises:
         CheckpointError: no rules explain structure and samples.
     """
-    worst: list[str] = []
+    worst: list[Sample] = []
     for family in read_family(files):
-        rounding, differing = check_samples(samples(family))
-        if rounding is not None:
-            return family, rounding
+        way, differing = check_samples(samples(family))
+        if way is not None:
+            return family, way
         worst = worst or differing
-    first = next(iter(files.values()))
     raise CheckpointError(
         problem(
-            first.optimizer.path if first.optimizer is not None else first.model.path,
-            f"{len(worst)} weights are not their main parameters rounded, {worst[0]} among them",
+            worst[0].main_path,
+            f"{len(worst)} weights are not their main parameters rounded, {worst[0].name} first",
             expected="16-bit weights that follow from the fp32 ones in distrib_optim.pt",
             cure="weights and optimizer state are damaged or not of one save: use those of one",
         )
     )
 
 
-def check_samples(wanted: Iterable[Sample]) -> tuple[str | None, list[str]]:
+def check_samples(wanted: Iterable[Sample]) -> tuple[str | None, list[Sample]]:
     """Compare the first and last elements of weights with those of their main parameters.
 
     Returns:
         "rounded" or "cut off" if one way of getting from fp32 to 16 bits explains every sample,
-        "" if there were none; None if neither does, with the names that differ.
+        "" if there were none; None if neither does, with the samples that differ.
     """
-    batches: dict[str, tuple[list[bytes], list[bytes], list[str]]] = {}
-    with SampleReader() as reader:
-        for sample in wanted:
-            weights, mains, names = batches.setdefault(sample.dtype, ([], [], []))
-            weights.append(reader.ends(sample.weight, rounding.item_bytes(sample.dtype)))
-            mains.append(reader.ends(sample.main, rounding.item_bytes("float32")))
-            names.append(sample.name)
+    by_dtype: dict[str, list[Sample]] = {}
+    for sample in wanted:
+        by_dtype.setdefault(sample.dtype, []).append(sample)
     ways: set[str] = set(rounding.WAYS)
-    differing: list[str] = []
-    for dtype, (weights, mains, names) in batches.items():
-        found = rounding.explain(dtype, weights, mains)
-        ways &= found.ways
-        differing += [names[index] for index in found.differing]
-    if not batches:
+    differing: list[Sample] = []
+    with SampleReader() as reader:
+        for dtype, found in by_dtype.items():
+            explained = rounding.explain(
+                dtype,
+                [reader.ends(sample.weight, rounding.item_bytes(dtype)) for sample in found],
+                [reader.ends(sample.main, rounding.item_bytes("float32")) for sample in found],
+            )
+            ways &= explained.ways
+            differing += [found[index] for index in explained.differing]
+    if not by_dtype:
         return "", []
     best = next((way for way in rounding.WAYS if way in ways), None)
-    return best, differing or [name for *_, names in batches.values() for name in names]
+    return best, differing or [sample for found in by_dtype.values() for sample in found]
 
 
 class SampleReader:

@@ -110,7 +110,7 @@ def verify_folder(job: VerifyJob) -> int:
         way, differing = check_samples(samples(found))
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
-    differences = [] if way is not None else [_UNLIKE_MAIN.format(differing[0])]
+    differences = [] if way is not None else [_UNLIKE_MAIN.format(differing[0].name)]
     source = _source_of(job, found)
     differences += [*_compare_layout(job, found), *_compare_rest(source, found, job.rank.pp_rank)]
     ours = None if job.digests is None else digest_rank(target)

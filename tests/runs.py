@@ -70,9 +70,7 @@ class Program:
     ) -> Run:
         """Convert one folder into another; VPP 2 unless the options ask for something else."""
         asked = list(options) or ["--target-virtual-pipeline-model-parallel-size", "2"]
-        return self(
-            "--load-iteration-dir", source, "--save-iteration-dir", target, *asked, *more
-        )
+        return self("--load-iteration-dir", source, "--save-iteration-dir", target, *asked, *more)
 
     def refuses(self, status: int, run: Run, *reasons: str) -> None:
         """Assert a refusal: its exit status, and lines that are lines, one of which tells why."""

@@ -33,7 +33,9 @@ parameters = st.lists(
 @st.composite
 def layout_strings(draw: st.DrawFn, num_layers: int, stages: int, mtp: int = 0) -> str:
     """A valid layout string, empty stages included."""
-    cuts = sorted(draw(st.lists(st.integers(0, num_layers), min_size=stages - 1, max_size=stages - 1)))
+    cuts = sorted(
+        draw(st.lists(st.integers(0, num_layers), min_size=stages - 1, max_size=stages - 1))
+    )
     counts = [b - a for a, b in zip([0, *cuts], [*cuts, num_layers], strict=True)]
     parts = ["t" * count for count in counts]
     parts[0] = "E" + parts[0]

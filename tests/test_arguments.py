@@ -148,10 +148,7 @@ def test_a_layout_string_replaces_the_other_forms() -> None:
 
 
 def test_uneven_stages_are_told_by_their_number() -> None:
-    source = {
-        "decoder_first_pipeline_num_layers": 2,
-        "num_virtual_stages_per_pipeline_rank": None,
-    }
+    source = {"decoder_first_pipeline_num_layers": 2, "num_virtual_stages_per_pipeline_rank": None}
     found = patched(source, Placement(2, first_layers=2))
     assert found["num_virtual_stages_per_pipeline_rank"] == 2
     assert found["num_layers_per_virtual_pipeline_stage"] is None

@@ -47,7 +47,9 @@ def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None
     )
     import subprocess
 
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "was imported" not in done.stdout + done.stderr
 
@@ -74,9 +76,7 @@ def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None
         (("--load", "x", "--dry-run", *_V2), "--load-iteration-dir"),
     ],
 )
-def test_wrong_calls_end_with_2(
-    arguments: tuple[str, ...], reason: str, program: Program
-) -> None:
+def test_wrong_calls_end_with_2(arguments: tuple[str, ...], reason: str, program: Program) -> None:
     run = program(*arguments)
     assert run.status == 2
     assert reason in run.errors

@@ -28,9 +28,7 @@ def leftovers(root: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", names())
-def test_converting_the_source_gives_the_truth(
-    name: str, program: Program, tmp_path: Path
-) -> None:
+def test_converting_the_source_gives_the_truth(name: str, program: Program, tmp_path: Path) -> None:
     case = pair(name)
     target = tmp_path / case.truth.name
     run = program.convert(case.source, target, case.options)
@@ -128,9 +126,7 @@ def test_folders_without_an_iteration_get_no_tracker(program: Program, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
 
 
-def test_dataloader_files_are_copied_and_others_named(
-    program: Program, tmp_path: Path
-) -> None:
+def test_dataloader_files_are_copied_and_others_named(program: Program, tmp_path: Path) -> None:
     from .edit import copy_of
 
     case = pair("dense-pp2-v016")

@@ -117,7 +117,9 @@ def test_buffers_are_megatrons(
     wanted = []
     try:
         for is_expert, dtype in keys:
-            members = [i for i, p in enumerate(found) if (p.is_expert, p.dtype) == (is_expert, dtype)]
+            members = [
+                i for i, p in enumerate(found) if (p.is_expert, p.dtype) == (is_expert, dtype)
+            ]
             shards = policy.expert_shards if is_expert else policy.dense_shards
             numels = [(found[i].numel, found[i].is_shared_embedding) for i in members]
             places, buckets, unpadded = megatron_buffer(
@@ -178,9 +180,7 @@ def policy(bucket_size: int | None = None, shards: int = 1) -> BucketPolicy:
 
 
 def with_rules(**changed: bool) -> Rules:
-    return Rules(
-        **{name: changed.get(name, True) for name in Rules.__dataclass_fields__}
-    )
+    return Rules(**{name: changed.get(name, True) for name in Rules.__dataclass_fields__})
 
 
 def test_alignment_holes_are_saved() -> None:

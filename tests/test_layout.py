@@ -73,9 +73,7 @@ def test_counts_and_offsets_are_megatrons(case: tuple[int, int, Placement]) -> N
 
 
 @given(placements(), st.integers(0, 2))
-def test_every_layer_and_section_has_one_place(
-    case: tuple[int, int, Placement], mtp: int
-) -> None:
+def test_every_layer_and_section_has_one_place(case: tuple[int, int, Placement], mtp: int) -> None:
     num_layers, pp_size, placement = case
     assume(placement.layout is None or mtp == 0)
     layout = placement.place(num_layers, pp_size, mtp_num_layers=mtp)
@@ -108,9 +106,7 @@ def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Pl
 
 def layers_of(layout: PipelineLayout) -> list[list[list[int]]]:
     """Layers of each rank and virtual stage."""
-    return [
-        [list(chunk.layers) for chunk in layout.rank_chunks(p)] for p in range(layout.pp_size)
-    ]
+    return [[list(chunk.layers) for chunk in layout.rank_chunks(p)] for p in range(layout.pp_size)]
 
 
 def test_interleaving() -> None:
@@ -143,9 +139,7 @@ def test_zero_layer_chunks_are_allowed() -> None:
 def test_the_final_norm_follows_the_layers_with_mtp() -> None:
     """FORMAT trap 18."""
     text = "Ett|tt|tt|t|m|L"
-    layout = Placement(2, layout=text).place(
-        7, 3, mtp_num_layers=1, final_norm_follows_layers=True
-    )
+    layout = Placement(2, layout=text).place(7, 3, mtp_num_layers=1, final_norm_follows_layers=True)
     assert layout.chunk(0, 1).sections == (Section.FINAL_NORM,)
     assert layout.chunk(1, 1).sections == (Section.MTP_EMBEDDING, Section.MTP)
     assert layout.chunk(2, 1).sections == (Section.HEAD,)

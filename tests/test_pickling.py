@@ -212,7 +212,11 @@ def test_storages_keep_their_identity_and_are_numbered_in_order() -> None:
 
 
 def test_a_storage_described_in_two_ways_is_refused() -> None:
-    data = _pickle_with_storages("cpu").replace(b"K\x02t", b"K\x03t").replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
+    data = (
+        _pickle_with_storages("cpu")
+        .replace(b"K\x02t", b"K\x03t")
+        .replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
+    )
     with pytest.raises(pickle.UnpicklingError, match="two ways"):
         pickling.load(data, make_storage)
 

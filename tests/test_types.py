@@ -6,15 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.types import (
-    Extent,
-    Literal,
-    Piece,
-    RankId,
-    Zeros,
-    cut_pieces,
-    join_pieces,
-)
+from pp_to_vpp.types import Extent, Literal, Piece, RankId, Zeros, cut_pieces, join_pieces
 
 _SOURCE = bytes(range(256)) * 4
 

@@ -42,7 +42,7 @@ def training_arguments(run: Run, rank: int = 0) -> Namespace:
     """The ``args`` of one rank.
 
     Raises:
-        NotImplementedError: the run needs an argument that this version does not have.
+        NotImplementedError: this version knows no layout strings.
     """
     values = {
         **_parallel(run),
@@ -54,11 +54,14 @@ def training_arguments(run: Run, rank: int = 0) -> Namespace:
         "world_size": run.world_size,
     }
     version = tuple(int(number) for number in __version__.split(".")[:2])
-    for name in list(values):
-        is_known = _SINCE.get(name, version) <= version <= _UNTIL.get(name, version)
-        if not is_known and values.pop(name):
-            raise NotImplementedError(f"Megatron-Core {__version__} has no {name}")
-    return Namespace(**values)
+    known = {
+        name: value
+        for name, value in values.items()
+        if _SINCE.get(name, version) <= version <= _UNTIL.get(name, version)
+    }
+    if run.layout is not None and "pipeline_model_parallel_layout" not in known:
+        raise NotImplementedError(f"Megatron-Core {__version__} has no layout strings")
+    return Namespace(**known)
 
 
 def _parallel(run: Run) -> dict[str, Any]:

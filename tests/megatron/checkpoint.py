@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 if TYPE_CHECKING:
     from .building import Trainee
@@ -56,6 +57,10 @@ def _state_dict(trainee: Trainee, iteration: int) -> dict[str, Any]:
         state[key] = module.state_dict_for_save_checkpoint()  # type: ignore[operator]
     state["optimizer"] = trainee.optimizer.state_dict()
     state["opt_param_scheduler"] = trainee.scheduler.state_dict()
+    # Until 0.13; later versions answer with nothing in this format.
+    rerun = get_rerun_state_machine().state_dict(data_iterator=None, ckpt_format="torch")
+    if rerun:
+        state["rerun_state_machine"] = rerun
     state["rng_state"] = [
         {
             "random_rng_state": random.getstate(),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core import __version__
 
 from . import checkpoint, values
 from .building import build, initialize
@@ -61,9 +62,11 @@ def damage(run: Run, folder: str, kind: str) -> None:
     torch.save(optimizer, paths[1])
 
 
+def version(_: Run) -> str:
+    """Which Megatron-Core this is."""
+    return str(__version__)
+
+
 ACTIONS: dict[str, Callable[..., Any]] = {
-    "save": save,
-    "load": load,
-    "train": train,
-    "damage": damage,
+    action.__name__: action for action in (save, load, train, damage, version)
 }

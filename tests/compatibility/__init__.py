@@ -1,0 +1,1 @@
+"""The conversion, judged by every Megatron-Core version that installs."""

@@ -1,0 +1,265 @@
+"""What cannot be converted exactly is refused by name, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pp_to_vpp.pickling import Global, Instance, as_mapping
+
+from .edit import copy_of, float_tensor, rewrite, rewrite_all, set_arguments
+from .pairs import pair
+from .runs import Program
+
+Edit = Callable[[Path], None]
+
+
+def arguments(**values: Any) -> Edit:
+    """Saved arguments that tell of something else."""
+    return lambda source: set_arguments(source, **values)
+
+
+def model(edit: Callable[[dict[str, Any]], Any]) -> Edit:
+    """A change to the model chunk of every rank."""
+
+    def apply(source: Path) -> None:
+        def change(root: dict[str, Any]) -> None:
+            chunk = as_mapping(root["model"])
+            assert chunk is not None
+            edit(chunk)
+
+        rewrite_all(source, change)
+
+    return apply
+
+
+def top(edit: Callable[[dict[str, Any]], Any]) -> Edit:
+    """A change to the top level of every rank's model file."""
+    return lambda source: rewrite_all(source, edit)
+
+
+def optimizer(edit: Callable[[Any], Any]) -> Edit:
+    """A change to every optimizer file."""
+    return lambda source: rewrite_all(source, edit, "distrib_optim.pt")
+
+
+def one_rank(name: str, edit: Callable[[Any], Any], rank: str = "mp_rank_00_001") -> Edit:
+    """A change to one file."""
+    return lambda source: rewrite(source / rank / name, edit)
+
+
+def add_frozen(chunk: dict[str, Any]) -> None:
+    """A parameter that lies in no buffer."""
+    first = next(key for key in chunk if key.startswith("decoder.layers.0"))
+    items = list(chunk.items())
+    chunk.clear()
+    for key, value in items:
+        chunk[key] = value
+        if key == first:
+            chunk["decoder.layers.0.input_layernorm.frozen"] = float_tensor(bytes(256))
+
+
+def drop_a_layer(chunk: dict[str, Any]) -> None:
+    for key in [key for key in chunk if key.startswith("decoder.layers.3.")]:
+        del chunk[key]
+
+
+def swap_keys(chunk: dict[str, Any]) -> None:
+    """Two parameters of one size under each other's names: only their values can tell."""
+    one, two = (f"decoder.layers.{i}.mlp.linear_fc1.weight" for i in (0, 1))
+    chunk[one], chunk[two] = chunk[two], chunk[one]
+
+
+def shift(root: dict[Any, Any]) -> None:
+    """A buffer one element longer than any rule computes."""
+    ((_, states),) = root[0].items()
+    numel = states["numel_unpadded"] + 1
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        states[name] = float_tensor(bytes(4 * numel))
+    states["numel_unpadded"] = numel
+
+
+def other_values(root: dict[Any, Any]) -> None:
+    ((_, states),) = root[0].items()
+    states["param"] = float_tensor(bytes(4 * states["numel_unpadded"]))
+
+
+def native_fp8(chunk: dict[str, Any]) -> None:
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    chunk[name] = Instance(Global("transformer_engine.pytorch", "_make_float8"), (1, 2))
+
+
+def legacy(root: dict[str, Any]) -> None:
+    root["model"] = {"language_model": {"encoder": {}}}
+
+
+def encoder_decoder(chunk: dict[str, Any]) -> None:
+    chunk["encoder.layers.0.weight"] = float_tensor(bytes(4))
+
+
+def unknown_key(chunk: dict[str, Any]) -> None:
+    items = list(chunk.items())
+    chunk.clear()
+    for index, (key, value) in enumerate(items):
+        chunk[key] = value
+        if index == 20:
+            chunk["somewhere.else.weight"] = float_tensor(bytes(4))
+
+
+def without(name: str) -> Callable[[dict[str, Any]], None]:
+    """A change that takes an entry away."""
+
+    def edit(root: dict[str, Any]) -> None:
+        del root[name]
+
+    return edit
+
+
+CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
+    "legacy model": (arguments(use_legacy_models=True), ("args.use_legacy_models", "legacy")),
+    "legacy structure": (top(legacy), ("it has encoder|its layers|no rule|is no state dict",)),
+    "hybrid": (arguments(hybrid_override_pattern="M-M*"), ("Mamba",)),
+    "custom fsdp": (arguments(use_custom_fsdp=True), ("FSDP",)),
+    "torch fsdp2": (arguments(use_torch_fsdp2=True), ("FSDP2",)),
+    "megatron fsdp": (arguments(use_megatron_fsdp=True), ("FSDP",)),
+    "muon": (arguments(optimizer="dist_muon"), ("Muon",)),
+    "sgd": (arguments(optimizer="sgd"), ("SGD",)),
+    "layer-wise": (arguments(use_layer_wise_distributed_optimizer=True), ("layer-wise",)),
+    "standalone embedding": (arguments(standalone_embedding_stage=True), ("standalone",)),
+    "extended tp": (arguments(moe_extended_tp=True), ("--moe-extended-tp",)),
+    "fp8 gather": (arguments(fp8_param_gather=True), ("fp8",)),
+    "native fp8": (model(native_fp8), ("is no plain tensor", "fp8-param-gather")),
+    "encoder-decoder": (model(encoder_decoder), ("encoder and decoder layers",)),
+    "absurd layers": (arguments(num_layers=10**9), ("args.num_layers is no integer",)),
+    "text for a number": (arguments(num_layers="8"), ("args.num_layers is no integer", "'8'")),
+    "old version": (top(lambda r: r.update(checkpoint_version=2.0)), ("checkpoint version",)),
+    "no arguments": (top(without("args")), ("no training arguments",)),
+    "no model": (top(without("model")), ("its model chunks are not",)),
+    "a list": (top(lambda _: []), ("is no dictionary|no training arguments",)),
+    "frozen parameter": (model(add_frozen), ("frozen",)),
+    "missing layer": (model(drop_a_layer), ("expected 4 layers", "found 3")),
+    "unknown key": (model(unknown_key), ("no rule says which chunk key 'somewhere.else.weight'",)),
+    "swapped parameters": (model(swap_keys), ("no known layout", "linear_fc1.weight")),
+    "unknown buffer size": (optimizer(shift), ("no known layout", "elements found")),
+    "other values": (optimizer(other_values), ("not their main parameters rounded",)),
+    "unknown optimizer key": (
+        optimizer(lambda root: root.update({"param_layout": {}})),
+        ("unknown optimizer entry 'param_layout'",),
+    ),
+    "unknown state": (
+        optimizer(lambda r: next(iter(r[0].values())).update(extra=3)),
+        ("state 'extra' is unknown",),
+    ),
+    "0.6 buckets": (
+        optimizer(
+            lambda r: (r.clear(), r.update(per_bucket_numel=[], per_bucket_numel_unpadded=[]))[0]
+        ),
+        ("stored per bucket, as Megatron 0.6",),
+    ),
+    "bare dtype key": (
+        optimizer(lambda r: r.update({0: {Global("torch", "float32"): {}}})),
+        ("no (parameter dtype, gradient dtype)", "ckpt-convert-update-legacy-dist-opt-format"),
+    ),
+    "optimizer without entry": (top(without("optimizer")), ("no 'optimizer' entry",)),
+    "one rank without optimizer": (
+        one_rank("model_optim_rng.pt", without("optimizer")),
+        ("its siblings hold|no 'optimizer' entry",),
+    ),
+    "sgd state": (
+        top(lambda r: r["optimizer"]["optimizer"].update(param_groups="x")),
+        ("param groups|unknown kind",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str, program: Program, tmp_path: Path) -> None:
+    edit, reasons = CASES[name]
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    edit(source)
+    target = tmp_path / "target" / "iter_0000001"
+    run = program.convert(source, target)
+    program.refuses(4, run)
+    for reason in reasons:
+        assert any(part in run.errors for part in reason.split("|")), run.errors
+    assert not target.parent.exists(), "nothing is left that looks finished"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("distrib_optim.pt", "distrib_optim.pt beside it is missing"),
+        ("model_optim_rng.pt", "model_optim_rng.pt: cannot be read (No such file"),
+    ],
+)
+def test_missing_files_are_named(name: str, reason: str, program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    (source / "mp_rank_00_001" / name).unlink()
+    program.refuses(4, program.convert(source, tmp_path / "x"), reason)
+
+
+def test_a_missing_dense_optimizer_is_noticed(program: Program, tmp_path: Path) -> None:
+    """All files of a dense model gone: no rank can tell by itself."""
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    for path in source.glob("*/distrib_optim.pt"):
+        path.unlink()
+    program.refuses(4, program.convert(source, tmp_path / "x"), "holds the dense optimizer state")
+
+
+def test_folders_of_two_saves_are_refused(program: Program, tmp_path: Path) -> None:
+    """Weights of one iteration, optimizer of another."""
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+
+    def train(root: dict[Any, Any]) -> None:
+        ((_, states),) = root[0].items()
+        states["param"], states["exp_avg"] = states["exp_avg"], states["param"]
+
+    rewrite(source / "mp_rank_00_001" / "distrib_optim.pt", train)
+    run = program.convert(source, tmp_path / "x")
+    program.refuses(4, run, "mp_rank_00_001", "not their main parameters rounded")
+
+
+@pytest.mark.parametrize("name", ["layer_wise_optimizer_0.pt", "optim.pt", "model_rng.pt"])
+def test_files_of_other_formats_are_refused(name: str, program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    (source / "mp_rank_00_000" / name).write_bytes(b"x")
+    program.refuses(4, program.convert(source, tmp_path / "x"), name)
+
+
+def test_links_out_of_the_checkpoint_are_refused(program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    rank = source / "mp_rank_00_001"
+    shutil.move(rank, tmp_path / "elsewhere")
+    rank.symlink_to(tmp_path / "elsewhere")
+    program.refuses(4, program.convert(source, tmp_path / "x"), "link out of the checkpoint")
+
+
+def test_the_iteration_folder_itself_may_be_a_link(program: Program, tmp_path: Path) -> None:
+    link = tmp_path / "linked"
+    link.symlink_to(pair("dense-pp2-v016").source)
+    assert program.convert(link, tmp_path / "iter_0000001").status == 0
+
+
+def test_devices_and_pipes_do_not_hang_the_program(program: Program, tmp_path: Path) -> None:
+    import os
+
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    path = source / "mp_rank_00_001" / "model_optim_rng.pt"
+    path.unlink()
+    os.mkfifo(path)
+    program.refuses(4, program.convert(source, tmp_path / "x"), "no regular file")
+
+
+def test_unreadable_files_are_named(program: Program, tmp_path: Path) -> None:
+    import os
+
+    if os.geteuid() == 0:
+        pytest.skip("root reads everything")
+    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    path = source / "mp_rank_00_001" / "model_optim_rng.pt"
+    path.chmod(0)
+    program.refuses(4, program.convert(source, tmp_path / "x"), "cannot be read (Permission")
