@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import zlib
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from . import archive, checksum
 from .errors import CopyError, problem
-from .folders import TemporaryFolder, copy_error, create_folder
+from .folders import TemporaryFolder, copy_error, create_folder, remove_own
 from .types import Extent, Literal, Zeros
 from .workers import QUEUED_PER_WORKER, Workers, result_of
 
@@ -338,8 +337,7 @@ class Copier(Generic[Result]):
             yield from self._run(families)
         except BaseException:
             self._workers.kill()  # nobody may publish a folder that is being removed
-            for rank in self._in_work:
-                shutil.rmtree(rank.folder.path, ignore_errors=True)
+            remove_own(self._save_dir)
             raise
 
     def _run(self, families: Iterable[FamilyCopy]) -> Iterator[Result]:

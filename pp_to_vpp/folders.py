@@ -6,7 +6,9 @@ of which host writes it, so that what an interrupted run left can be told from w
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import os
 import shutil
 import socket
@@ -89,10 +91,11 @@ def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> None:
                     )
                 )
             dead = save_dir / f"{_PREFIX}{folder}.dead"
-            if name != dead.name:
-                shutil.rmtree(dead, ignore_errors=True)
-                (save_dir / name).rename(dead)
-            shutil.rmtree(dead)
+            with contextlib.suppress(FileNotFoundError):  # removed by a run that does the same
+                if name != dead.name:
+                    shutil.rmtree(dead, ignore_errors=True)
+                    (save_dir / name).rename(dead)
+                shutil.rmtree(dead)
     except OSError as error:
         raise copy_error(save_dir, "leftovers of an earlier run cannot be removed", error) from None
 
@@ -127,6 +130,12 @@ def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
     except OSError as error:
         raise copy_error(folder.path, "cannot be written", error) from None
     return folder
+
+
+def remove_own(save_dir: Path) -> None:
+    """Remove what this process has not published."""
+    for path in save_dir.glob(f"{_PREFIX}*.{glob.escape(_own_mark())}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -48,7 +48,7 @@ def test_offsets_are_those_that_torch_finds(path: Path) -> None:
     assert stem == path.stem
     assert set(records) == set(reader.get_all_records())
     for name, record in records.items():
-        assert record.offset == reader.get_record_offset(name)
+        assert record.offset == reader.get_record_offset(name)  # type: ignore[attr-defined]
         assert record.length == len(reader.get_record(name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 
 from hypothesis import given
@@ -50,7 +51,7 @@ def _cuts(draw: st.DrawFn) -> tuple[bytes, list[tuple[int, int]]]:
     """A record and disjoint ranges of it, in any order."""
     data = draw(st.binary(min_size=1, max_size=64)) * 4096
     points = sorted(draw(st.sets(st.integers(0, len(data)), min_size=2, max_size=10)))
-    ranges = [(a, b - a) for a, b in zip(points, points[1:], strict=False)]
+    ranges = [(a, b - a) for a, b in itertools.pairwise(points)]
     kept = [r for r in ranges if draw(st.booleans())]
     return data, draw(st.permutations(kept))
 

@@ -83,7 +83,8 @@ def test_output_does_not_depend_on_the_workers(program: Program, tmp_path: Path)
     found = []
     for workers in (1, 3):
         target = tmp_path / str(workers) / "iter_0000001"
-        options = ["--load-iteration-dir", case.source, "--save-iteration-dir", target]
+        options: list[str | Path] = ["--load-iteration-dir", case.source]
+        options += ["--save-iteration-dir", target]
         assert program(*options, *case.options, workers=workers).status == 0
         found.append(files_of(target))
     assert found[0] == found[1]

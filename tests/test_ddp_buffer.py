@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ from pp_to_vpp.rules import Rules
 from .strategies import parameters, policies, rules
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """Megatron itself fails on these parameters."""
 
 
@@ -89,7 +90,7 @@ def megatron_buffer(
     for start, end, bucket in param_index_map.values():
         low, high = bucket_indices[bucket]
         if not low <= start <= end <= high:
-            raise Crash("Param should not be in param_gbuf_map")
+            raise CrashError("Param should not be in param_gbuf_map")
     places = [param_index_map[param][:2] for param in range(len(numels))]
     return places, bucket_indices, per_bucket_numel_unpadded
 
@@ -136,7 +137,7 @@ def test_buffers_are_megatrons(
                     numel_unpadded=sum(unpadded),
                 )
             )
-    except Crash:
+    except CrashError:
         with pytest.raises(LayoutError, match="fails to build"):
             chunk_buffers(found, rule, policy)
         return
@@ -164,7 +165,7 @@ def test_parameters_do_not_overlap_in_either_form(
             )
             assert ranges[0][0] >= 0
             assert ranges[-1][1] <= end
-            assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
 
 
 NEW = Rules(True, True, True, True, True, True, True)

@@ -40,10 +40,7 @@ def megatron_layers(num_layers: int, pp_size: int, p: int, v: int, placement: Pl
         total = per_first + per_last + per_middle
         per_stage = 0 if middle_stages == 0 else per_middle // middle_stages
         middle_rank = p if first is None else p - 1
-        if is_first:
-            offset = v * total
-        else:
-            offset = v * total + middle_rank * per_stage + per_first
+        offset = v * total if is_first else v * total + middle_rank * per_stage + per_first
         return range(offset, offset + count)
     slots = num_layers + placement.account_for_embedding + placement.account_for_loss
     per_rank = slots // pp_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +49,7 @@ def test_cutting_pieces_is_cutting_their_bytes(pieces: list[Piece], data: st.Dat
 def test_joining_pieces_keeps_their_bytes_and_joins_neighbours(pieces: list[Piece]) -> None:
     joined = join_pieces(pieces)
     assert content(joined) == content(tuple(pieces))
-    for left, right in zip(joined, joined[1:], strict=False):
+    for left, right in itertools.pairwise(joined):
         if isinstance(left, Extent) and isinstance(right, Extent):
             assert left.path != right.path or left.offset + left.length != right.offset
         assert not (isinstance(left, Zeros) and isinstance(right, Zeros))

@@ -73,7 +73,8 @@ def _parallel(run: Run) -> dict[str, Any]:
         "expert_tensor_parallel_size": run.etp or run.tp,
         "data_parallel_size": run.dp,
         "num_distributed_optimizer_instances": 1,
-        "sequence_parallel": False,
+        # Megatron wants it for experts with tensor parallelism.
+        "sequence_parallel": run.tp > 1 and run.ep > 1,
         "hybrid_context_parallel": False,
         "moe_extended_tp": False,
     }

@@ -124,7 +124,10 @@ def _config(args: Namespace) -> Any:
         values |= {"activation_func": F.silu, "gated_linear_unit": True}
     if values.get("rope_type", "") is None:
         del values["rope_type"]
-    return kind(**values)
+    config = kind(**values)
+    # torch's norms refuse it; modules are the same without.
+    config.sequence_parallel = False
+    return config
 
 
 def _chunk(args: Namespace, config: Any, stage: int) -> Any:

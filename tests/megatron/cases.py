@@ -14,7 +14,8 @@ MOE = Run(Model("moe", tied=False), ep=2, dp=2)
 DEEPSEEK = Run(Model("deepseek", tied=False), ep=2, dp=2)
 LATE_MOE = Run(Model("deepseek", tied=False, leading_dense=4), ep=2, dp=2)
 """The first stage has no experts, but gets some with virtual stages."""
-BUCKETS = replace(ODD, bucket_size=4000)
+BUCKETS = Run(Model(hidden=36, ffn=44, tied=False), dp=2, bucket_size=4000)
+"""No weight fills 64-element blocks either, so that it shows where a bucket ends."""
 GATHERED = Run(Model(layers=8), pp=4, layout="Et|t|t|tttttL")
 MTP = Run(Model("deepseek", tied=False, mtp_layers=1), ep=2, dp=2)
 MTP_ODD = Run(Model(hidden=40, ffn=88, mtp_layers=2), dp=2)
@@ -38,7 +39,7 @@ CASES = {
     "dense, uneven stages": (UNEVEN, virtual(UNEVEN)),
     "dense, embedding and loss count as layers": (ACCOUNTED, virtual(ACCOUNTED, 3)),
     "dense, buckets": (BUCKETS, virtual(BUCKETS)),
-    "dense, number of buckets": (replace(ODD, num_buckets=5), virtual(replace(ODD, num_buckets=5))),
+    "dense, number of buckets": (replace(ODD, num_buckets=9), virtual(replace(ODD, num_buckets=9))),
     "dense, gather with the step": (DENSE, replace(virtual(DENSE), overlap_step=True)),
     "MoE EP 2": (MOE, virtual(MOE)),
     "MoE EP 1": (replace(MOE, ep=1), virtual(replace(MOE, ep=1))),
@@ -57,6 +58,10 @@ CASES = {
     "layout to layout": (
         virtual(DENSE, layout="Ettt||tt|tttL"),
         virtual(DENSE, 3, layout="Et|tt|t|tt|tt|L"),
+    ),
+    "layout, the first stage had no layers": (
+        Run(layout="E|ttttttttL"),
+        virtual(DENSE, layout="Et|ttt|tttt|L"),
     ),
     "MTP EP 2": (MTP, virtual(MTP)),
     "MTP tied, odd sizes": (MTP_ODD, virtual(MTP_ODD)),
