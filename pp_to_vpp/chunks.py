@@ -8,7 +8,7 @@ of registration, with the module versions of torch in its attribute ``_metadata`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import naming
@@ -67,11 +67,12 @@ class ChunkContents:
     items: tuple[Item, ...]
     modules: tuple[Module, ...] | None
     """None where the file has no ``_metadata``."""
+    parameters: tuple[Item, ...] = field(init=False)
+    """The trained tensors, in the order of ``named_parameters()``."""
 
-    @property
-    def parameters(self) -> tuple[Item, ...]:
-        """The trained tensors, in the order of ``named_parameters()``."""
-        return tuple(item for item in self.items if item.is_parameter)
+    def __post_init__(self) -> None:
+        found = tuple(item for item in self.items if item.is_parameter)
+        object.__setattr__(self, "parameters", found)
 
 
 def chunk_keys(root: Mapping[Any, Any]) -> tuple[str, ...]:

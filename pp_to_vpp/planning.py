@@ -99,7 +99,7 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
     needed: Iterable[int] = job.pp_ranks
     while True:
         for pp_rank in needed:
-            files[pp_rank] = reader.read_rank(job.iteration_dir, job.ranks[pp_rank])
+            files[pp_rank] = reader.read_source_rank(job.iteration_dir, job.ranks[pp_rank])
         family, rounding = reader.proven_family(dict(sorted(files.items())))
         arguments = family.arguments
         layout = target.placement.place(

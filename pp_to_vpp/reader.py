@@ -5,6 +5,7 @@ Files are opened for reading only, and must be regular files inside the checkpoi
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -304,6 +305,12 @@ def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> Ra
         read_torch_file(path / MODEL_FILE),
         read_torch_file(path / OPTIMIZER_FILE) if has_optimizer else None,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
+    """``read_rank``, decoding a folder that does not change once for several steps of a worker."""
+    return read_rank(iteration_dir, rank)
 
 
 def other_files(iteration_dir: str, rank: RankId) -> tuple[list[tuple[str, Extent]], list[str]]:

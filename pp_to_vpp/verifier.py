@@ -20,7 +20,7 @@ from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
 from .inventory import OPTIMIZER, Family, Sample, layout_of, read_family, samples
 from .param_groups import STEP, key_of_group
-from .reader import SampleReader, check_samples, proven_family, read_rank
+from .reader import SampleReader, check_samples, proven_family, read_rank, read_source_rank
 from .request import Depth
 from .states import GROUPS, FlatState, OptimizerKind, PlainState, items_by_group, part_entries
 from .tensors import unwrap_tensor
@@ -61,7 +61,7 @@ class Side:
 
     def read(self, pp_ranks: Iterable[int]) -> dict[int, RankFiles]:
         """Decode the files of some ranks."""
-        return {pp_rank: read_rank(self.directory, self.ranks[pp_rank]) for pp_rank in pp_ranks}
+        return {p: read_source_rank(self.directory, self.ranks[p]) for p in pp_ranks}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +183,18 @@ def _compare_items(
 
 def _compare_item(wanted: Item, found: Item) -> Iterator[str]:
     if wanted.tensor is None or found.tensor is None:
-        if _frozen(wanted.value) != _frozen(found.value):
+        if not _is_same(wanted.value, found.value):
             yield f"{wanted.name} differs from its source"
         return
     ours, theirs = found.tensor, wanted.tensor
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         yield f"{wanted.name} is {ours.dtype} {ours.shape}, not {theirs.dtype} {theirs.shape}"
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if type(one) is type(other) and isinstance(one, (str, int, type(None))):
+        return bool(one == other)
+    return _frozen(one) == _frozen(other)
 
 
 def _frozen(value: Any) -> bytes | None:
@@ -250,11 +256,11 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
         yield f"its entries are {', '.join(map(str, left))}, not {', '.join(map(str, right))}"
         return
     for key in left:
-        if _frozen(ours[key]) != _frozen(theirs[key]):
+        if not _is_same(ours[key], theirs[key]):
             yield f"entry {show(key)} differs from its source"
     mine, yours = (namespace_values(root["args"], "args") for root in (ours, theirs))
     for name in {*mine, *yours} - _MAY_DIFFER:
-        if name not in mine or name not in yours or _frozen(mine[name]) != _frozen(yours[name]):
+        if name not in mine or name not in yours or not _is_same(mine[name], yours[name]):
             yield f"args.{name} differs from its source"
     yield from _check_groups(target, pp_rank)
 
