@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import time
@@ -38,6 +39,7 @@ class Prepared:
     """A run before its first byte: what will be done."""
 
     survey: Survey
+    save_dir: Path | None
     source: PipelineLayout
     target: TargetSpec
     ranks: tuple[RankPlan, ...]
@@ -121,7 +123,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
             workers.map(planning.plan_family, _plan_jobs(options, survey, pp_ranks, target))
         )
         planning.check_families(families, survey.path)
-        prepared = _prepare(survey, families, target)
+        prepared = _prepare(options, survey, families, target)
         listener.planned(prepared)
         if options.is_dry_run or options.save_dir is None:
             return prepared, None
@@ -167,7 +169,8 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     sides = {key: Side(source.path, source.family(key)) for key in source.families}
     verifier.prepare(options.depth)
     with Workers(options.processes) as workers:
-        listener.started(len(source.ranks))
+        sizes = [_size(options.save_dir / rank.folder) for rank in target.ranks]
+        listener.started(sum(sizes))
         digests = _digest(options, workers, source)
         rules = dict(zip(sides, workers.map(verifier.rules_of, sides.values()), strict=True))
         jobs = [
@@ -181,9 +184,9 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             for rank in source.ranks
         ]
         length = 0
-        for count in workers.map(verifier.verify_folder, jobs):
+        for size, count in zip(sizes, workers.map(verifier.verify_folder, jobs), strict=True):
             length += count
-            listener.advanced(1)
+            listener.advanced(size)
     arguments = target.arguments
     return Verified(
         source=source.path,
@@ -196,6 +199,11 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         length=length,
         seconds=time.monotonic() - began,
     )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files of a rank folder."""
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
 def _survey_target(save_dir: Path, source: Survey) -> Survey:
@@ -228,7 +236,9 @@ def _plan_jobs(
         yield PlanJob(survey.path, ranks, pp_ranks, target, needs_contents=not options.is_dry_run)
 
 
-def _prepare(survey: Survey, families: Sequence[PlannedFamily], target: TargetSpec) -> Prepared:
+def _prepare(
+    options: Options, survey: Survey, families: Sequence[PlannedFamily], target: TargetSpec
+) -> Prepared:
     first = families[0]
     arguments = survey.arguments
     sizes = (
@@ -244,6 +254,7 @@ def _prepare(survey: Survey, families: Sequence[PlannedFamily], target: TargetSp
     left += [name for name in survey.ignored if not name.startswith(".")]
     return Prepared(
         survey=survey,
+        save_dir=options.save_dir,
         source=first.source,
         target=replace(target, layout=first.target),
         ranks=tuple(rank for family in families for rank in family.ranks),

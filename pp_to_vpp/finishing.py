@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ class RankDone:
 
     rank: RankId
     files: tuple[WrittenFile, ...]
+    seconds: float
+    """From its first byte to its name, beside other folders; or what checking a kept one took."""
     was_kept: bool = False
     """An earlier run wrote it."""
 
@@ -83,7 +86,7 @@ def finish_rank(
     _check_unchanged(context.sources, plan.source_paths())
     _verify(context, folder.path.parent, plan.rank, folder.path.name)
     folders.publish(folder)
-    return RankDone(plan.rank, tuple(files))
+    return RankDone(plan.rank, tuple(files), time.monotonic() - folder.began)
 
 
 def _check_unchanged(sources: Iterable[SourceFile], paths: Sequence[str]) -> None:
@@ -137,6 +140,7 @@ def check_kept(job: KeptJob) -> RankDone:
     Raises:
         UsageError: another conversion wrote it, or it is damaged.
     """
+    began = time.monotonic()
     folder = job.save_dir / job.plan.rank.folder
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     differing = "its files" if names != sorted(file.name for file in job.plan.files) else ""
@@ -152,8 +156,8 @@ def check_kept(job: KeptJob) -> RankDone:
             )
         )
     _verify(job.context, job.save_dir, job.plan.rank, None)
-    files = (WrittenFile(file.name, file.length, None) for file in job.plan.files)
-    return RankDone(job.plan.rank, tuple(files), was_kept=True)
+    files = tuple(WrittenFile(file.name, file.length, None) for file in job.plan.files)
+    return RankDone(job.plan.rank, files, time.monotonic() - began, was_kept=True)
 
 
 def _is_as_planned(path: Path, plan: FilePlan) -> bool:

@@ -44,6 +44,8 @@ class TemporaryFolder:
     path: Path
     target: Path
     """Its name when it is whole."""
+    began: float
+    """When it was made, by the monotonic clock."""
 
     def file(self, name: str) -> str:
         """Path of one of its files."""
@@ -118,8 +120,9 @@ def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
     Raises:
         CopyError: the target cannot be written.
     """
+    name = plan.rank.folder
     folder = TemporaryFolder(
-        save_dir / f"{_PREFIX}{plan.rank.folder}.{_own_mark()}", save_dir / plan.rank.folder
+        save_dir / f"{_PREFIX}{name}.{_own_mark()}", save_dir / name, time.monotonic()
     )
     try:
         save_dir.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ def of_conversion(prepared: Prepared, outcome: Outcome) -> dict[str, object]:
             {
                 "folder": rank.rank.folder,
                 "kept": rank.was_kept,
+                "seconds": round(rank.seconds, 3),
                 "files": [
                     {
                         "name": file.name,
@@ -79,7 +80,11 @@ def _sides(prepared: Prepared) -> dict[str, object]:
             "facts": list(prepared.facts),
             **_layout(prepared.source),
         },
-        "target": {**_layout(prepared.target.layout), "launch_flags": prepared.launch_flags},
+        "target": {
+            "path": None if prepared.save_dir is None else str(prepared.save_dir),
+            **_layout(prepared.target.layout),
+            "launch_flags": prepared.launch_flags,
+        },
         "notes": list(prepared.notes),
         "bytes": prepared.length,
     }

@@ -321,5 +321,5 @@ def test_publishing_over_a_filled_folder_fails(tmp_path: Path) -> None:
         path.mkdir()
         (path / "file").write_text(path.name)
     with pytest.raises(CopyError, match="cannot be given its name"):
-        folders.publish(folders.TemporaryFolder(source, taken))
+        folders.publish(folders.TemporaryFolder(source, taken, 0.0))
     assert (taken / "file").read_text() == "a"
