@@ -1,6 +1,6 @@
 # Sourced by the other scripts: a virtual environment in the checkout, made when it is needed.
 
-repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+repository="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 environment="${PP_TO_VPP_ENVIRONMENT:-$repository/.venv}"
 
 make_environment() {

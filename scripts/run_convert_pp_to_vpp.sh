@@ -24,6 +24,6 @@ if [ $# -eq 0 ]; then
     exit
 fi
 
-log="$repository/logs/convert-$(date +%Y%m%d-%H%M%S)-$$.log"
+log="${PP_TO_VPP_LOGS:-$repository/logs}/convert-$(date +%Y%m%d-%H%M%S)-$$.log"
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m pp_to_vpp --log-file "$log" "$@"

@@ -1,0 +1,160 @@
+"""The README tells the truth: its commands run, its tables name what the program has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pp_to_vpp import errors, reader
+
+from .pairs import pair
+from .runs import ROOT, run_process
+
+README = (ROOT / "README.md").read_text()
+_BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_OPTION = re.compile(r"--[a-z][a-z-]+")
+
+
+def section(title: str) -> str:
+    """The text under a heading, with the headings below it."""
+    head = re.search(rf"^(#+) {re.escape(title)}$", README, re.MULTILINE)
+    assert head is not None, title
+    rest = README[head.end() :]
+    end = re.search(rf"^#{{2,{len(head[1])}}} ", rest, re.MULTILINE)
+    return rest if end is None else rest[: end.start()]
+
+
+def first_cells(text: str) -> Iterator[str]:
+    """The first column of the tables in a text."""
+    for line in text.splitlines():
+        if line.startswith("| ") and not line.startswith("|--"):
+            yield line.split(" | ")[0].removeprefix("| ")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints that the README's commands speak of, and a small Slurm."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, case in (("ckpt", "moe-pp2ep2-v016"), ("uneven", "uneven-31layers-pp4-fork")):
+        shutil.copytree(pair(case).source, folder / name / "iter_0001000")
+    commands = folder / "bin"
+    commands.mkdir()
+    srun = commands / "srun"
+    srun.write_text(
+        '#!/bin/sh\nfor i in 0 1; do SLURM_PROCID=$i SLURM_NTASKS=2 "$@" || exit; done\n'
+    )
+    srun.chmod(0o755)
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    return folder
+
+
+def run_shell(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block of the README; the sample has two pipeline ranks where the README has sixteen."""
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    places = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    return subprocess.run(
+        [
+            "bash",
+            "-e",
+            "-c",
+            text.replace("PP=16 NODES=4", "PP=2 NODES=2").replace("PP=16", "PP=2"),
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PATH": os.pathsep.join(places),
+            "PYTHONPATH": python_path,
+            "PP_TO_VPP_LOGS": str(folder / "logs"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_commands_run_one_after_the_other(workplace: Path) -> None:
+    blocks = _BLOCK.findall(section("Use")) + _BLOCK.findall(section("Launch examples"))
+    assert len(blocks) >= 6
+    for block in blocks:
+        done = run_shell(block, workplace)
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        if "NODE=0" in block:
+            done = run_shell(block.replace("NODE=0", "NODE=1"), workplace)
+            assert "latest_checkpointed_iteration.txt names 1000" in done.stdout
+    for name in ("vpp", "node", "nodes", "slurm"):
+        assert _bytes(workplace / f"ckpt-{name}") == _bytes(workplace / "ckpt-vpp")
+    assert (workplace / "node.json").stat().st_size > 1000
+
+
+def _bytes(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_first_command_converts_the_sample(workplace: Path) -> None:
+    first, second = _BLOCK.findall(README)[0].splitlines()
+    done = run_shell(first, workplace)
+    assert done.returncode == 0, done.stderr
+    assert "launch Megatron with: --num-layers-per-virtual-pipeline-stage 2" in done.stdout
+    assert "--num-layers-per-virtual-pipeline-stage 2" in section("Use")
+    script = second.split()[0]
+    assert os.access(ROOT / script, os.X_OK)
+    assert script in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_picture_is_what_the_program_prints(workplace: Path) -> None:
+    """Source and target stand side by side in the README."""
+    command = _BLOCK.findall(section("Use"))[0].split("\n\n")[0]
+    printed = [line.split() for line in run_shell(command, workplace).stdout.splitlines()]
+    for line in section("What moves").splitlines():
+        if re.match(r" +(vp0|pp\d)", line):
+            left, right = re.split(r" {7,}(?=pp|vp)", line.strip())
+            assert left.split() in printed, left
+            assert right.split() in printed, right
+
+
+def test_the_options_are_those_of_the_program() -> None:
+    table = {option for cell in first_cells(section("Options")) for option in _OPTION.findall(cell)}
+    shown = re.findall(r"^  (?:-h, )?(--[a-z-]+)", run_process("--help").output, re.MULTILINE)
+    assert table == set(shown)
+
+
+def test_every_exit_status_is_told() -> None:
+    text = section("Exit status")
+    statuses = {kind.exit_status for kind in errors.ConversionError.__subclasses__()} | {0, 1, 130}
+    assert {int(number) for number in re.findall(r"\b(\d+) [a-z]", text)} == statuses
+
+
+def test_every_refused_argument_stands_in_the_table() -> None:
+    cells = " ".join(first_cells(section("What is refused")))
+    for name in {name for name, _, _ in reader._UNSUPPORTED}:
+        assert f"`args.{name}`" in cells, name
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^\| `([^`]+)` \|", section("Development"), re.MULTILINE)
+)
+def test_the_longer_suites_exist(command: str, workplace: Path) -> None:
+    if "pytest" in command:
+        asked = f"cd {ROOT} && {command} --collect-only -q"
+    else:
+        asked = f"cd {ROOT} && {command} --help"
+    done = run_shell(asked, workplace)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_module_stands_on_one_floor() -> None:
+    named = re.findall(r"`([a-z_]+)`", "\n".join(section("Development").split("| floor |")[1:]))
+    modules = {path.stem for path in (ROOT / "pp_to_vpp").glob("[a-z]*.py")}
+    assert sorted(named) == sorted(modules)
