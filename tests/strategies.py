@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from pp_to_vpp.arguments import SavedArguments
 from pp_to_vpp.ddp_buffer import BucketPolicy, BufferParameter
 from pp_to_vpp.layout import Placement
 from pp_to_vpp.rules import CHANGES, Rules
@@ -77,3 +78,21 @@ def placements(draw: st.DrawFn) -> tuple[int, int, Placement]:
     given = [end for end in ends if end is not None]
     layers = sum(given) + middle * (pp_size - len(given))
     return layers, pp_size, Placement(vp_size, first_layers=ends[0], last_layers=ends[1])
+
+
+@st.composite
+def targets(draw: st.DrawFn, arguments: SavedArguments) -> Placement:
+    """A placement for a model that is there: a VPP size that divides its layers, or any layout
+    string, its MTP layers on any rank that Megatron allows."""
+    layers, pp_size, mtp = arguments.num_layers, arguments.pp_size, arguments.mtp_num_layers
+    sizes = [v for v in (1, 2, 3, 4) if layers % (pp_size * v) == 0]
+    if sizes and draw(st.integers(0, 3)) == 0:
+        return Placement(draw(st.sampled_from(sizes)))
+    vp_size = draw(st.integers(1, 3))
+    stages = draw(layout_strings(layers, pp_size * vp_size)).split("|")
+    last_layer = max((i for i, stage in enumerate(stages) if "t" in stage), default=0)
+    holder = draw(st.integers(max(last_layer, pp_size * (vp_size - 1), 1), len(stages) - 1))
+    stages[-1] = stages[-1].removesuffix("L")
+    stages[holder] += "m" * mtp
+    stages[-1] += "L"
+    return Placement(vp_size, layout="|".join(stages))

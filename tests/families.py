@@ -1,0 +1,70 @@
+"""The families of ranks of the real pairs, read once for all tests of what is made of them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from pp_to_vpp import reader
+from pp_to_vpp.inventory import Family
+from pp_to_vpp.layout import PipelineLayout, Placement
+from pp_to_vpp.reader import Survey
+from pp_to_vpp.request import TargetSpec
+
+from .pairs import names, pair
+
+SIDES = [(name, side) for name in names() for side in ("source", "truth")]
+"""Every checkpoint in the test data."""
+
+
+def iteration(name: str, side: str) -> Path:
+    """The iteration folder of one side of a pair."""
+    case = pair(name)
+    return case.source if side == "source" else case.truth
+
+
+@functools.cache
+def surveyed(name: str, side: str) -> Survey:
+    """What is found on one side of a pair."""
+    return reader.survey(str(iteration(name, side)))
+
+
+@functools.cache
+def families(name: str, side: str) -> tuple[Family, ...]:
+    """Every family of one side, under the rules that its bytes prove."""
+    found = surveyed(name, side)
+    read = []
+    for key in found.families:
+        files = {p: reader.read_rank(found.path, rank) for p, rank in found.family(key).items()}
+        read.append(reader.proven_family(files)[0])
+    return tuple(read)
+
+
+def family(name: str, side: str) -> Family:
+    """The first family of one side."""
+    return families(name, side)[0]
+
+
+def placed(of: Family, placement: Placement) -> PipelineLayout:
+    """What a placement means for the model of a family."""
+    arguments = of.arguments
+    return placement.place(
+        arguments.num_layers,
+        arguments.pp_size,
+        mtp_num_layers=arguments.mtp_num_layers,
+        final_norm_follows_layers=of.rules.final_norm_follows_layers,
+    )
+
+
+def target_of(name: str, other: str) -> TargetSpec:
+    """The layout of one side of a pair, as the target of converting the other side."""
+    there = family(name, other).arguments
+    placement = there.placement
+    return TargetSpec(
+        placement, placed(family(name, other), placement), there.overlaps_param_gather_with_step
+    )
+
+
+def opposite(side: str) -> str:
+    """The other side of a pair: what a side is converted to."""
+    return "truth" if side == "source" else "source"
