@@ -92,7 +92,8 @@ def with_data(path: str) -> npt.NDArray[np.bool_]:
                 names = int.from_bytes(header[26:28], "little")
                 start = info.header_offset + 30 + names + int.from_bytes(header[28:30], "little")
                 found[start : start + info.file_size] = True
-    return np.logical_and(found, everything != 0)
+    found &= everything != 0
+    return found
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
