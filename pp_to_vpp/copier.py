@@ -73,13 +73,16 @@ def copy(task: CopyTask) -> tuple[int | None, ...]:
     found: list[int | None] = []
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(_opened(task.path, os.O_WRONLY))
-        sources: dict[str, int] = {}
+        extents = [move.piece for move in task.moves if isinstance(move.piece, Extent)]
+        sources = {
+            path: stack.enter_context(_opened(path, os.O_RDONLY))
+            for path in dict.fromkeys(extent.path for extent in extents)
+        }
+        for extent in extents:
+            _advise(sources[extent.path], extent.offset, extent.length, os.POSIX_FADV_WILLNEED)
         for move in task.moves:
             match move.piece:
                 case Extent() as extent:
-                    if extent.path not in sources:
-                        opened = _opened(extent.path, os.O_RDONLY)
-                        sources[extent.path] = stack.enter_context(opened)
                     found.append(_move(sources[extent.path], target, extent, move, task.path))
                 case Literal(data):
                     if move.offset is not None:
@@ -87,7 +90,15 @@ def copy(task: CopyTask) -> tuple[int | None, ...]:
                     found.append(zlib.crc32(data))
                 case Zeros(length):
                     found.append(checksum.of_zeros(length))  # the file began as a hole
+        # Starts writing out what is there, so that the end need not wait for all of it, and lets go
+        # of what is on disk: terabytes must not push everything else out of the page cache.
+        _advise(target, 0, 0, os.POSIX_FADV_DONTNEED)
     return tuple(found)
+
+
+def _advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+    with contextlib.suppress(OSError):  # only advice
+        os.posix_fadvise(descriptor, offset, length, advice)
 
 
 @contextlib.contextmanager
