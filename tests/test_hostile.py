@@ -1,0 +1,216 @@
+"""Hostile files are refused in a line: nothing in them runs, time and memory stay small.
+
+The files are committed; ``python -m tests.hostile.make`` makes them anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pp_to_vpp import cli
+from pp_to_vpp.pickling import Global, Instance
+
+from .edit import copy_of, rewrite
+from .fuzz import forked
+from .hostile import make
+from .pairs import pair
+from .runs import Run, environment
+
+FILES = sorted(path.stem for path in make.FOLDER.glob("*.pt"))
+_SECONDS = 30
+_MEGABYTES = 2048
+_LIMITED = f"""
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_AS, ({_MEGABYTES << 20}, {_MEGABYTES << 20}))
+runpy.run_module("pp_to_vpp", run_name="__main__", alter_sys=True)
+"""
+
+# Errors of the program that these files have found: to be taken off the lists with their cures.
+_OPEN = {
+    "model-argument-pipeline-most": "a line for each of 2**24 missing folders",
+    "model-argument-tensor-most": "lists 2**24 ranks",
+    "model-bomb-deep-argument": "str() of a deep list in args.optimizer",
+    "model-bomb-huge-flag": "str() of an integer of 100 000 bits in args.optimizer",
+    "model-bomb-laughing-argument": "str() of a tuple of 2**60 leaves in args.optimizer",
+    "model-layout-bars": "prints all of a layout string",
+    "bars": "prints all of a layout string",
+    "model-layout-parentheses": "time grows with the square of a layout string's parentheses",
+    "parentheses": "time grows with the square of a layout string's parentheses",
+    "model-metadata-numbers": "_metadata with keys that are no strings",
+    "model-tensor-endless-shape": "prints an integer of 50 000 bits",
+    "optim-endless-index": "prints an integer of 50 000 bits",
+    "structure-hold_itself": "a dict that holds itself",
+    "full-hold_itself": "a dict that holds itself",
+    "full-nest": "walks every way through shared lists",
+}
+_ENDLESS = ("argument-pipeline-most", "laughing-argument", "parentheses", "full-nest")
+"""Those of them that do not end in time."""
+
+
+def known(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; open errors are expected to fail."""
+    return [
+        pytest.param(
+            name, marks=pytest.mark.xfail(reason=_OPEN[name], run=not name.endswith(_ENDLESS))
+        )
+        if name in _OPEN
+        else name
+        for name in names
+    ]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a real checkpoint for all tests of this module."""
+    real = pair("dense-pp2-buckets-odd-dp2-v016").source
+    return copy_of(real, tmp_path_factory.mktemp("hostile"))
+
+
+def arguments(source: Path, target: Path, options: Sequence[str]) -> list[str]:
+    """The command line of a conversion."""
+    asked = options or ("--target-virtual-pipeline-model-parallel-size", "2")
+    folders = ("--load-iteration-dir", str(source), "--save-iteration-dir", str(target))
+    return [*folders, *asked, "--num-max-processing-processes", "1"]
+
+
+def run_process(source: Path, target: Path, *options: str) -> Run:
+    """The program as a process with limits, where code of a checkpoint would leave a canary."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, *arguments(source, target, options)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=environment() | {"OPENBLAS_NUM_THREADS": "1"},
+        cwd=target.parent.parent,
+        timeout=_SECONDS,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def run_forked(source: Path, target: Path, *options: str) -> Run:
+    """The same without the time to start Python."""
+    return forked.run(
+        lambda: cli.main(arguments(source, target, options)),
+        target.parent.parent,
+        seconds=_SECONDS,
+        megabytes=_MEGABYTES,
+    )
+
+
+def assert_refused(run: Run, status: int, target: Path, named: str) -> None:
+    """A refusal is its exit status and a plain line; nothing ran, nothing is published."""
+    assert "Traceback" not in run.errors, run.errors[-2000:]
+    assert run.status == status, (run.status, run.errors[-2000:])
+    lines = [line for line in run.errors.splitlines() if line.startswith("pp_to_vpp: error: ")]
+    assert any(named in line for line in lines), run.errors[-2000:]
+    assert len(run.errors) < 50_000, "a refusal is for people"
+    assert all(line.isprintable() for line in lines)
+    assert not target.parent.exists()
+    assert not (target.parent.parent / make.CANARY).exists(), "code of a checkpoint ran"
+
+
+def assert_file_is_refused(
+    name: str, source: Path, tmp_path: Path, run: Callable[..., Run]
+) -> None:
+    """Put a hostile file in its place, run, and put the real one back."""
+    rank, file = {
+        "model": ("mp_rank_00_000", "model_optim_rng.pt"),
+        "optim": ("mp_rank_00_001", "distrib_optim.pt"),
+    }[name.partition("-")[0]]
+    path = source / rank / file
+    before = path.read_bytes()
+    shutil.copyfile(make.FOLDER / f"{name}.pt", path)
+    target = tmp_path / "target" / source.name
+    try:
+        done = run(source, target)
+    finally:
+        path.write_bytes(before)
+    status = 3 if name in make.IMPOSSIBLE else 4
+    assert_refused(done, status, target, "layout" if status == 3 else str(source))
+
+
+@pytest.mark.parametrize("name", known(FILES))
+def test_hostile_files_are_refused(name: str, source: Path, tmp_path: Path) -> None:
+    assert_file_is_refused(name, source, tmp_path, run_forked)
+
+
+@pytest.mark.parametrize("name", known(FILES[::5]))
+def test_processes_refuse_them_too(name: str, source: Path, tmp_path: Path) -> None:
+    assert_file_is_refused(name, source, tmp_path, run_process)
+
+
+@pytest.mark.parametrize("name", known(make.LAYOUTS))
+def test_hostile_layouts_are_refused(name: str, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target" / source.name
+    option = f"--target-pipeline-model-parallel-layout={make.LAYOUTS[name]}"
+    assert_refused(run_process(source, target, option), 3, target, "layout")
+
+
+def test_the_files_are_those_that_the_script_makes() -> None:
+    made = dict(make.cases())
+    assert sorted(made) == FILES
+    for name, content in made.items():
+        assert (make.FOLDER / f"{name}.pt").read_bytes() == content, name
+    assert sum(map(len, made.values())) < 1_500_000
+
+
+def run_code(root: dict[str, Any]) -> None:
+    root["rng_state"] = Instance(Global("os", "system"), (f"touch {make.CANARY}",))
+
+
+def hold_itself(root: dict[str, Any]) -> None:
+    root["rng_state"] = make.cycle()
+
+
+def nest(root: dict[str, Any]) -> None:
+    root["rng_state"] = nested(60)
+
+
+def nested(depth: int) -> Any:
+    """Lists of two that are one: 2**depth ways lead to the last."""
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made, made]
+    return made
+
+
+ODD: dict[str, Callable[[dict[str, Any]], None]] = {
+    "run_code": run_code,
+    "hold_itself": hold_itself,
+    "nest": nest,
+}
+
+
+def run_full(source: Path, target: Path) -> Run:
+    """A conversion with torch, whose libraries alone take gigabytes of addresses."""
+    options = ("--target-virtual-pipeline-model-parallel-size", "2", "--verify", "full")
+    return forked.run(
+        lambda: cli.main(arguments(source, target, options)),
+        target.parent.parent,
+        seconds=_SECONDS,
+        megabytes=1 << 16,
+    )
+
+
+@pytest.mark.parametrize(
+    "case", known(f"{depth}-{edit}" for depth in ("structure", "full") for edit in ODD)
+)
+def test_odd_objects_are_carried_or_refused(case: str, source: Path, tmp_path: Path) -> None:
+    """What belongs to no layer is carried as it is, and nothing in it runs."""
+    depth, _, edit = case.partition("-")
+    own = copy_of(source, tmp_path)
+    rewrite(own / "mp_rank_00_001" / "model_optim_rng.pt", ODD[edit])
+    target = tmp_path / "target" / source.name
+    options = ("--target-virtual-pipeline-model-parallel-size", "2", "--verify", depth)
+    run = run_process(own, target, *options) if depth == "structure" else run_full(own, target)
+    assert run.status in (0, 4), run.errors
+    assert "Traceback" not in run.errors
+    assert not (tmp_path / make.CANARY).exists()
