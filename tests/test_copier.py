@@ -7,8 +7,7 @@ import itertools
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,26 +25,9 @@ from pp_to_vpp.plan import FilePlan, RankPlan
 from pp_to_vpp.types import Extent, Literal, Piece, RankId, Zeros
 from pp_to_vpp.workers import Workers
 
+from .inline import Inline
+
 Crcs = tuple[tuple[int, ...], ...]
-
-
-class Inline(Workers):
-    """Workers that do their tasks at once, in this process."""
-
-    def __init__(self, count: int = 2) -> None:
-        self.count = count
-        self.killed = False
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def kill(self) -> None:
-        self.killed = True
 
 
 @contextmanager
