@@ -127,7 +127,9 @@ def _copy_with_checksum(
     global _buffer  # noqa: PLW0603  (one buffer per worker, allocated when first needed)
     if _buffer is None:
         # Of whole pages: the kernel copies a third slower to addresses a little off.
-        _buffer = mmap.mmap(-1, _BUFFER_BYTES)
+        # Private: by default a process forked later would share its bytes.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        _buffer = mmap.mmap(-1, _BUFFER_BYTES, flags=flags)
     view = memoryview(_buffer)
     crc32 = done = 0
     while done < extent.length:
