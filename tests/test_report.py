@@ -1,0 +1,177 @@
+"""The JSON report: each field is known, of its type, and named in the README."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pp_to_vpp import __version__, report
+
+from .pairs import Pair, names, pair
+from .runs import ROOT, Program
+
+_PATH, _NUMBER = str, (int, float)
+_LAYOUT = {
+    "pipeline_model_parallel_size": int,
+    "virtual_pipeline_model_parallel_size": int,
+    "layers": [[[int]]],
+}
+_HEAD = {"schema": int, "tool": str, "version": str, "kind": str}
+_SIDES = {
+    "source": {"path": _PATH, "iteration": (int, type(None)), "facts": [str], **_LAYOUT},
+    "target": {"path": (_PATH, type(None)), **_LAYOUT, "launch_flags": str},
+    "notes": [str],
+    "bytes": int,
+}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "plan": {**_HEAD, **_SIDES, "ranks": [{"folder": str, "files": [{"name": str, "bytes": int}]}]},
+    "conversion": {
+        **_HEAD,
+        **_SIDES,
+        "seconds": _NUMBER,
+        "bytes_written": int,
+        "verification": str,
+        "tracker": str,
+        "ranks": [
+            {
+                "folder": str,
+                "kept": bool,
+                "seconds": _NUMBER,
+                "files": [{"name": str, "bytes": int, "crc32": (str, type(None))}],
+            }
+        ],
+    },
+    "verification": {
+        **_HEAD,
+        "source": {"path": _PATH},
+        "target": {"path": _PATH, **_LAYOUT},
+        "seconds": _NUMBER,
+        "bytes_verified": int,
+        "verification": str,
+    },
+}
+"""What each kind of report is made of: a type or several, a list of one shape, or fields."""
+
+
+def strange(found: Any, shape: Any, where: str = "report") -> Iterator[str]:
+    """What is not of its shape."""
+    if isinstance(shape, dict):
+        if not isinstance(found, dict) or set(found) != set(shape):
+            yield f"{where}: {found}"
+        else:
+            for name, part in shape.items():
+                yield from strange(found[name], part, f"{where}.{name}")
+    elif isinstance(shape, list):
+        if not isinstance(found, list):
+            yield f"{where}: {found}"
+        else:
+            for item in found:
+                yield from strange(item, shape[0], f"{where}[]")
+    elif not isinstance(found, shape) or (isinstance(found, bool) and shape is not bool):
+        yield f"{where}: {found!r}"
+
+
+def fields(shape: Any) -> Iterator[str]:
+    """All names in a shape."""
+    if isinstance(shape, dict):
+        for name, part in shape.items():
+            yield name
+            yield from fields(part)
+    elif isinstance(shape, list):
+        yield from fields(shape[0])
+
+
+def reports_of(case: Pair, program: Program, folder: Path) -> dict[str, Any]:
+    """Those of a dry run, a conversion, its resumption and a verification."""
+    target = folder / case.truth.name
+    paths = {word: folder / f"{word}.json" for word in ("dry", "done", "resumed", "verified")}
+    options: list[str | Path] = ["--load-iteration-dir", case.source]
+    options += ["--save-iteration-dir", target]
+    calls: dict[str, list[str | Path]] = {
+        "dry": [*case.options, "--dry-run"],
+        "done": [*case.options],
+        "resumed": [*case.options, "--resume", "--verify", "none"],
+        "verified": [],
+    }
+    for word, path in paths.items():
+        run = program(*options, *calls[word], "--report", path)
+        assert run.status == 0, run.errors
+    return {word: json.loads(path.read_text()) for word, path in paths.items()}
+
+
+@pytest.mark.parametrize("name", names())
+def test_reports_have_known_fields_with_true_values(
+    name: str, program: Program, tmp_path: Path
+) -> None:
+    case = pair(name)
+    target = tmp_path / case.truth.name
+    found = reports_of(case, program, tmp_path)
+    kinds = {"dry": "plan", "done": "conversion", "resumed": "conversion"}
+    for word, each in found.items():
+        kind = kinds.get(word, "verification")
+        assert list(strange(each, _SHAPES[kind])) == []
+        assert (each["kind"], each["tool"], each["version"]) == (kind, "pp_to_vpp", __version__)
+        assert each["schema"] == report.SCHEMA
+        assert each["source"]["path"] == str(case.source)
+        assert each["target"]["path"] == str(target)
+        assert each["target"]["layers"] == found["dry"]["target"]["layers"]
+    written = {path: path.read_bytes() for path in sorted(target.glob("*/*"))}
+    check_ranks(found, target, written)
+    assert found["done"]["tracker"].endswith("latest_checkpointed_iteration.txt names 1")
+
+
+def check_ranks(found: dict[str, Any], target: Path, written: dict[Path, bytes]) -> None:
+    """Sizes and checksums are those of the files, summed up as they should be."""
+    total = sum(map(len, written.values()))
+    assert found["dry"]["bytes"] == found["done"]["bytes"] == found["resumed"]["bytes"] == total
+    assert found["done"]["bytes_written"] == total
+    assert found["resumed"]["bytes_written"] == 0
+    assert 0 < found["verified"]["bytes_verified"] <= total
+    for word in ("dry", "done", "resumed"):
+        files = {
+            target / rank["folder"] / file["name"]: file
+            for rank in found[word]["ranks"]
+            for file in rank["files"]
+        }
+        assert {path: file["bytes"] for path, file in files.items()} == {
+            path: len(data) for path, data in written.items()
+        }
+        for path, file in files.items():
+            crc32 = f"{zlib.crc32(written[path]):08x}"
+            assert file.get("crc32") == (crc32 if word == "done" else None)
+    assert [rank["kept"] for rank in found["done"]["ranks"]] == [False] * len(
+        found["done"]["ranks"]
+    )
+    assert all(rank["kept"] for rank in found["resumed"]["ranks"])
+    assert found["done"]["verification"] == found["verified"]["verification"] == "structure"
+    assert found["resumed"]["verification"] == "none"
+
+
+def test_a_dry_run_needs_no_target(program: Program, tmp_path: Path) -> None:
+    case, path = pair("dense-pp2-v016"), tmp_path / "plan.json"
+    run = program("--load-iteration-dir", case.source, *case.options, "--dry-run", "--report", path)
+    assert run.status == 0
+    found = json.loads(path.read_text())
+    assert list(strange(found, _SHAPES["plan"])) == []
+    assert found["target"]["path"] is None
+
+
+@pytest.mark.parametrize("kind", _SHAPES)
+def test_the_readme_names_each_field(kind: str) -> None:
+    text = (ROOT / "README.md").read_text().partition("\n## Report\n")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"`(\w+)`", "\n".join(rows)))
+    assert set(fields(_SHAPES[kind])) <= named
+
+
+def test_the_readme_names_no_other_field() -> None:
+    text = (ROOT / "README.md").read_text().partition("\n## Report\n")[2].partition("\n## ")[0]
+    firsts = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = {name for cell in firsts for name in re.findall(r"`(\w+)`", cell)}
+    assert named <= {name for shape in _SHAPES.values() for name in fields(shape)}
