@@ -27,9 +27,9 @@ def outline(node: Any) -> Any:
     """A graph as plain values in order, its tensors as what they are views of."""
     tensor = as_tensor(node)
     if tensor is not None:
-        storage = tensor.storage
-        where = (storage.type, storage.location, storage.numel)
-        return ("tensor", where, tensor.offset, tensor.shape, tensor.stride)
+        return ("tensor", outline(tensor.storage), tensor.offset, tensor.shape, tensor.stride)
+    if isinstance(node, Storage):
+        return ("storage", node.type, node.location, node.numel)
     if isinstance(node, dict):
         return {"dict": [(outline(key), outline(value)) for key, value in node.items()]}
     if isinstance(node, (list, tuple)):
