@@ -1,0 +1,426 @@
+"""Optimizer states found in real files; what contradicts them is unexplained or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pp_to_vpp import states
+from pp_to_vpp.ddp_buffer import OptimizerPart
+from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.inventory import OPTIMIZER, Family, RankInventory
+from pp_to_vpp.pickling import Global
+from pp_to_vpp.states import (
+    FlatState,
+    OptimizerKind,
+    PlainState,
+    RankBuffers,
+    Unexplained,
+    are_views_of_buffers,
+    in_expert_buffer,
+    items_by_group,
+    part_entries,
+    rank_buffers,
+    read_flat_states,
+    read_plain_states,
+)
+from pp_to_vpp.tensors import TensorRef, as_tensor, unwrap_tensor
+from pp_to_vpp.types import Extent
+
+from .compare import load
+from .edit import float_tensor
+from .families import SIDES, families, family
+
+DENSE, MOE, PLAIN = "dense-pp2-v016", "moe-pp2ep2-v016", "dense-pp2-nodistopt-v016"
+ODD, OVERLAPPED = "dense-pp2-layout-v016", "dense-pp2-opgos-v016"
+
+
+def of_kind(kind: OptimizerKind) -> list[tuple[str, str]]:
+    return [(name, side) for name, side in SIDES if family(name, side).kind is kind]
+
+
+def numbers(tensor: TensorRef) -> Any:
+    """The values of a source tensor, as torch reads raw bytes."""
+    (extent,) = tensor.content()
+    assert isinstance(extent, Extent)
+    return values_at(extent, getattr(torch, tensor.dtype))
+
+
+def values_at(extent: Extent, dtype: torch.dtype) -> torch.Tensor:
+    data = Path(extent.path).read_bytes()[extent.offset : extent.offset + extent.length]
+    return torch.frombuffer(bytearray(data), dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
+def test_every_element_of_a_weight_is_its_main_parameter_rounded(name: str, side: str) -> None:
+    """So states are found where they are, to the element; moments lie beside them."""
+    for of in families(name, side):
+        held = {item.name: item for item in of.items() if item.is_parameter}
+        for key, state in of.states.items():
+            assert isinstance(state, FlatState)
+            tensor = held[key].tensor
+            assert tensor is not None
+            (main,) = state.parts["param"]
+            assert isinstance(main, Extent)
+            dtype = getattr(torch, tensor.dtype)
+            assert torch.equal(values_at(main, torch.float32).to(dtype), numbers(tensor)), key
+            assert {p.length for parts in state.parts.values() for p in parts} == {main.length}
+            assert set(state.parts) == {"param", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
+def test_families_hold_all_states_once(name: str, side: str) -> None:
+    """Dense states in the family that has them, experts in each."""
+    for of in families(name, side):
+        parameters = [item for item in of.items() if item.is_parameter]
+        experts = {
+            item.name for item in parameters if in_expert_buffer(item, of.arguments, of.rules)
+        }
+        expected = {item.name for item in parameters} if of.holds_dense_state else experts
+        assert set(of.states) == expected
+
+
+@pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
+def test_computed_buffers_have_the_sizes_of_the_stored(name: str, side: str) -> None:
+    for of in families(name, side):
+        for rank in of.ranks.values():
+            assert rank.buffers is not None
+            for content, buffers in zip(rank.contents, rank.buffers.by_stage, strict=True):
+                for buffer in buffers:
+                    items = [content.parameters[index] for index in buffer.members]
+                    tensors = [item.tensor for item in items if item.tensor is not None]
+                    assert {t.storage.numel for t in tensors} == {buffer.numel}
+                    assert [t.offset for t in tensors] == list(buffer.starts)
+            if rank.files.optimizer is not None:
+                loaded = part_entries(load(Path(rank.files.optimizer.path)), "file")
+                check_sizes(loaded, rank, rank.buffers)
+
+
+def check_sizes(loaded: list[Any], rank: RankInventory, buffers: RankBuffers) -> None:
+    for part, entry in zip(rank.parts, loaded, strict=True):
+        for index, (_, buffer) in enumerate(buffers.of_part(part) if entry else ()):
+            ((_, tensors),) = entry[index].items()
+            assert tensors["param"].numel() == tensors["numel_unpadded"] == buffer.numel_unpadded
+
+
+@pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.PLAIN))
+def test_plain_states_are_those_of_their_parameters(name: str, side: str) -> None:
+    """By torch: shapes, and main parameters that round to the weights."""
+    of = family(name, side)
+    held = [item for item in of.items() if item.is_parameter]
+    assert set(of.states) == {item.name for item in held}
+    for item in held:
+        state = of.states[item.name]
+        assert isinstance(state, PlainState)
+        main = unwrap_tensor(state.main)
+        assert item.tensor is not None
+        assert main is not None
+        assert main.shape == item.tensor.shape
+        assert torch.equal(numbers(main).to(torch.bfloat16), numbers(item.tensor)), item.name
+        for word in ("exp_avg", "exp_avg_sq"):
+            moment = unwrap_tensor(state.state[word])
+            assert moment is not None
+            assert moment.shape == item.tensor.shape
+
+
+def test_kinds_of_all_pairs() -> None:
+    """Weights are views of buffers with the distributed optimizer, saved or not."""
+    for name, side in SIDES:
+        of = family(name, side)
+        for rank in of.ranks.values():
+            shares = of.kind is not OptimizerKind.PLAIN
+            assert rank.shares_storages is shares
+            if shares:
+                assert rank.buffers is not None
+                assert are_views_of_buffers(rank.contents, rank.buffers)
+
+
+def test_experts_have_buffers_of_their_own_with_expert_parallelism() -> None:
+    of = family(MOE, "source")
+    items = [item for item in of.items() if item.is_parameter]
+    found = {item.name for item in items if in_expert_buffer(item, of.arguments, of.rules)}
+    assert found == {item.name for item in items if ".experts." in item.name}
+    alone = replace(of.arguments, ep_size=1)
+    assert not any(in_expert_buffer(item, alone, of.rules) for item in items)
+    sizes = replace(alone, etp_size=2)
+    assert not any(in_expert_buffer(item, sizes, of.rules) for item in items)
+    newer = replace(of.rules, separates_experts_by_tp=True)
+    assert {i.name for i in items if in_expert_buffer(i, sizes, newer)} == found
+    contents = of.ranks[0].contents
+    assert states.have_experts([c.parameters for c in contents], of.arguments, of.rules)
+    assert not states.have_experts([c.parameters for c in contents], alone, of.rules)
+
+
+def test_buffers_of_a_part() -> None:
+    """In the order of the indices in the file."""
+    of = family(MOE, "truth")
+    buffers = of.ranks[0].buffers
+    assert buffers is not None
+    dense, experts = of.ranks[0].parts
+    for part in (dense, experts):
+        found = buffers.of_part(part)
+        assert [stage for stage, _ in found] == [0, 1]
+        assert all(buffer.is_expert is part.is_expert for _, buffer in found)
+    one = replace(dense, vp_stages=(1,))
+    assert buffers.of_part(one) == buffers.of_part(dense)[1:]
+
+
+@pytest.mark.parametrize("name", [ODD, "dense-pp2-odd-dp3-v012"])
+def test_other_rules_do_not_explain_odd_sizes(name: str) -> None:
+    """Offsets of views prove the rules of a version."""
+    of = family(name, "source")
+    rules = replace(of.rules, aligns_parameters=not of.rules.aligns_parameters)
+    differing = 0
+    for rank in of.ranks.values():
+        buffers = rank_buffers(
+            [(content.chunk, content.parameters) for content in rank.contents],
+            of.arguments,
+            rules,
+            overlaps_param_gather_with_step=False,
+        )
+        if buffers != rank.buffers:
+            differing += 1
+            with pytest.raises(Unexplained, match=r"lies at element \d+ of \d+ in its storage"):
+                are_views_of_buffers(rank.contents, buffers)
+    assert differing
+
+
+def changed(of: Family, edit: Callable[[dict[Any, Any]], Any]) -> Callable[[], states.RankStates]:
+    """Reading the flat states of rank 0 after an edit of the first buffer of its file."""
+    rank = of.ranks[0]
+    assert rank.files.optimizer is not None
+    assert rank.buffers is not None
+    root = rank.files.optimizer.root
+    ((key, tensors),) = root[0].items()
+    copy = {**root, 0: {key: dict(tensors)}}
+    result = edit(copy)
+    new, buffers = copy if result is None else result, rank.buffers
+    return lambda: read_flat_states(new, rank.contents, rank.parts, buffers, "file")
+
+
+def in_buffer(edit: Callable[[dict[Any, Any]], object]) -> Callable[[dict[Any, Any]], None]:
+    """An edit of the tensors of the first buffer."""
+
+    def apply(root: dict[Any, Any]) -> None:
+        (tensors,) = root[0].values()
+        edit(tensors)
+
+    return apply
+
+
+def with_key(key: object) -> Callable[[dict[Any, Any]], None]:
+    def apply(root: dict[Any, Any]) -> None:
+        (tensors,) = root[0].values()
+        root[0] = {key: tensors}
+
+    return apply
+
+
+_HALF, _FLOAT = Global("torch", "float16"), Global("torch", "float32")
+
+ODD_FILES: dict[str, tuple[Callable[[dict[Any, Any]], Any], type[Exception], str]] = {
+    "not coalesced": (
+        lambda r: r.update(buckets_coalesced=False), CheckpointError, "not the coalesced format",
+    ),
+    "per bucket": (
+        lambda _: {"per_bucket_numel": []}, CheckpointError, "stored per bucket, as Megatron 0.6",
+    ),
+    "two optimizers": (lambda r: [r, r], CheckpointError, "another number of optimizers"),
+    "text": (lambda _: "text", CheckpointError, "neither a dict nor a list, found 'text'"),
+    "text in a list": (lambda _: ["text"], CheckpointError, "not the coalesced format"),
+    "unknown entry": (lambda r: r.update(extra=1), CheckpointError, "unknown optimizer entry"),
+    "a truth value": (lambda r: r.update({True: 1}), CheckpointError, "unknown optimizer entry"),
+    "a buffer too many": (lambda r: r.update({1: r[0]}), Unexplained, r"\[0, 1\] in the file, 1 c"),
+    "no buffer": (lambda r: r.pop(0) and None, Unexplained, r"\[\] in the file, 1 computed"),
+    "two dtypes": (
+        lambda r: r[0].update({(_HALF, _FLOAT): {}}), CheckpointError, "exactly one dtype",
+    ),
+    "a bare dtype": (with_key(_HALF), CheckpointError, "is no .parameter dtype, gradient dtype"),
+    "another dtype": (with_key((_HALF, _FLOAT)), Unexplained, "dtype float16 in the file, bfloat1"),
+    "no main": (in_buffer(lambda t: t.pop("param")), CheckpointError, "without 'param'"),
+    "no number": (in_buffer(lambda t: t.pop("numel_unpadded")), CheckpointError, "without 'param'"),
+    "another number": (
+        in_buffer(lambda t: t.update(numel_unpadded=5)), Unexplained, "5 elements found, ",
+    ),
+    "another length": (
+        in_buffer(lambda t: t.update(exp_avg=float_tensor(bytes(8)))), CheckpointError,
+        r"state 'exp_avg' is unknown, expected a flat float32 tensor of \d+, found float32 \(2,\)",
+    ),
+    "no tensor": (in_buffer(lambda t: t.update(extra=3)), CheckpointError, "state 'extra' is unk"),
+    "no name": (
+        in_buffer(lambda t: t.update({7: t["param"]})), CheckpointError, "state 7 is unknown",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+def test_odd_optimizer_files(case: str) -> None:
+    """What other rules could explain is unexplained; what none can is refused."""
+    edit, kind, reason = ODD_FILES[case]
+    with pytest.raises(kind, match=reason):
+        changed(family(DENSE, "source"), edit)()
+
+
+def test_further_flat_states_are_carried_along() -> None:
+    """Such as those of other optimizers: any flat fp32 tensor of the right size."""
+    of = family(DENSE, "source")
+    found = changed(of, in_buffer(lambda t: t.update(master=t["exp_avg"])))()
+    assert found.held == (True,)
+    for state in found.by_name.values():
+        assert state.parts["master"] == state.parts["exp_avg"]
+
+
+def test_parts_that_another_family_holds_are_none() -> None:
+    of = families(MOE, "source")[1]
+    rank = of.ranks[0]
+    assert rank.files.optimizer is not None
+    assert rank.buffers is not None
+    found = read_flat_states(
+        rank.files.optimizer.root, rank.contents, rank.parts, rank.buffers, "file"
+    )
+    assert found.held == (False, True)
+    assert all(".experts." in name for name in found.by_name)
+
+
+def read_plain(edit: Callable[[dict[str, Any]], None]) -> dict[str, PlainState]:
+    """The plain states of rank 0 after an edit of its (copied) entry."""
+    of = family(PLAIN, "source")
+    rank = of.ranks[0]
+    entry = rank.root[OPTIMIZER]
+    inner = entry["optimizer"]
+    copy = {
+        "optimizer": {
+            "state": {number: dict(state) for number, state in inner["state"].items()},
+            "param_groups": [dict(group) for group in inner["param_groups"]],
+        },
+        "fp32_from_fp16_params": [list(mains) for mains in entry["fp32_from_fp16_params"]],
+    }
+    edit(copy)
+    return read_plain_states(copy, rank.contents, rank.parts, of.arguments, of.rules, "file")
+
+
+def test_an_unchanged_copy_is_read_the_same() -> None:
+    of = family(PLAIN, "source")
+    found = read_plain(lambda _: None)
+    for name, state in found.items():
+        original = of.states[name]
+        assert isinstance(original, PlainState)
+        assert (state.state, state.main) == (original.state, original.main)
+
+
+ODD_ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "no state": (lambda e: e["optimizer"].pop("state"), CheckpointError, "of an unknown kind"),
+    "no groups": (
+        lambda e: e["optimizer"].update(param_groups=3), CheckpointError, "of an unknown kind",
+    ),
+    "odd group": (
+        lambda e: e["optimizer"]["param_groups"].append(3), CheckpointError, "of an unknown kind",
+    ),
+    "odd mains": (
+        lambda e: e.update(fp32_from_fp16_params={}), CheckpointError, "of an unknown kind",
+    ),
+    "a parameter too few": (
+        lambda e: e["optimizer"]["param_groups"][0]["params"].pop(), Unexplained,
+        "param group 0 does not have 18 parameters",
+    ),
+    "a main too few": (
+        lambda e: e["fp32_from_fp16_params"][1].pop(), Unexplained, "32 main parameters",
+    ),
+    "a list of mains too few": (
+        lambda e: e["fp32_from_fp16_params"].pop(), Unexplained, "32 main parameters",
+    ),
+    "a group too few": (
+        lambda e: (e["optimizer"]["param_groups"].pop(), e["fp32_from_fp16_params"].pop()),
+        Unexplained, "no param group for 32 parameters",
+    ),
+    "equal groups": (
+        lambda e: e["optimizer"]["param_groups"][1].update(wd_mult=1.0), Unexplained,
+        "param group 1 does not have 0 parameters",
+    ),
+    "another shape": (
+        lambda e: e["optimizer"]["state"][3].update(exp_avg=float_tensor(bytes(8))), Unexplained,
+        "'exp_avg' differs",
+    ),
+    "another main": (
+        lambda e: e["fp32_from_fp16_params"][0].reverse(), Unexplained, "'main parameter' differs",
+    ),
+}  # fmt: skip
+
+
+def own_lists(edit: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
+    """Give each group a list of numbers of its own before an edit: the family must not change."""
+
+    def apply(entry: dict[str, Any]) -> None:
+        for group in entry["optimizer"]["param_groups"]:
+            group["params"] = list(group["params"])
+        edit(entry)
+
+    return apply
+
+
+@pytest.mark.parametrize("case", ODD_ENTRIES)
+def test_odd_plain_optimizers(case: str) -> None:
+    edit, kind, reason = ODD_ENTRIES[case]
+    with pytest.raises(kind, match=reason):
+        read_plain(own_lists(edit))
+
+
+def test_parameters_may_have_no_state() -> None:
+    """As before the first step."""
+    found = read_plain(lambda entry: entry["optimizer"]["state"].clear())
+    assert all(state.state is None and state.main is not None for state in found.values())
+
+
+def test_scalars_are_of_no_shape() -> None:
+    """Such as a step that is kept in each state."""
+    step = as_tensor(float_tensor(bytes(4)))
+    assert step is not None
+    node = step.node
+    storage, offset, _, _, *rest = node.arguments
+    scalar = type(node)(node.factory, (storage, offset, (), (), *rest))
+
+    def add(entry: dict[str, Any]) -> None:
+        entry["optimizer"]["state"][0]["step"] = scalar
+
+    assert any(
+        isinstance(state.state, dict) and state.state.get("step") is scalar
+        for state in read_plain(add).values()
+    )
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_groups_take_each_parameter_once(name: str, side: str) -> None:
+    for of in families(name, side):
+        for rank in of.ranks.values():
+            parameters = [content.parameters for content in rank.contents]
+            found = [
+                item.name
+                for part in rank.parts
+                for items in items_by_group(parameters, part, of.arguments, of.rules).values()
+                for item in items
+            ]
+            expected = [item.name for items in parameters for item in items] if rank.parts else []
+            assert sorted(found) == sorted(expected)
+
+
+def test_groups_keep_the_order_of_parameters() -> None:
+    of = family(OVERLAPPED, "truth")
+    parameters = [content.parameters for content in of.ranks[0].contents]
+    part = OptimizerPart(is_expert=False, vp_stages=(1,))
+    by_key = items_by_group(parameters, part, of.arguments, of.rules)
+    order = [item.name for item in parameters[1]]
+    for items in by_key.values():
+        places = [order.index(item.name) for item in items]
+        assert places == sorted(places)
+    first = [order.index(items[0].name) for items in by_key.values()]
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("node", [{"a": 1}, [{"a": 1}, None]])
+def test_part_entries(node: Any) -> None:
+    assert part_entries(node, "file") == (node if isinstance(node, list) else [node])
