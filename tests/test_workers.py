@@ -136,7 +136,8 @@ def test_killing_ends_what_is_being_done() -> None:
         workers.kill()
         assert time.monotonic() - began < 10
         assert not any(exists(pid) for pid in pids)
-        assert not any(future.done() and not future.cancelled() for future in running)
+        over = [future for future in running if future.done() and not future.cancelled()]
+        assert all(future.exception() for future in over), "none came to its end"
 
 
 def test_an_error_of_the_parent_ends_the_workers() -> None:
