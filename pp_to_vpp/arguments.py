@@ -141,11 +141,51 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
     )
 
 
+_UNSUPPORTED = (
+    # argument, is it on?, what it means
+    ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
+    ("is_hybrid_model", bool, "a hybrid (Mamba) model: its layers follow a pattern of their own"),
+    ("hybrid_override_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
+    ("hybrid_layer_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
+    ("use_custom_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
+    ("use_megatron_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
+    ("use_torch_fsdp2", bool, "FSDP2: it shards parameters in another format"),
+    ("standalone_embedding_stage", bool, "a standalone embedding stage, which VPP cannot have"),
+    ("fp8_param_gather", bool, "weights stored natively in fp8"),
+    ("fp4_param_gather", bool, "weights stored natively in fp4"),
+    ("use_layer_wise_distributed_optimizer", bool, "a layer-wise optimizer with files per rank"),
+    ("optimizer", lambda v: not isinstance(v, str), "no name of an optimizer"),
+    (
+        "optimizer",
+        lambda v: isinstance(v, str) and "muon" in v.lower(),
+        "Muon, whose state is kept per rank",
+    ),
+    ("optimizer", lambda v: v == "sgd", "SGD, whose momentum has another format"),
+    ("moe_extended_tp", bool, "experts split over TP x EP (--moe-extended-tp)"),
+    ("gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP ranks"),
+    ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),
+)
+
+
+def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
+    """What the arguments tell that cannot be converted."""
+    return [
+        problem(
+            where,
+            f"args.{name} is {show(values[name])}: {meaning}",
+            cure="it cannot be converted exactly; see 'What is refused' in the README",
+        )
+        for name, is_on, meaning in _UNSUPPORTED
+        if values.get(name) is not None and is_on(values[name])
+    ]
+
+
 def read_arguments(node: object, where: str) -> SavedArguments:
     """The typed arguments of a rank file.
 
     Raises:
-        CheckpointError: arguments of a wrong type or of absurd size.
+        CheckpointError: arguments of a wrong type or of absurd size, or of runs that cannot be
+            converted.
     """
     values = namespace_values(node, where)
     read = _Reader(values, where)
@@ -185,14 +225,18 @@ def read_arguments(node: object, where: str) -> SavedArguments:
         ),
         decays_qk_norms=read.flag("apply_wd_to_qk_layernorm"),
     )
-    if read.problems:
-        raise CheckpointError(*read.problems)
+    problems = _unsupported(values, where) or read.problems
+    if problems:
+        raise CheckpointError(*problems)
     return arguments
 
 
-_FORK_ONLY = frozenset(
-    ("decoder_first_pipeline_num_layers_split", "decoder_last_pipeline_num_layers_split")
-)
+_ALWAYS_TOLD = frozenset(
+    (
+        "decoder_first_pipeline_num_layers_split", "decoder_last_pipeline_num_layers_split",
+        "pipeline_model_parallel_layout",
+    )
+)  # fmt: skip
 
 
 def patch_arguments(
@@ -205,7 +249,8 @@ def patch_arguments(
     """The saved ``args`` as a run with the target placement would have saved them.
 
     Attributes keep their order, and only those that the version knows are set; except for the
-    fork's splits, without which the target could not be told from an even one.
+    fork's splits and layout strings, without which the target could not be told from an even one.
+    They are appended to the arguments of versions without them, and taken away again.
     """
     changes = dict(placement.arguments(source.num_layers, source.pp_size))
     if (placement.vp_size > 1) != (source.placement.vp_size > 1):
@@ -215,6 +260,8 @@ def patch_arguments(
     changes["overlap_param_gather_with_optimizer_step"] = overlap_param_gather_with_step
     values = dict(namespace_values(node, "args"))
     for name, value in changes.items():
-        if name in values or (name in _FORK_ONLY and value is not None):
+        if value is None and name in _ALWAYS_TOLD and name == next(reversed(values)):
+            del values[name]
+        elif name in values or (name in _ALWAYS_TOLD and value is not None):
             values[name] = value
     return Instance(node.factory, node.arguments, node.by_new, state=values)

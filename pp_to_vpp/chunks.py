@@ -151,6 +151,10 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
         )
     state = node.state if not isinstance(node, dict) and isinstance(node.state, dict) else {}
     metadata = as_mapping(state.get(METADATA))
+    if metadata is not None and not all(isinstance(path, str) for path in metadata):
+        raise CheckpointError(
+            problem(where, "its _metadata has keys that are no names", cure="the file is damaged")
+        )
     modules = None if metadata is None else tuple(_place_modules(metadata, mapping, chunk))
     return ChunkContents(chunk, stack, items, modules)
 
@@ -251,7 +255,7 @@ def _make_item(
 
 
 def _place_modules(
-    metadata: Mapping[Any, Any], keys: Iterable[str], chunk: ModelChunk
+    metadata: Mapping[str, Any], keys: Iterable[str], chunk: ModelChunk
 ) -> Iterator[Module]:
     """The chunk's module paths: those of layers and sections move with them, the others are in
     every chunk."""
@@ -260,7 +264,7 @@ def _place_modules(
     containers = ("", "decoder", "encoder", "decoder.layers", "encoder.layers")
     after: int = -1
     for path, value in metadata.items():
-        place = naming.split_layer(path) if isinstance(path, str) else None
+        place = naming.split_layer(path)
         if place is not None and place[1] < len(chunk.layers):
             after = Section.LAYERS
             yield Module(Section.LAYERS, after, chunk.layers[place[1]], place[2], value)

@@ -104,7 +104,7 @@ def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> None:
 
 def _is_alive(path: Path, mark: str) -> bool:
     """Whether the run that writes a temporary folder still exists."""
-    host, pid, start = mark.rpartition("-")[0].rpartition("-")[0], *mark.rsplit("-", 2)[1:]
+    host, pid, start = ["", "", *mark.rsplit("-", 2)][-3:]
     if host == socket.gethostname():
         return pid.isdigit() and _start_time(int(pid)) == start and int(pid) != os.getpid()
     try:

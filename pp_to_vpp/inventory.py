@@ -7,7 +7,8 @@ ones. Values are compared by whoever can read files, from the ``samples``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from . import states
@@ -215,6 +216,7 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
     sections: dict[Section, list[Item]] = {}
     found: dict[str, FlatState | PlainState] = {}
     for pp_rank, rank_files in files.items():
+        _check_arguments(rank_files, arguments)
         if _optimizer_kind(rank_files, arguments) is not kind:
             raise CheckpointError(
                 problem(
@@ -242,7 +244,46 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
         states=found,
     )
     _check_parts(family)
+    _check_overlaps(family)
     return family
+
+
+def _check_overlaps(family: Family) -> None:
+    """No byte may belong to two parameters: one of them would lose it."""
+    owners = sorted(
+        (piece.path, piece.offset, piece.length, item.name)
+        for item in family.items()
+        if item.tensor is not None
+        for piece in item.tensor.content()
+        if isinstance(piece, Extent) and piece.length
+    )
+    for (path, offset, length, name), (other_path, other_offset, _, other) in pairwise(owners):
+        if path == other_path and other_offset < offset + length:
+            raise CheckpointError(
+                problem(
+                    path,
+                    f"{show(name)} and {show(other)} share bytes",
+                    cure="Megatron saves no such file: use another copy of it",
+                )
+            )
+
+
+def _check_arguments(files: RankFiles, first: SavedArguments) -> None:
+    """All ranks of a run have the same arguments, as far as they matter here."""
+    where = files.model.path
+    own = replace(read_arguments(_root(files).get("args"), where), names=first.names)
+    if own != first:
+        names = [field.name for field in fields(own)]
+        odd = next(name for name in names if getattr(own, name) != getattr(first, name))
+        raise CheckpointError(
+            problem(
+                where,
+                f"its arguments are not those of its siblings ({odd})",
+                expected=getattr(first, odd),
+                found=getattr(own, odd),
+                cure="use the files of one save",
+            )
+        )
 
 
 def _check_parts(family: Family) -> None:

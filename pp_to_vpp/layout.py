@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .errors import LayoutError
+from .errors import LayoutError, show
 from .naming import Section
 
 
@@ -147,7 +147,7 @@ class Placement:
         self, stages: tuple[str, ...], num_layers: int, pp_size: int, mtp_num_layers: int
     ) -> tuple[list[int], int]:
         """Layers of each chunk and the chunk that holds the MTP layers (validate_layer_layout)."""
-        text = f"pipeline layout {self.layout!r}"
+        text = f"pipeline layout {show(self.layout)}"
         if len(stages) != pp_size * self.vp_size:
             raise LayoutError(
                 f"{text}: {len(stages)} stages do not make {self.vp_size} virtual stages on "
@@ -335,7 +335,7 @@ def _build(
     return PipelineLayout(pp_size, len(counts) // pp_size, tuple(chunks))
 
 
-_GROUP_TIMES = re.compile(r"\(([^)]+)\)\*([0-9]+)")
+_GROUP_TIMES = re.compile(r"\(([^()]+)\)\*([0-9]+)")
 _LETTER_TIMES = re.compile(r"(.)\*([0-9]+)")
 _MAX_LAYOUT_LENGTH = 100_000
 
@@ -356,12 +356,12 @@ def parse_layout(text: str) -> tuple[str, ...]:
             times = match[2]
             length += len(match[1]) * (int(times) if len(times) < 7 else _MAX_LAYOUT_LENGTH)
         if length > _MAX_LAYOUT_LENGTH:
-            raise LayoutError(f"pipeline layout {text[:60]!r}...: absurdly long; check its numbers")
+            raise LayoutError(f"pipeline layout {show(text)}: absurdly long; check its numbers")
         unrolled = pattern.sub(lambda match: match[1] * int(match[2]), unrolled)
     strange = sorted(set(unrolled) - set("EtmL|"))
     if strange:
         raise LayoutError(
-            f"pipeline layout {text!r}: letter {strange[0]!r} is unknown; use E (embedding), "
+            f"pipeline layout {show(text)}: letter {strange[0]!r} is unknown; use E (embedding), "
             "t (decoder layer), m (MTP layer), L (loss), | between stages, without spaces"
         )
     return tuple(unrolled.split("|"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,15 +72,20 @@ class Adopter:
         own = family.ranks[pp_rank]
         self._root = own.root
         self._own = {item for content in own.contents for item in content.items}
-        self._words: dict[str, str] | None = None
+
+    @functools.cached_property
+    def _words(self) -> dict[str, str]:
+        return vocabulary(self._root)
 
     def adopt(self, value: Any) -> Any:
         """A copy that shares its strings with the target's file."""
         if not isinstance(value, (dict, list, tuple, Instance)):
             return value
-        if self._words is None:
-            self._words = vocabulary(self._root)
         return adopt(value, self._words)
+
+    def word(self, text: str) -> str:
+        """The object by which the target's file knows a string."""
+        return self._words.setdefault(text, text)
 
     def adopt_from(self, item: Item, value: Any) -> Any:
         """What belongs to an item: as it is if the item is of the same rank."""

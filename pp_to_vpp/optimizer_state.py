@@ -180,9 +180,13 @@ class TargetOptimizer:
             step = self._step()
             if step is None:
                 return group
-            numbers = {key: group[key] for key in (_PARAMS,) if key in group}
+            numbers = {key: value for key, value in group.items() if key == _PARAMS}
             others = {key: value for key, value in group.items() if key not in numbers}
-            return {**others, STEP: step, **numbers}  # torch puts the numbers last
+            return {
+                **others,
+                self.adopter.word(STEP): step,
+                **numbers,
+            }  # torch puts the numbers last
         if not has_step and self.family.rules.keeps_all_groups:
             return {key: value for key, value in group.items() if key != STEP}
         return group

@@ -127,8 +127,12 @@ def adopt(node: Any, words: dict[str, str]) -> Any:
 
     Python keeps one object of each string that stands in code, and pickle writes an object once:
     so Megatron's file holds the keys of all dicts of a kind once, whichever rank they came from.
+
+    Raises:
+        pickle.PicklingError: an object holds itself, or the objects are nested too deeply.
     """
     copies: dict[int, Any] = {}
+    entered: set[int] = set()
 
     def word(value: Any) -> Any:
         return words.setdefault(value, value) if type(value) is str else copy(value)
@@ -139,6 +143,9 @@ def adopt(node: Any, words: dict[str, str]) -> Any:
         known = copies.get(id(value))
         if known is not None:
             return known
+        if id(value) in entered:
+            raise pickle.PicklingError("an object that holds itself")
+        entered.add(id(value))
         made: Any
         if isinstance(value, dict):
             made = {word(key): copy(part) for key, part in value.items()}
@@ -156,7 +163,10 @@ def adopt(node: Any, words: dict[str, str]) -> Any:
         copies[id(value)] = made
         return made
 
-    return copy(node)
+    try:
+        return copy(node)
+    except RecursionError:
+        raise pickle.PicklingError("the objects are nested too deeply") from None
 
 
 class _Bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,17 @@ def plan_rank(
         LayoutError: Megatron could not build the target's buffers.
         CheckpointError: the source has no param groups, or objects that cannot be written.
     """
+    try:
+        return _plan_rank(family, target, pp_rank, others)
+    except (FileFormatError, pickle.PicklingError) as error:
+        where = family.ranks[pp_rank].files.model.path
+        cure = "the checkpoint holds objects that cannot be kept: ask for support of them"
+        raise CheckpointError(problem(where, str(error), cure=cure)) from None
+
+
+def _plan_rank(
+    family: Family, target: TargetSpec, pp_rank: int, others: Sequence[tuple[str, Extent]]
+) -> RankPlan:
     own = family.ranks[pp_rank]
     chunks = [target_chunk(family, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
     overlaps = target.overlaps_param_gather_with_step
@@ -108,14 +120,10 @@ def plan_rank(
         if flat is not None:
             siblings = (rank.files.optimizer for rank in (own, *family.ranks.values()))
             roots[OPTIMIZER_FILE] = (flat, next(file for file in siblings if file is not None))
-    try:
-        files = [
-            _file_plan(name, torch_file.encode(graph, template))
-            for name, (graph, template) in roots.items()
-        ]
-    except FileFormatError as error:
-        cure = "the checkpoint holds objects that cannot be kept: ask for support of them"
-        raise CheckpointError(problem(own.files.model.path, str(error), cure=cure)) from None
+    files = [
+        _file_plan(name, torch_file.encode(graph, template))
+        for name, (graph, template) in roots.items()
+    ]
     files += [FilePlan(name, extent.length, ((extent,),), None) for name, extent in others]
     return RankPlan(own.files.rank, tuple(files))
 
@@ -148,7 +156,7 @@ def check(
     wanted = _tensor_bytes(family) if is_whole else {}
     for path, ranges in used.items():
         end = 0
-        for offset, length in sorted(set(ranges)):
+        for offset, length in sorted(ranges):
             if offset < end:
                 errors.append(f"{path}: bytes at {offset} are used twice")
             end = max(end, offset + length)
@@ -185,6 +193,8 @@ def _tensor_bytes(family: Family) -> dict[str, list[tuple[int, int]]]:
         state = family.states.get(item.name)
         if isinstance(state, states.FlatState):
             contents += state.parts.values()
+        elif isinstance(state, states.PlainState):
+            contents += (tensor.content() for tensor in state.tensors().values())
     for piece in (p for pieces in contents for p in pieces):
         if isinstance(piece, Extent):
             found.setdefault(piece.path, []).append((piece.offset, piece.length))

@@ -6,6 +6,7 @@ Files are opened for reading only, and must be regular files inside the checkpoi
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import stat
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from . import archive, rounding, torch_file
 from .archive import ArchiveError
-from .arguments import SavedArguments, namespace_values, read_arguments
-from .errors import CheckpointError, problem, show
+from .arguments import SavedArguments, read_arguments
+from .errors import CheckpointError, problem
 from .inventory import Family, RankFiles, Sample, read_family, samples
 from .pickling import as_mapping
 from .torch_file import FileFormatError, TorchFile
@@ -116,47 +117,9 @@ def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
 
 def _first_arguments(path: Path) -> tuple[SavedArguments, int | None]:
     root = as_mapping(read_torch_file(path).root) or {}
-    values = namespace_values(root.get("args"), str(path))
-    _refuse_unsupported(values, str(path))
     iteration = root.get("iteration")
-    return read_arguments(root.get("args"), str(path)), iteration if type(
-        iteration
-    ) is int else None
-
-
-_UNSUPPORTED = (
-    # argument, is it on?, what it means
-    ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
-    ("is_hybrid_model", bool, "a hybrid (Mamba) model: its layers follow a pattern of their own"),
-    ("hybrid_override_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
-    ("hybrid_layer_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
-    ("use_custom_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
-    ("use_megatron_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
-    ("use_torch_fsdp2", bool, "FSDP2: it shards parameters in another format"),
-    ("standalone_embedding_stage", bool, "a standalone embedding stage, which VPP cannot have"),
-    ("fp8_param_gather", bool, "weights stored natively in fp8"),
-    ("fp4_param_gather", bool, "weights stored natively in fp4"),
-    ("use_layer_wise_distributed_optimizer", bool, "a layer-wise optimizer with files per rank"),
-    ("optimizer", lambda v: "muon" in str(v).lower(), "Muon, whose state is kept per rank"),
-    ("optimizer", lambda v: v == "sgd", "SGD, whose momentum has another format"),
-    ("moe_extended_tp", bool, "experts split over TP x EP (--moe-extended-tp)"),
-    ("gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP ranks"),
-    ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),
-)
-
-
-def _refuse_unsupported(values: Mapping[object, object], where: str) -> None:
-    problems = [
-        problem(
-            where,
-            f"args.{name} is {show(values[name])}: {meaning}",
-            cure="it cannot be converted exactly; see 'What is refused' in the README",
-        )
-        for name, is_on, meaning in _UNSUPPORTED
-        if values.get(name) is not None and is_on(values[name])
-    ]
-    if problems:
-        raise CheckpointError(*problems)
+    arguments = read_arguments(root.get("args"), str(path))
+    return arguments, iteration if type(iteration) is int else None
 
 
 def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> None:
@@ -180,59 +143,63 @@ def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> 
                 cure="the folders and the arguments in them must be of one save",
             )
         )
-    if not problems:
-        problems = _missing_stages(path, ranks, arguments)
+    problems = problems or _odd_sizes(path, ranks, arguments)
+    problems = problems or list(itertools.islice(_missing(path, ranks, arguments), 8))
     if problems:
-        raise CheckpointError(*problems[:8])
+        raise CheckpointError(*problems)
 
 
-def _missing_stages(path: Path, ranks: list[RankId], arguments: SavedArguments) -> list[str]:
-    families = {rank.family for rank in ranks}
-    found = set(ranks)
-    problems = []
-    for tp_rank, ep_rank in sorted(families):
-        for pp_rank in range(arguments.pp_size):
-            rank = RankId(tp_rank, pp_rank, ep_rank if arguments.ep_size > 1 else None)
-            if rank not in found:
-                problems.append(
-                    problem(
-                        path / rank.folder,
-                        "this rank folder is missing",
-                        expected=f"{arguments.pp_size} pipeline ranks of each family",
-                        cure="layers move between all of them: copy the missing folder",
-                    )
-                )
+def _odd_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> list[str]:
+    """Sizes that are not those of the folders; they may be absurd."""
     sizes = (
         ("tensor", arguments.tp_size, {rank.tp_rank for rank in ranks}),
         ("expert", arguments.ep_size, {rank.ep_rank or 0 for rank in ranks}),
         ("pipeline", arguments.pp_size, {rank.pp_rank for rank in ranks}),
     )
+    problems = []
     for kind, size, numbers in sizes:
-        if sorted(numbers) != list(range(size)):
-            missing = sorted(set(range(size)) - numbers)
+        missing = next(number for number in itertools.count() if number not in numbers)
+        if missing != size or len(numbers) != size:
+            is_missing = f", rank {missing} is missing" if missing < size else ""
             problems.append(
                 problem(
                     path,
                     f"its folders do not fit {kind}_model_parallel_size",
                     expected=f"ranks 0 to {size - 1}",
-                    found=f"{len(numbers)} of them"
-                    + (f", rank {missing[0]} is missing" if missing else ""),
+                    found=f"{len(numbers)} of them{is_missing}",
                     cure="copy the missing folders, or remove those of another save",
                 )
             )
-    if arguments.etp_size == arguments.tp_size and not problems:
-        for tp_rank in range(arguments.tp_size):
-            for ep_rank in range(arguments.ep_size):
-                if (tp_rank, ep_rank) not in families:
-                    rank = RankId(tp_rank, 0, ep_rank if arguments.ep_size > 1 else None)
-                    problems.append(
-                        problem(
-                            path / rank.folder,
-                            "this rank folder and its siblings are missing",
-                            cure="copy the missing folders",
-                        )
-                    )
     return problems
+
+
+def _missing(path: Path, ranks: list[RankId], arguments: SavedArguments) -> Iterator[str]:
+    """Folders of the sizes that are there in part."""
+    found = set(ranks)
+    families = {rank.family for rank in ranks}
+    wanted = set(families)
+    if arguments.etp_size == arguments.tp_size:
+        wanted |= set(itertools.product(range(arguments.tp_size), range(arguments.ep_size)))
+    for tp_rank, ep_rank in sorted(wanted):
+        folders = [
+            RankId(tp_rank, pp_rank, ep_rank if arguments.ep_size > 1 else None)
+            for pp_rank in range(arguments.pp_size)
+        ]
+        if (tp_rank, ep_rank) not in families:
+            yield problem(
+                path / folders[0].folder,
+                "this rank folder and its siblings are missing",
+                cure="copy the missing folders",
+            )
+            continue
+        for rank in folders:
+            if rank not in found:
+                yield problem(
+                    path / rank.folder,
+                    "this rank folder is missing",
+                    expected=f"{arguments.pp_size} pipeline ranks of each family",
+                    cure="layers move between all of them: copy the missing folder",
+                )
 
 
 @contextmanager

@@ -70,6 +70,13 @@ class PlainState:
     main: Any
     """Its tensor in ``fp32_from_fp16_params``, None for parameters that are fp32 themselves."""
 
+    def tensors(self) -> dict[str, TensorRef]:
+        """Its tensors by name."""
+        values = dict(self.state) if isinstance(self.state, dict) else {}
+        values["main parameter"] = self.main
+        found = {name: unwrap_tensor(value) for name, value in values.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class RankBuffers:
@@ -296,7 +303,8 @@ def _checked_part(
             )
         )
     if indices != list(range(len(expected))):
-        raise Unexplained(f"buffers {indices[:8]} in the file, {len(expected)} computed")
+        shown = ", ".join(map(show, indices[:8]))
+        raise Unexplained(f"buffers [{shown}] in the file, {len(expected)} computed")
     found = []
     for index, (_, buffer) in enumerate(expected):
         found.append(_checked_buffer(entry[index], buffer, f"{where}, buffer {index}"))

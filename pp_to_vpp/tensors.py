@@ -24,6 +24,7 @@ _DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
     "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 
 FLOAT_STORAGE = Global("torch", "FloatStorage")
@@ -32,6 +33,7 @@ _REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_WITH_ATTRIBUTES = Global("torch._tensor", "_rebuild_from_type_v2")
 _REBUILD_ARGUMENTS = 6
 _MAX_DIMENSIONS = 64
+_MAX_SIZE = 1 << 62
 
 
 class TensorError(ValueError):
@@ -108,8 +110,8 @@ def as_tensor(node: Any) -> TensorRef | None:
         raise TensorError("a tensor whose shape and strides do not agree")
     if len(shape) > _MAX_DIMENSIONS:
         raise TensorError(f"a tensor of {len(shape)} dimensions")
-    if any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):
-        raise TensorError("a tensor with a negative or odd size, stride or offset")
+    if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in (offset, *shape, *stride)):
+        raise TensorError("a tensor with a negative or absurd size, stride or offset")
     tensor = TensorRef(storage, offset, shape, stride, node)
     if offset + tensor.span > storage.numel:
         raise TensorError(

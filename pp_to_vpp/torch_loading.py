@@ -54,8 +54,10 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if module in ("torch._utils", "torch._tensor") and name in _TORCH_FUNCTIONS:
             return super().find_class(module, name)
-        if (module, name) == ("torch", "Tensor"):
-            return torch.Tensor
+        if (module, name) in (("torch", "Tensor"), ("torch.storage", "UntypedStorage")):
+            return getattr(torch, name)
+        if (module, name) == ("torch", "UntypedStorage"):
+            return torch.UntypedStorage
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         return type(str(name), (_StandIn,), {})
@@ -79,7 +81,7 @@ def differences(file: TorchFile, read: Callable[[tuple[Piece, ...], int], bytes]
     except Exception as error:
         yield f"torch.load fails on {file.path}: {error}"
         return
-    for where, ours, theirs in _pairs(file.root, loaded, file.path):
+    for where, ours, theirs in _pairs(file.root, loaded, file.path, set()):
         tensor = unwrap_tensor(ours)
         if tensor is None:
             yield f"{where}: torch.load finds something else"
@@ -87,21 +89,26 @@ def differences(file: TorchFile, read: Callable[[tuple[Piece, ...], int], bytes]
             yield from _compare_tensor(tensor, theirs, where, read)
 
 
-def _pairs(ours: Any, theirs: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    """Tensors of both graphs, and the places where the graphs differ (with None)."""
+def _pairs(
+    ours: Any, theirs: Any, where: str, seen: set[tuple[int, int]]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Tensors of both graphs, and the places where the graphs differ (with None), each once."""
+    if (id(ours), id(theirs)) in seen:
+        return
+    seen.add((id(ours), id(theirs)))
     mapping = as_mapping(ours)
     if mapping is not None:
         if not isinstance(theirs, dict) or len(theirs) != len(mapping):
             yield where, None, theirs
             return
         for (key, value), (_, other) in zip(mapping.items(), theirs.items(), strict=True):
-            yield from _pairs(value, other, f"{where}: {key}" if type(key) is str else where)
+            yield from _pairs(value, other, f"{where}: {key}" if type(key) is str else where, seen)
     elif isinstance(ours, (list, tuple)):
         if not isinstance(theirs, (list, tuple)) or len(theirs) != len(ours):
             yield where, None, theirs
             return
         for value, other in zip(ours, theirs, strict=True):
-            yield from _pairs(value, other, where)
+            yield from _pairs(value, other, where, seen)
     elif unwrap_tensor(ours) is not None:
         yield where, ours, theirs
 

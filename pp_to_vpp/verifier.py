@@ -23,7 +23,6 @@ from .param_groups import STEP, key_of_group
 from .reader import SampleReader, check_samples, proven_family, read_rank, read_source_rank
 from .request import Depth
 from .states import GROUPS, FlatState, OptimizerKind, PlainState, items_by_group, part_entries
-from .tensors import unwrap_tensor
 from .types import Extent
 
 if TYPE_CHECKING:
@@ -214,12 +213,8 @@ def _ranges(item: Item, family: Family) -> Iterator[tuple[str, tuple[Piece, ...]
         for name, pieces in state.parts.items():
             yield f"{item.name} [{name}]", pieces
     elif isinstance(state, PlainState):
-        values = dict(state.state) if isinstance(state.state, dict) else {}
-        values["main parameter"] = state.main
-        for name, value in values.items():
-            tensor = unwrap_tensor(value)
-            if tensor is not None:
-                yield f"{item.name} [{name}]", tensor.content()
+        for name, tensor in state.tensors().items():
+            yield f"{item.name} [{name}]", tensor.content()
 
 
 def _ends(reader: SampleReader, pieces: tuple[Piece, ...]) -> bytes:

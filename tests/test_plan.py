@@ -238,7 +238,6 @@ def test_a_part_of_the_ranks_need_not_use_everything() -> None:
     assert plan.check(ranks[:1], of, sizes_of(of), is_whole=True) != []
 
 
-@pytest.mark.xfail(strict=True, reason="equal ranges are counted once by the check")
 def test_a_range_that_is_used_twice_is_found_in_a_part_of_the_ranks() -> None:
     """Nothing else would tell: what is not used may belong to the other ranks."""
     of, ranks = converted(DENSE, "source")
@@ -253,9 +252,6 @@ def test_a_range_that_is_used_twice_is_found_in_a_part_of_the_ranks() -> None:
     assert plan.check(doubled[:1], of, sizes_of(of), is_whole=False) != []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the check knows the bytes of flat states only, not those of plain ones"
-)
 def test_lost_states_of_a_plain_optimizer_are_found() -> None:
     """Moments are no weights: their records are those that no weight lies in."""
     of, ranks = converted(PLAIN, "source")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pp_to_vpp import errors, reader
+from pp_to_vpp import arguments, errors
 
 from .pairs import pair
 from .runs import ROOT, run_process
@@ -138,7 +138,7 @@ def test_every_exit_status_is_told() -> None:
 
 def test_every_refused_argument_stands_in_the_table() -> None:
     cells = " ".join(first_cells(section("What is refused")))
-    for name in {name for name, _, _ in reader._UNSUPPORTED}:
+    for name in {name for name, _, _ in arguments._UNSUPPORTED}:
         assert f"`args.{name}`" in cells, name
 
 

@@ -158,18 +158,6 @@ def test_nothing_in_a_file_runs(tmp_path: Path) -> None:
     assert trap.exists(), "the file would have made it"
 
 
-_UNTYPED = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="torch itself needs its UntypedStorage, and gets a stand-in: newer dtypes seem broken",
-)
-_COMPLEX = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="complex storages have no dtype name, so they seem to differ",
-)
-
-
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (7, 5)])
 @pytest.mark.parametrize(
     "dtype",
@@ -179,9 +167,9 @@ _COMPLEX = pytest.mark.xfail(
         torch.int64,
         torch.bool,
         torch.uint8,
-        pytest.param(torch.float8_e4m3fn, marks=_UNTYPED),
-        pytest.param(torch.uint16, marks=_UNTYPED),
-        pytest.param(torch.complex64, marks=_COMPLEX),
+        torch.float8_e4m3fn,
+        torch.uint16,
+        torch.complex64,
     ],
 )
 def test_tensors_of_all_kinds_agree(
