@@ -33,7 +33,6 @@ runpy.run_module("pp_to_vpp", run_name="__main__", alter_sys=True)
 """
 
 
-# Errors of the program that these files have found: to be taken off the lists with their cures.
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of a real checkpoint for all tests of this module."""

@@ -11,50 +11,18 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pp_to_vpp import cli, convert, report, request
+from tests.inline import Inline
 from tests.runs import Run
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 LATE = -1000
 """Status of a child that took too long and was killed."""
 _WARM = (report, request)
 """What the program imports late, imported before the fork."""
-
-
-class InlineWorkers:
-    """A stand-in for the pool: every task at once, in this process."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __enter__(self) -> InlineWorkers:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def kill(self) -> None:
-        """Nobody is there."""
-
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Run a function now."""
-        future: Future[Result] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Results in the order of the jobs."""
-        return map(function, jobs)
 
 
 def run(
@@ -83,7 +51,7 @@ def run(
             try:
                 _enter(folder, (output.fileno(), errors.fileno()), limit)
                 if inline:
-                    convert.__dict__["Workers"] = InlineWorkers
+                    convert.__dict__["Workers"] = Inline
                 status = _status_of(work)
                 sys.stdout.flush()
                 sys.stderr.flush()
