@@ -7,6 +7,7 @@ meaning that the version had.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from .pickling import Global, Instance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from .layout import PipelineLayout
 
 _NAMESPACE = Global("argparse", "Namespace")
 _MAX_SIZE = 1 << 24
@@ -56,6 +59,21 @@ class SavedArguments:
     """0.14 and 0.15 do when embedding_init_method_std is given."""
     decays_qk_norms: bool
     """apply_wd_to_qk_layernorm (0.16)."""
+
+    def place(
+        self, placement: Placement, *, final_norm_follows_layers: bool = False
+    ) -> PipelineLayout:
+        """The layout that a placement gives this model on its pipeline ranks.
+
+        Raises:
+            LayoutError: it is impossible.
+        """
+        return placement.place(
+            self.num_layers,
+            self.pp_size,
+            mtp_num_layers=self.mtp_num_layers,
+            final_norm_follows_layers=final_norm_follows_layers,
+        )
 
     @property
     def dense_shards(self) -> int:
@@ -259,9 +277,12 @@ def patch_arguments(
         changes["align_param_gather"] = placement.vp_size > 1
     changes["overlap_param_gather_with_optimizer_step"] = overlap_param_gather_with_step
     values = dict(namespace_values(node, "args"))
+    appended = itertools.takewhile(
+        lambda name: name in _ALWAYS_TOLD and changes.get(name) is None, reversed(list(values))
+    )
+    for name in appended:
+        del values[name]
     for name, value in changes.items():
-        if value is None and name in _ALWAYS_TOLD and name == next(reversed(values)):
-            del values[name]
-        elif name in values or (name in _ALWAYS_TOLD and value is not None):
+        if name in values or (name in _ALWAYS_TOLD and value is not None):
             values[name] = value
     return Instance(node.factory, node.arguments, node.by_new, state=values)

@@ -191,9 +191,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     return Verified(
         source=source.path,
         target=target.path,
-        layout=arguments.placement.place(
-            arguments.num_layers, arguments.pp_size, mtp_num_layers=arguments.mtp_num_layers
-        ),
+        layout=arguments.place(arguments.placement),
         depth=options.depth,
         ranks=len(target.ranks),
         length=length,

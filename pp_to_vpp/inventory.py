@@ -8,7 +8,6 @@ ones. Values are compared by whoever can read files, from the ``samples``.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from . import states
@@ -140,6 +139,8 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
     first = next(iter(files.values()))
     where = first.model.path
     arguments = read_arguments(_root(first).get("args"), where)
+    for rank_files in files.values():
+        _check_arguments(rank_files, arguments)
     failures: list[CheckpointError | Unexplained] = []
     is_explained = False
     for rules in candidates(arguments.names) if only is None else (only,):
@@ -200,11 +201,8 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
         LayoutError: they tell an impossible one.
     """
     arguments = read_arguments(_root(files).get("args"), files.model.path)
-    return arguments.placement.place(
-        arguments.num_layers,
-        arguments.pp_size,
-        mtp_num_layers=arguments.mtp_num_layers,
-        final_norm_follows_layers=rules.final_norm_follows_layers,
+    return arguments.place(
+        arguments.placement, final_norm_follows_layers=rules.final_norm_follows_layers
     )
 
 
@@ -216,7 +214,6 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
     sections: dict[Section, list[Item]] = {}
     found: dict[str, FlatState | PlainState] = {}
     for pp_rank, rank_files in files.items():
-        _check_arguments(rank_files, arguments)
         if _optimizer_kind(rank_files, arguments) is not kind:
             raise CheckpointError(
                 problem(
@@ -244,28 +241,7 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
         states=found,
     )
     _check_parts(family)
-    _check_overlaps(family)
     return family
-
-
-def _check_overlaps(family: Family) -> None:
-    """No byte may belong to two parameters: one of them would lose it."""
-    owners = sorted(
-        (piece.path, piece.offset, piece.length, item.name)
-        for item in family.items()
-        if item.tensor is not None
-        for piece in item.tensor.content()
-        if isinstance(piece, Extent) and piece.length
-    )
-    for (path, offset, length, name), (other_path, other_offset, _, other) in pairwise(owners):
-        if path == other_path and other_offset < offset + length:
-            raise CheckpointError(
-                problem(
-                    path,
-                    f"{show(name)} and {show(other)} share bytes",
-                    cure="Megatron saves no such file: use another copy of it",
-                )
-            )
 
 
 def _check_arguments(files: RankFiles, first: SavedArguments) -> None:

@@ -23,7 +23,7 @@ from .torch_file import FileFormatError
 from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .archive import ArchiveLayout
     from .inventory import Family
@@ -143,23 +143,18 @@ def check(
         sizes: bytes of each source file.
         is_whole: all ranks of the family are planned, so everything in the source must be used.
     """
-    errors: list[str] = []
-    used: dict[str, list[tuple[int, int]]] = {}
-    for plan in ranks:
-        for file in plan.files:
-            errors += [f"{plan.rank.folder}/{file.name}: {text}" for text in _holes(file)]
-            for piece in (p for pieces in file.contents for p in pieces):
-                if isinstance(piece, Extent):
-                    if not 0 <= piece.offset <= piece.offset + piece.length <= sizes[piece.path]:
-                        errors.append(f"{piece.path}: bytes past its end are wanted")
-                    used.setdefault(piece.path, []).append((piece.offset, piece.length))
-    wanted = _tensor_bytes(family) if is_whole else {}
+    errors = [
+        f"{plan.rank.folder}/{file.name}: {text}"
+        for plan in ranks
+        for file in plan.files
+        for text in _holes(file)
+    ]
+    used = _used(ranks)
     for path, ranges in used.items():
-        end = 0
-        for offset, length in sorted(ranges):
-            if offset < end:
-                errors.append(f"{path}: bytes at {offset} are used twice")
-            end = max(end, offset + length)
+        if not all(0 <= offset <= offset + length <= sizes[path] for offset, length in ranges):
+            errors.append(f"{path}: bytes past its end are wanted")
+    errors += [f"{path}: bytes at {offset} are used twice" for path, offset in used_twice(ranks)]
+    wanted = _tensor_bytes(family) if is_whole else {}
     for path, ranges in wanted.items():
         taken = sorted(used.get(path, ()))
         errors += [
@@ -168,6 +163,25 @@ def check(
             if not _covers(taken, offset, length)
         ]
     return errors[:20]
+
+
+def _used(ranks: Iterable[RankPlan]) -> dict[str, list[tuple[int, int]]]:
+    """The ranges of each source file that are to be copied."""
+    used: dict[str, list[tuple[int, int]]] = {}
+    for piece in (p for plan in ranks for file in plan.files for c in file.contents for p in c):
+        if isinstance(piece, Extent):
+            used.setdefault(piece.path, []).append((piece.offset, piece.length))
+    return used
+
+
+def used_twice(ranks: Iterable[RankPlan]) -> Iterator[tuple[str, int]]:
+    """File and offset of bytes that two objects share: written apart, each would have a copy."""
+    for path, ranges in _used(ranks).items():
+        end = 0
+        for offset, length in sorted(ranges):
+            if offset < end:
+                yield path, offset
+            end = max(end, offset + length)
 
 
 def _holes(file: FilePlan) -> Iterator[str]:

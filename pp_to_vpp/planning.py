@@ -68,6 +68,14 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         others, ignored = reader.other_files(job.iteration_dir, job.ranks[pp_rank])
         plans.append(plan.plan_rank(family, target, pp_rank, others))
         left += ignored
+    for path, offset in plan.used_twice(plans):
+        raise CheckpointError(
+            problem(
+                path,
+                f"two objects of the checkpoint share its bytes at {offset}",
+                cure="Megatron saves no such file: use another copy of it",
+            )
+        )
     paths = sorted({path for rank in plans for path in rank.source_paths()})
     sources = reader.source_files(paths)
     errors = plan.check(
@@ -101,12 +109,8 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
         for pp_rank in needed:
             files[pp_rank] = reader.read_source_rank(job.iteration_dir, job.ranks[pp_rank])
         family, rounding = reader.proven_family(dict(sorted(files.items())))
-        arguments = family.arguments
-        layout = target.placement.place(
-            arguments.num_layers,
-            arguments.pp_size,
-            mtp_num_layers=arguments.mtp_num_layers,
-            final_norm_follows_layers=family.rules.final_norm_follows_layers,
+        layout = family.arguments.place(
+            target.placement, final_norm_follows_layers=family.rules.final_norm_follows_layers
         )
         wanted = {
             source

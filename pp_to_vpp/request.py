@@ -115,12 +115,7 @@ def target_spec(options: Options, arguments: SavedArguments) -> TargetSpec:
     rules = next(candidates(arguments.names))
 
     def place(wanted: Placement) -> PipelineLayout:
-        return wanted.place(
-            arguments.num_layers,
-            arguments.pp_size,
-            mtp_num_layers=arguments.mtp_num_layers,
-            final_norm_follows_layers=rules.final_norm_follows_layers,
-        )
+        return arguments.place(wanted, final_norm_follows_layers=rules.final_norm_follows_layers)
 
     layout = place(placement)
     if layout == place(arguments.placement):

@@ -47,12 +47,8 @@ def family(name: str, side: str) -> Family:
 
 def placed(of: Family, placement: Placement) -> PipelineLayout:
     """What a placement means for the model of a family."""
-    arguments = of.arguments
-    return placement.place(
-        arguments.num_layers,
-        arguments.pp_size,
-        mtp_num_layers=arguments.mtp_num_layers,
-        final_norm_follows_layers=of.rules.final_norm_follows_layers,
+    return of.arguments.place(
+        placement, final_norm_follows_layers=of.rules.final_norm_follows_layers
     )
 
 
