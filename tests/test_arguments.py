@@ -159,3 +159,13 @@ def test_the_forks_splits_are_added() -> None:
     found = patched({}, placement)
     assert found["decoder_first_pipeline_num_layers_split"] == [3, 2]
     assert found["decoder_last_pipeline_num_layers_split"] == [2, 1]
+
+
+def test_splits_that_a_version_did_not_know_come_and_go() -> None:
+    """There and back again, the arguments are the source's."""
+    source = {"decoder_last_pipeline_num_layers": None}
+    split = Placement(2, first_split=(2, 2), last_split=(3, 1))
+    there = patched(source, split)
+    assert there["decoder_first_pipeline_num_layers_split"] == [2, 2]
+    assert there["decoder_last_pipeline_num_layers_split"] == [3, 1]
+    assert list(patched(there, Placement(1))) == [*_BASE, *source]
