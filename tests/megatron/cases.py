@@ -43,6 +43,7 @@ CASES = {
     "dense, gather with the step": (DENSE, replace(virtual(DENSE), overlap_step=True)),
     "MoE EP 2": (MOE, virtual(MOE)),
     "MoE EP 1": (replace(MOE, ep=1), virtual(replace(MOE, ep=1))),
+    "MoE EP 2, layout": (MOE, virtual(MOE, layout="Ettt|tt|t|ttL")),
     "MoE TP 2 ETP 1 EP 2": (
         replace(MOE, dp=1, tp=2, etp=1),
         virtual(replace(MOE, dp=1, tp=2, etp=1)),
