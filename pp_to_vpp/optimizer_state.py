@@ -22,7 +22,7 @@ from .states import COALESCED, GROUPS, MAINS, NUMEL, FlatState, OptimizerKind, P
 from .tensors import FLOAT_STORAGE, flat_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from .chunks import Item
     from .ddp_buffer import Buffer
@@ -154,7 +154,8 @@ class TargetOptimizer:
                 if other.is_expert == part.is_expert and _has_groups(entry):
                     for group in entry.get(OPTIMIZER, entry)[GROUPS]:
                         if key_of_group(group) not in known:
-                            known[key_of_group(group)] = self.adopter.adopt(group)
+                            adopted = _sharing(self.adopter.adopt(group), known.values())
+                            known[key_of_group(group)] = adopted
         missing = [key for key in keys if key not in known]
         if missing:
             raise CheckpointError(
@@ -235,6 +236,16 @@ class TargetOptimizer:
         if MAINS in template:
             changed[MAINS] = mains
         return changed
+
+
+def _sharing(group: dict[Any, Any], others: Collection[dict[Any, Any]]) -> dict[Any, Any]:
+    """The group with the tuples of others: torch gives all groups one tuple of default betas."""
+    return {
+        key: next((other[key] for other in others if other.get(key) == value), value)
+        if isinstance(value, tuple)
+        else value
+        for key, value in group.items()
+    }
 
 
 def _has_groups(entry: Any) -> bool:

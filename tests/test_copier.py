@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp import archive, checksum, copier
@@ -25,6 +25,7 @@ from pp_to_vpp.plan import FilePlan, RankPlan
 from pp_to_vpp.types import Extent, Literal, Piece, RankId, Zeros
 from pp_to_vpp.workers import Workers
 
+from .examples import examples
 from .inline import Inline
 
 Crcs = tuple[tuple[int, ...], ...]
@@ -160,7 +161,7 @@ def plans_of(case: Made, folder: Path) -> tuple[RankPlan, ...]:
     )
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(made(), st.integers(1, 60), st.integers(1, 4), st.integers(1, 50), st.integers(1, 3))
 def test_copies_are_the_concatenated_pieces(
     case: Made, task: int, moves: int, buffer: int, workers: int

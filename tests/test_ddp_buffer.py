@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp.ddp_buffer import (
@@ -21,6 +21,7 @@ from pp_to_vpp.ddp_buffer import (
 from pp_to_vpp.errors import LayoutError
 from pp_to_vpp.rules import Rules
 
+from .examples import examples
 from .strategies import parameters, policies, rules
 
 
@@ -108,7 +109,7 @@ def saved_positions(
     return found
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(parameters, rules, policies)
 def test_buffers_are_megatrons(
     found: list[BufferParameter], rule: Rules, policy: BucketPolicy

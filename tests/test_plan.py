@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp import archive, plan
@@ -22,6 +22,7 @@ from pp_to_vpp.plan import FilePlan, RankPlan, plan_rank
 from pp_to_vpp.request import TargetSpec
 from pp_to_vpp.types import Extent, Piece, RankId, Zeros
 
+from .examples import examples
 from .families import SIDES, families, family, opposite, placed, target_of
 from .strategies import targets
 
@@ -97,7 +98,7 @@ def with_data(path: str) -> npt.NDArray[np.bool_]:
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
-@settings(max_examples=4)
+@examples(4)
 @given(data=st.data())
 def test_files_are_tiled_and_sources_used_up(name: str, side: str, data: st.DataObject) -> None:
     """Any layout: no byte of a target is missing or written twice, none of the source is lost."""
@@ -190,7 +191,7 @@ FAULTS = ("shifted", "dropped", "zeroed", "doubled", "swapped", "beyond", "befor
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", [DENSE, MOE, "dense-pp2-buckets-odd-dp2-v016"])
-@settings(max_examples=5)
+@examples(5)
 @given(data=st.data())
 def test_faults_are_found(name: str, fault: str, data: st.DataObject) -> None:
     of, ranks = converted(name, data.draw(st.sampled_from(["source", "truth"])))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp import request
@@ -15,6 +15,7 @@ from pp_to_vpp.errors import LayoutError, UsageError
 from pp_to_vpp.layout import Placement
 from pp_to_vpp.request import Depth, Options, target_spec, wanted_ranks
 
+from .examples import examples
 from .families import SIDES, family, opposite, placed, surveyed, target_of
 from .pairs import names
 from .strategies import targets
@@ -66,7 +67,7 @@ def test_the_same_layout_in_other_words_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", names())
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data())
 def test_any_layout_string_means_its_own_stages(name: str, data: st.DataObject) -> None:
     arguments = arguments_of(name)
