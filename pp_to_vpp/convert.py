@@ -380,7 +380,10 @@ def _digest(
     jobs = [(survey.path, rank) for rank in survey.ranks]
     for (_, rank), digests in zip(jobs, workers.map(finishing.digest_rank, jobs), strict=True):
         found.setdefault(rank.family, {}).update(digests.by_label)
-        damaged += digests.damaged
+        damaged += (
+            problem(path, text, cure="use another copy of this file")
+            for path, text in digests.damaged
+        )
     if damaged:
         raise CheckpointError(*damaged)
     return found

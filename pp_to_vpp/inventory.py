@@ -43,6 +43,11 @@ class RankFiles:
     optimizer: TorchFile | None
     """``distrib_optim.pt``, if there is one."""
 
+    @property
+    def files(self) -> tuple[TorchFile, ...]:
+        """Those that are there."""
+        return (self.model,) if self.optimizer is None else (self.model, self.optimizer)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankInventory:

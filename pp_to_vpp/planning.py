@@ -125,12 +125,11 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
 def _records(family: Family) -> dict[str, tuple[tuple[Extent, int], ...]]:
     found = {}
     for rank in family.ranks.values():
-        for file in (rank.files.model, rank.files.optimizer):
-            if file is not None:
-                found[file.path] = tuple(
-                    (Extent(file.path, record.offset, record.length), record.crc32)
-                    for record in file.records.values()
-                )
+        for file in rank.files.files:
+            found[file.path] = tuple(
+                (Extent(file.path, record.offset, record.length), record.crc32)
+                for record in file.records.values()
+            )
     return found
 
 

@@ -280,13 +280,17 @@ def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
     return read_rank(iteration_dir, rank)
 
 
-def other_files(iteration_dir: str, rank: RankId) -> tuple[list[tuple[str, Extent]], list[str]]:
+def other_files(
+    iteration_dir: str, rank: RankId, folder: str | None = None
+) -> tuple[list[tuple[str, Extent]], list[str]]:
     """Files of a rank folder that are copied as they are, and names that are left behind.
+
+    ``folder`` is its name while it is a temporary one.
 
     Raises:
         CheckpointError: a file of an optimizer or format that cannot be converted.
     """
-    path = Path(iteration_dir) / rank.folder
+    path = Path(iteration_dir) / (folder or rank.folder)
     kept: list[tuple[str, Extent]] = []
     left: list[str] = []
     for name in sorted(os.listdir(path)):

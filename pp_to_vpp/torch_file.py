@@ -151,6 +151,17 @@ def encode(root: Any, template: TorchFile) -> EncodedFile:
     return EncodedFile(layout, tuple(joined.values()))
 
 
+def archive_of(file: TorchFile) -> tuple[ArchiveLayout, list[int]]:
+    """Where torch places the records that a file has, and their CRC-32.
+
+    Raises:
+        FileFormatError: the file states an absurd alignment.
+    """
+    sizes = [(name, record.length) for name, record in file.records.items()]
+    layout = archive.lay_out(file.stem, sizes, _alignment(file))
+    return layout, [record.crc32 for record in file.records.values()]
+
+
 def _alignment(template: TorchFile) -> int:
     stated = template.small.get(_ALIGNMENT)
     if stated is None:

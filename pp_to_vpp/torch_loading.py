@@ -79,9 +79,9 @@ def differences(file: TorchFile, read: Callable[[tuple[Piece, ...], int], bytes]
             file.path, map_location="cpu", mmap=True, weights_only=False, pickle_module=inert
         )
     except Exception as error:
-        yield f"torch.load fails on {file.path}: {error}"
+        yield f"torch.load fails: {error}"
         return
-    for where, ours, theirs in _pairs(file.root, loaded, file.path, set()):
+    for where, ours, theirs in _pairs(file.root, loaded, "top level", set()):
         tensor = unwrap_tensor(ours)
         if tensor is None:
             yield f"{where}: torch.load finds something else"

@@ -9,20 +9,29 @@ with ``torch.load`` itself.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import pickling, rounding, torch_loading
+from . import archive, pickling, rounding, torch_file, torch_loading
 from .arguments import namespace_values
 from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
 from .inventory import OPTIMIZER, Family, Sample, layout_of, read_family, samples
 from .param_groups import STEP, key_of_group
-from .reader import SampleReader, check_samples, proven_family, read_rank, read_source_rank
+from .reader import (
+    SampleReader,
+    check_samples,
+    other_files,
+    proven_family,
+    read_rank,
+    read_source_rank,
+)
 from .request import Depth
 from .states import GROUPS, FlatState, OptimizerKind, PlainState, items_by_group, part_entries
+from .torch_file import FileFormatError
 from .types import Extent
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from .inventory import RankFiles
     from .layout import PipelineLayout
     from .rules import Rules
+    from .torch_file import TorchFile
     from .types import Piece, RankId
 
 _UNLIKE_MAIN = "{} is not its main parameter rounded to 16 bits"
@@ -111,23 +121,26 @@ def verify_folder(job: VerifyJob) -> int:
         raise VerificationError(*error.problems) from None
     differences = [] if way is not None else [_UNLIKE_MAIN.format(differing[0].name)]
     source = _source_of(job, found)
+    digests = None if job.digests is None else digest_rank(target)
     differences += [*_compare_layout(job, found), *_compare_rest(source, found, job.rank.pp_rank)]
-    ours = None if job.digests is None else digest_rank(target)
-    differences += _compare_items(source, found, job, ours)
-    if ours is not None:
-        differences += ours.damaged
-        differences += (_UNLIKE_MAIN.format(s.name) for s in _unlike_their_mains(samples(found)))
-        for file in (target.model, target.optimizer):
-            if file is not None:
-                differences += torch_loading.differences(file, _head)
-    if differences:
-        path = target.model.path
-        lines = [problem(path, text, cure=_CURE) for text in differences[:_SHOWN]]
-        if len(differences) > _SHOWN:
-            lines.append(f"{path}: {len(differences) - _SHOWN} more differences")
+    differences += _compare_items(source, found, job, digests)
+    differences += _compare_others(job)
+    located = [(target.model.path, text) for text in differences]
+    if digests is not None:
+        located += digests.damaged
+        located += (
+            (sample.main_path, _UNLIKE_MAIN.format(sample.name))
+            for sample in _unlike_their_mains(samples(found))
+        )
+        for file in target.files:
+            located += ((file.path, text) for text in _compare_framing(file))
+            located += ((file.path, text) for text in torch_loading.differences(file, _head))
+    if located:
+        lines = [problem(path, text, cure=_CURE) for path, text in located[:_SHOWN]]
+        if len(located) > _SHOWN:
+            lines.append(f"{target.model.path}: {len(located) - _SHOWN} more differences")
         raise VerificationError(*lines)
-    files = (file for file in (target.model, target.optimizer) if file is not None)
-    return sum(record.length for file in files for record in file.records.values())
+    return sum(record.length for file in target.files for record in file.records.values())
 
 
 def _source_of(job: VerifyJob, target: Family) -> Family:
@@ -260,6 +273,50 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     yield from _check_groups(target, pp_rank)
 
 
+def _compare_others(job: VerifyJob) -> Iterator[str]:
+    """Differences in the files that are copied as they are."""
+    ours, _ = other_files(job.directory, job.rank, job.folder)
+    theirs, _ = other_files(job.source.directory, job.rank)
+    if [name for name, _ in ours] != [name for name, _ in theirs]:
+        yield f"its other files are {[name for name, _ in ours]}, not those of its source"
+        return
+    with SampleReader() as reader:
+        for (name, found), (_, wanted) in zip(ours, theirs, strict=True):
+            if job.digests is None:
+                is_same = found.length == wanted.length and (
+                    _ends(reader, (found,)) == _ends(reader, (wanted,))
+                )
+            else:
+                is_same = _digest(found) == _digest(wanted)
+            if not is_same:
+                yield f"{name} differs from its source"
+
+
+def _digest(extent: Extent) -> bytes:
+    found = hashlib.sha256()
+    for data in _chunks(extent):
+        found.update(data)
+    return found.digest()
+
+
+def _compare_framing(file: TorchFile) -> Iterator[str]:
+    """The bytes around the records, which no checksum covers: torch leaves no choice there."""
+    try:
+        layout, crc32s = torch_file.archive_of(file)
+    except FileFormatError as error:
+        yield str(error)
+        return
+    size = os.stat(file.path).st_size
+    if layout.length != size:
+        yield f"it has {size} bytes, not the {layout.length} of its records"
+        return
+    with SampleReader() as reader:
+        for offset, data in archive.frame(layout, crc32s):
+            if reader.read(file.path, offset, len(data)) != data:
+                yield f"it is damaged at or after byte {offset}, between its records"
+                return
+
+
 def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
     """Every parameter needs a param group of its kind, and all groups one step count."""
     rank = target.ranks[pp_rank]
@@ -315,8 +372,8 @@ class Digests:
 
     by_label: Mapping[str, bytes]
     """SHA-256 of every weight and optimizer state, by global name."""
-    damaged: tuple[str, ...]
-    """Problems: records whose bytes are not those that were written."""
+    damaged: tuple[tuple[str, str], ...]
+    """Path and text about each record whose bytes are not those that were written."""
     length: int
     """Bytes read."""
 
@@ -335,9 +392,9 @@ def digest_rank(files: RankFiles) -> Digests:
                 if isinstance(piece, Extent):
                     labels.setdefault(piece, []).append(label)
     by_label: dict[str, bytes] = {}
-    damaged: list[str] = []
+    damaged: list[tuple[str, str]] = []
     total = 0
-    for file in (file for file in (files.model, files.optimizer) if file is not None):
+    for file in files.files:
         for record in file.records.values():
             whole = Extent(file.path, record.offset, record.length)
             parts = sorted(
@@ -348,7 +405,7 @@ def digest_rank(files: RankFiles) -> Digests:
             total += record.length
             if record.has_checksum and crc32 != record.crc32:
                 names = [label for part in parts for label in labels[part]]
-                damaged.append(_damage(file.path, record.name, names, family))
+                damaged.append((file.path, _damage(record.name, names, family)))
     return Digests(by_label, tuple(damaged), total)
 
 
@@ -379,8 +436,8 @@ def _read_record(
     return crc32
 
 
-def _damage(path: str, record: str, labels: Sequence[str], family: Family) -> str:
-    """A line about a damaged record: with the parameter, where its main parameter gives it away."""
+def _damage(record: str, labels: Sequence[str], family: Family) -> str:
+    """What is said of a damaged record: the parameter too, where its main parameter betrays it."""
     held = set(labels)
     suspects = (
         sample
@@ -394,9 +451,7 @@ def _damage(path: str, record: str, labels: Sequence[str], family: Family) -> st
         owner = f"{labels[0]}" + (f" or one of {len(labels) - 1} more" if labels[1:] else "")
     else:
         owner = "no parameter"
-    return problem(
-        path,
+    return (
         f"record {record!r} is damaged ({owner}): its bytes do not have the CRC-32 they were "
-        "written with",
-        cure="use another copy of this file",
+        "written with"
     )
