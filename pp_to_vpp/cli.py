@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -18,6 +19,8 @@ from .errors import ConversionError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
+
+    from tqdm import tqdm
 
     from .convert import Outcome, Prepared, Verified
 
@@ -251,6 +254,8 @@ def _logging(path: Path | None) -> Iterator[None]:
 
 def _run(given: _Arguments) -> dict[str, object]:
     """Do what is asked for; the report of it."""
+    # numpy would start a thread for each core, for nothing, and forking wants a single thread.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from . import convert, report  # --help must not wait for numpy
     from .request import Depth, Options
 
@@ -292,10 +297,6 @@ class _Bar:
     """A progress bar over bytes; quiet when standard error is no terminal."""
 
     def __init__(self) -> None:
-        from tqdm import tqdm  # --help must not wait for it
-
-        tqdm.monitor_interval = 0  # no thread: workers are forked
-        self._make = tqdm
         self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> _Bar:
@@ -307,7 +308,11 @@ class _Bar:
 
     def start(self, total: int) -> None:
         """Show the bar."""
-        self._bar = self._make(total=total, unit="B", unit_scale=True, disable=None)
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # nobody else must wait for it
+
+            tqdm.monitor_interval = 0  # no thread: workers are forked
+            self._bar = tqdm(total=total, unit="B", unit_scale=True)
 
     def advance(self, count: int) -> None:
         """So many more bytes."""
