@@ -17,7 +17,7 @@ from .ddp_buffer import OptimizerPart, chained_optimizers
 from .errors import CheckpointError, LayoutError, problem, show
 from .pickling import as_mapping
 from .rules import Rules, candidates
-from .states import FlatState, OptimizerKind, PlainState, RankBuffers, Unexplained
+from .states import OPTIMIZER, FlatState, OptimizerKind, PlainState, RankBuffers, Unexplained
 from .types import Extent
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .torch_file import TorchFile
     from .types import Piece, RankId
 
-OPTIMIZER = "optimizer"
 _CHECKPOINT_VERSION = 3.0
 
 
@@ -363,6 +362,7 @@ def _parts(
     )
     overlaps = arguments.overlaps_param_gather_with_step
     entries = states.part_entries(entry, where)
+    states.check_entries(entries, where)
     computed = [
         chained_optimizers(
             len(contents), has_expert_part=has_part, overlaps_param_gather_with_step=overlaps
@@ -378,10 +378,9 @@ def _parts(
 
 
 def samples(family: Family) -> Iterator[Sample]:
-    """For each parameter with a flat fp32 state, what must agree."""
+    """For each parameter with an fp32 main parameter, what must agree."""
     for item in family.items():
         state = family.states.get(item.name)
-        if item.is_parameter and item.tensor is not None and isinstance(state, FlatState):
-            yield Sample(
-                item.name, item.tensor.dtype, item.tensor.content(), state.parts[states.PARAM]
-            )
+        main = None if state is None else state.main_content()
+        if main is not None and item.tensor is not None:
+            yield Sample(item.name, item.tensor.dtype, item.tensor.content(), main)

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 from . import states
 from .ddp_buffer import OptimizerPart, chained_optimizers
 from .errors import CheckpointError, problem
-from .inventory import OPTIMIZER
 from .model_state import Adopter, TargetChunk, fill
 from .param_groups import STEP, GroupKey, key_of_group
 from .pickling import Storage
-from .states import COALESCED, GROUPS, MAINS, NUMEL, FlatState, OptimizerKind, PlainState
+from .states import COALESCED, GROUPS, MAINS, NUMEL, OPTIMIZER, FlatState, OptimizerKind, PlainState
 from .tensors import FLOAT_STORAGE, flat_tensor
 
 if TYPE_CHECKING:

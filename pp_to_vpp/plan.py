@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 from . import states, torch_file
 from .arguments import patch_arguments
 from .errors import CheckpointError, problem
-from .inventory import OPTIMIZER
 from .model_state import Adopter, StateDictWriter, replace_chunks, target_chunk
 from .optimizer_state import TargetOptimizer
-from .states import OptimizerKind
+from .states import OPTIMIZER, OptimizerKind
 from .torch_file import FileFormatError
 from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece
 

@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 COALESCED = "buckets_coalesced"
 NUMEL = "numel_unpadded"
 PARAM = "param"
+OPTIMIZER = "optimizer"
+"""Key of the optimizers in ``model_optim_rng.pt``, and of the torch optimizer in each."""
 GROUPS = "param_groups"
 MAINS = "fp32_from_fp16_params"
+_STATE = "state"
+_ENTRY_KEYS = frozenset((OPTIMIZER, _STATE, GROUPS, MAINS, "grad_scaler"))
+"""Keys of an optimizer and of the torch optimizer in it (optimizer.py, 0.7 to 0.19)."""
 _FLOAT_BYTES = 4
 _SIXTEEN_BIT = ("bfloat16", "float16")
 
@@ -60,6 +65,10 @@ class FlatState:
 
     parts: Mapping[str, tuple[Piece, ...]]
 
+    def main_content(self) -> tuple[Piece, ...]:
+        """The bytes of the main parameter."""
+        return self.parts[PARAM]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainState:
@@ -69,6 +78,11 @@ class PlainState:
     """Entry of the torch state dict, None if it had none."""
     main: Any
     """Its tensor in ``fp32_from_fp16_params``, None for parameters that are fp32 themselves."""
+
+    def main_content(self) -> tuple[Piece, ...] | None:
+        """The bytes of the main parameter, if there is one in the order of its elements."""
+        tensor = unwrap_tensor(self.main)
+        return tensor.content() if tensor is not None and tensor.is_contiguous else None
 
     def tensors(self) -> dict[str, TensorRef]:
         """Its tensors by name."""
@@ -229,6 +243,27 @@ def part_entries(node: Any, where: str) -> list[Any]:
     )
 
 
+def check_entries(entries: Sequence[Any], where: str) -> None:
+    """Refuse what no known optimizer saves in ``model_optim_rng.pt``.
+
+    Raises:
+        CheckpointError: an entry is no dict, or has an unknown key.
+    """
+    for entry in entries:
+        inner = entry.get(OPTIMIZER, {}) if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not isinstance(inner, dict):
+            odd = entry
+        else:
+            odd = next((key for key in (*entry, *inner) if key not in _ENTRY_KEYS), None)
+        if odd is not None:
+            raise _unknown_entry(where, odd)
+
+
+def _unknown_entry(where: str, odd: Any) -> CheckpointError:
+    cure = "it could change the layout, so it is not converted: ask for support of it"
+    return CheckpointError(problem(where, f"unknown optimizer entry {show(odd)}", cure=cure))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RankStates:
     """What the optimizer file of a rank says."""
@@ -294,14 +329,7 @@ def _checked_part(
         raise CheckpointError(problem(where, what, cure=cure))
     indices = [key for key in entry if key != COALESCED]
     if any(type(index) is not int for index in indices):
-        odd = next(index for index in indices if type(index) is not int)
-        raise CheckpointError(
-            problem(
-                where,
-                f"unknown optimizer entry {show(odd)}",
-                cure="it could change the layout, so it is not converted: ask for support of it",
-            )
-        )
+        raise _unknown_entry(where, next(key for key in indices if type(key) is not int))
     if indices != list(range(len(expected))):
         shown = ", ".join(map(show, indices[:8]))
         raise Unexplained(f"buffers [{shown}] in the file, {len(expected)} computed")
@@ -391,28 +419,31 @@ def read_plain_states(
             [content.parameters for content in contents], part, arguments, rules
         )
         states, groups, mains = _plain_entry(entry, where)
+        unclaimed = set(states)
         for index, group in enumerate(groups):
             items = by_key.pop(key_of_group(group), [])
             numbers = group.get("params")
             if not isinstance(numbers, list) or len(numbers) != len(items):
                 raise Unexplained(f"param group {index} does not have {len(items)} parameters")
             halves = [item for item in items if _tensor(item).dtype in _SIXTEEN_BIT]
-            if mains is not None and (
-                index >= len(mains)
-                or not isinstance(mains[index], list)
-                or len(mains[index]) != len(halves)
-            ):
+            group_mains = mains[index] if mains is not None and index < len(mains) else []
+            if not isinstance(group_mains, list) or len(group_mains) != len(halves):
                 raise Unexplained(
                     f"param group {index} does not have {len(halves)} main parameters"
                 )
-            queue = iter(mains[index] if mains is not None else ())
+            queue = iter(group_mains)
             for item, number in zip(items, numbers, strict=True):
                 main = next(queue, None) if _tensor(item).dtype in _SIXTEEN_BIT else None
                 state = states.get(number) if type(number) is int else None
+                if state is not None and number not in unclaimed:
+                    raise Unexplained(f"number {number} is that of two parameters")
+                unclaimed -= {number} if state is not None else set()
                 _check_shapes(item, main, state)
                 found[item.name] = PlainState(state, main)
         if by_key:
             raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
+        if unclaimed:
+            raise Unexplained(f"state {show(min(unclaimed, key=repr))} belongs to no parameter")
     return found
 
 
@@ -438,9 +469,9 @@ def _plain_entry(
     entry: Any, where: str
 ) -> tuple[Mapping[Any, Any], list[dict[Any, Any]], list[Any] | None]:
     """State by parameter number, param groups, and main parameters of each group."""
-    inner = entry.get("optimizer", entry) if isinstance(entry, dict) else None
+    inner = entry.get(OPTIMIZER, entry) if isinstance(entry, dict) else None
     if isinstance(inner, dict):
-        states, groups = inner.get("state"), inner.get(GROUPS)
+        states, groups = inner.get(_STATE), inner.get(GROUPS)
         mains = entry.get(MAINS)
         if (
             isinstance(states, dict)
@@ -471,3 +502,7 @@ def _check_shapes(item: Item, main: Any, state: Any) -> None:
             raise Unexplained(f"{item.name}: {show(name)} is {error}") from None
         if tensor is not None and tensor.shape not in (_tensor(item).shape, ()):
             raise Unexplained(f"{item.name} of shape {_tensor(item).shape}: {show(name)} differs")
+    if main is not None:
+        tensor = unwrap_tensor(main)
+        if tensor is None or tensor.dtype != "float32":
+            raise Unexplained(f"{item.name}: its main parameter is no float32 tensor")

@@ -19,7 +19,7 @@ from . import archive, pickling, rounding, torch_file, torch_loading
 from .arguments import namespace_values
 from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
-from .inventory import OPTIMIZER, Family, Sample, layout_of, read_family, samples
+from .inventory import Family, Sample, layout_of, read_family, samples
 from .param_groups import STEP, key_of_group
 from .reader import (
     SampleReader,
@@ -30,7 +30,15 @@ from .reader import (
     read_source_rank,
 )
 from .request import Depth
-from .states import GROUPS, FlatState, OptimizerKind, PlainState, items_by_group, part_entries
+from .states import (
+    GROUPS,
+    OPTIMIZER,
+    FlatState,
+    OptimizerKind,
+    PlainState,
+    items_by_group,
+    part_entries,
+)
 from .torch_file import FileFormatError
 from .types import Extent
 

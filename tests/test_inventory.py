@@ -11,12 +11,12 @@ import pytest
 
 from pp_to_vpp import inventory
 from pp_to_vpp.errors import CheckpointError
-from pp_to_vpp.inventory import OPTIMIZER, Family, RankFiles, layout_of, read_family, samples
+from pp_to_vpp.inventory import Family, RankFiles, layout_of, read_family, samples
 from pp_to_vpp.naming import Section
 from pp_to_vpp.pickling import Instance, as_mapping, ordered_dict
 from pp_to_vpp.rules import CHANGES
-from pp_to_vpp.states import OptimizerKind
-from pp_to_vpp.types import Extent
+from pp_to_vpp.states import OPTIMIZER, OptimizerKind
+from pp_to_vpp.types import MODEL_FILE, OPTIMIZER_FILE, Extent
 
 from .families import SIDES, families, family
 from .pairs import names
@@ -127,12 +127,10 @@ def test_a_part_of_the_ranks_holds_its_part(pp_rank: int) -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_samples_are_all_parameters_with_flat_states(name: str) -> None:
+def test_samples_are_all_parameters_with_states(name: str) -> None:
     for of in families(name, "source"):
         found = {sample.name: sample for sample in samples(of)}
-        if of.kind is not OptimizerKind.DISTRIBUTED:
-            assert not found
-            continue
+        assert bool(found) is (of.kind is not OptimizerKind.NONE)
         assert set(found) == set(of.states)
         for item in of.items():
             if item.name in found:
@@ -143,7 +141,8 @@ def test_samples_are_all_parameters_with_flat_states(name: str) -> None:
                 assert isinstance(main, Extent)
                 assert main.length == 4 * item.tensor.numel
                 assert sample.main_path == main.path
-                assert sample.main_path.endswith("distrib_optim.pt")
+                is_flat = of.kind is OptimizerKind.DISTRIBUTED
+                assert sample.main_path.endswith(OPTIMIZER_FILE if is_flat else MODEL_FILE)
 
 
 @pytest.mark.parametrize("version", [2.0, 3, "3.0", 3.5])

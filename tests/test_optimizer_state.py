@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.errors import CheckpointError
-from pp_to_vpp.inventory import OPTIMIZER, Family, RankInventory
+from pp_to_vpp.inventory import Family, RankInventory
 from pp_to_vpp.model_state import Adopter, TargetChunk, target_chunk
 from pp_to_vpp.optimizer_state import TargetOptimizer
 from pp_to_vpp.param_groups import key_of_group
 from pp_to_vpp.request import TargetSpec
-from pp_to_vpp.states import COALESCED, GROUPS, FlatState, OptimizerKind, part_entries, rank_buffers
+from pp_to_vpp.states import (
+    COALESCED,
+    GROUPS,
+    OPTIMIZER,
+    FlatState,
+    OptimizerKind,
+    part_entries,
+    rank_buffers,
+)
 from pp_to_vpp.tensors import as_tensor
 from pp_to_vpp.types import Zeros, cut_pieces
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.arguments import SavedArguments
 from pp_to_vpp.chunks import Item
-from pp_to_vpp.inventory import OPTIMIZER, Family
+from pp_to_vpp.inventory import Family
 from pp_to_vpp.naming import Section
 from pp_to_vpp.param_groups import GroupKey, first_seen, key_of_group, key_of_item
 from pp_to_vpp.rules import Rules
-from pp_to_vpp.states import GROUPS, in_expert_buffer, part_entries
+from pp_to_vpp.states import GROUPS, OPTIMIZER, in_expert_buffer, part_entries
 
 from .families import SIDES, families, family
 

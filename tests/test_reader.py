@@ -99,7 +99,7 @@ def test_the_rules_and_the_rounding_are_proved(name: str, side: str) -> None:
     found, key = surveyed(name, side), surveyed(name, side).families[-1]
     files = {p: reader.read_source_rank(found.path, r) for p, r in found.family(key).items()}
     of, way = proven_family(files)
-    assert way == ("rounded" if of.kind is OptimizerKind.DISTRIBUTED else "")
+    assert way == ("" if of.kind is OptimizerKind.NONE else "rounded")
     is_old = name.endswith(("v012", "fork"))
     assert of.rules.closes_bucket_cleanly is not is_old, "0.13 changed the buckets"
     assert of.rules.keeps_all_groups is not is_old, "0.14 gathered the groups"

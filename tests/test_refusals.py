@@ -150,6 +150,14 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
         optimizer(lambda root: root.update({"param_layout": {}})),
         ("unknown optimizer entry 'param_layout'",),
     ),
+    "unknown key of an optimizer": (
+        top(lambda root: root["optimizer"].update({"ema": [1, 2]})),
+        ("unknown optimizer entry 'ema'",),
+    ),
+    "unknown key of a torch optimizer": (
+        top(lambda root: root["optimizer"]["optimizer"].update({"ema": [1, 2]})),
+        ("unknown optimizer entry 'ema'",),
+    ),
     "unknown state": (
         optimizer(lambda r: next(iter(r[0].values())).update(extra=3)),
         ("state 'extra' is unknown",),

@@ -13,9 +13,11 @@ import torch
 from pp_to_vpp import states
 from pp_to_vpp.ddp_buffer import OptimizerPart
 from pp_to_vpp.errors import CheckpointError
-from pp_to_vpp.inventory import OPTIMIZER, Family, RankInventory
+from pp_to_vpp.inventory import Family, RankInventory
 from pp_to_vpp.pickling import Global
 from pp_to_vpp.states import (
+    MAINS,
+    OPTIMIZER,
     FlatState,
     OptimizerKind,
     PlainState,
@@ -313,6 +315,15 @@ def test_an_unchanged_copy_is_read_the_same() -> None:
         assert (state.state, state.main) == (original.state, original.main)
 
 
+def halve_a_main(entry: dict[str, Any]) -> None:
+    """A 16-bit weight in the place of its main parameter."""
+    mains = entry[MAINS][0]
+    main = unwrap_tensor(mains[0])
+    assert main is not None
+    items = family(PLAIN, "source").ranks[0].contents[0].parameters
+    mains[0] = next(i.value for i in items if i.tensor and i.tensor.shape == main.shape)
+
+
 ODD_ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
     "no state": (lambda e: e["optimizer"].pop("state"), CheckpointError, "of an unknown kind"),
     "no groups": (
@@ -345,6 +356,20 @@ ODD_ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], s
     "another shape": (
         lambda e: e["optimizer"]["state"][3].update(exp_avg=float_tensor(bytes(8))), Unexplained,
         "'exp_avg' differs",
+    ),
+    "no mains": (
+        lambda e: e.pop("fp32_from_fp16_params"), Unexplained, "18 main parameters",
+    ),
+    "a main in half": (
+        halve_a_main, Unexplained, "main parameter is no float32 tensor",
+    ),
+    "a number twice": (
+        lambda e: e["optimizer"]["param_groups"][0]["params"].__setitem__(1, 0), Unexplained,
+        "number 0 is that of two parameters",
+    ),
+    "a state too many": (
+        lambda e: e["optimizer"]["state"].update({99: e["optimizer"]["state"][0]}), Unexplained,
+        "state 99 belongs to no parameter",
     ),
     "another main": (
         lambda e: e["fp32_from_fp16_params"][0].reverse(), Unexplained, "'main parameter' differs",
