@@ -32,7 +32,7 @@ _NAIVE_MEMORY = 0.75
 """Bytes that the naive converter holds at most, for each byte of the checkpoint."""
 _METHOD = """\
 Time includes start-up and bringing the files to disk. Memory is the sum of the proportional set
-sizes of all processes, sampled 20 times a second. Bytes are those that all processes moved by read,
+sizes of all processes, sampled 5 times a second. Bytes are those that all processes moved by read,
 write and copy_file_range, as the kernel counts them, in parts of the checkpoint's size."""
 
 
@@ -203,12 +203,15 @@ def _measure_size(given: _Arguments, scratch: Path, wanted: int) -> list[Series]
     root, target = scratch / f"source-{wanted}", scratch / "target"
     commands.make(str(wanted), root)
     size = commands.size_of(root)
-    is_cold = not given.warm and report.file_system(scratch) != "tmpfs"
+    is_in_memory = report.file_system(scratch) == "tmpfs"
+    is_cold = not given.warm and not is_in_memory
     columns = _columns(given, size)
     found: dict[str, list[Measured]] = {column: [] for column in columns}
     commands.run_column(columns[0], root, target)
     for _ in range(given.runs):
         for column in columns:
+            if is_in_memory:
+                commands.touch_memory(scratch, size)
             if is_cold:
                 commands.forget(root)
             run = commands.run_column(column, root, target)

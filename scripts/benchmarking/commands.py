@@ -18,6 +18,7 @@ _V3_TARGET_LAYOUT = "Et*3|(tt|)*29m|L"
 _VP_SIZE = "2"
 _SYNCED = 'target=$1; shift; "$@" && find "$target" -type f -exec sync {} +'
 """Shell: run a command, then bring what it wrote to disk, as the converter does by itself."""
+_BLOCK = 1 << 20
 COPY = "cp -r"
 NAIVE = "torch.load/save"
 
@@ -124,6 +125,20 @@ def run_column(column: str, root: Path, target: Path) -> Measured:
         shutil.rmtree(target, ignore_errors=True)
         if target.parent.exists():
             subprocess.run(["sync", "-f", str(target.parent)], check=True)
+
+
+def touch_memory(scratch: Path, size: int) -> None:
+    """Fill so many bytes of memory and free them again.
+
+    A virtual machine gets its memory from the host when it first uses it: otherwise whoever runs
+    first would pay for that.
+    """
+    path = scratch / "touched"
+    block = bytes(_BLOCK)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size // _BLOCK + 1):
+            file.write(block)
+    path.unlink()
 
 
 def forget(root: Path) -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-_INTERVAL = 0.05
-"""Seconds between two samples of memory; one takes about a millisecond."""
+_INTERVAL = 0.2
+"""Seconds between two samples of memory; one takes about a millisecond of some core."""
 _SHOWN_BYTES = 2000
 
 
