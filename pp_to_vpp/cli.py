@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
-from .errors import ConversionError
+from .errors import ConversionError, CopyError, problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from .convert import Outcome, Prepared, Verified
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
+"""Exit status after Ctrl-C or SIGTERM."""
 _LISTED_FOLDERS = 64
 _BASE_MEGABYTES, _WORKER_MEGABYTES = 50, 30
 """Resident memory, measured: it does not grow with the checkpoint."""
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str]) -> int:
             return _refuse(error)
         except KeyboardInterrupt:
             print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
-            return _INTERRUPTED
+            return INTERRUPTED
         except Exception:  # the last resort: an error of this program
             traceback.print_exc()
             print("pp_to_vpp: this is an error of the program, please report it", file=sys.stderr)
@@ -224,6 +225,21 @@ def _check(parser: argparse.ArgumentParser, given: _Arguments) -> None:
             )
         if min(*first, *last) < 1:
             parser.error("layer splits are positive numbers")
+    for option, path in (("--report", given.report), ("--log-file", given.log_file)):
+        reason = None if path is None else _why_unwritable(path)
+        if reason is not None:
+            parser.error(f"{option} {path}: cannot be written ({reason})")
+
+
+def _why_unwritable(path: Path) -> str | None:
+    """Found out before hours of copying; makes the folder that the file will be in."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror
+    if path.is_dir():
+        return "it is a folder"
+    return None if os.access(path.parent, os.W_OK) else "its folder is not writable"
 
 
 @contextlib.contextmanager
@@ -234,12 +250,11 @@ def _logging(path: Path | None) -> Iterator[None]:
     logger.propagate = False
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = []
-    if not sys.stderr.isatty():
+    if not _is_watched():
         console = logging.StreamHandler(sys.stderr)
         console.addFilter(lambda record: record.levelno == logging.INFO)
         handlers.append(console)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(path))
     for handler in handlers:
         handler.setFormatter(form)
@@ -308,7 +323,7 @@ class _Bar:
 
     def start(self, total: int) -> None:
         """Show the bar."""
-        if sys.stderr.isatty():
+        if _is_watched():
             from tqdm import tqdm  # nobody else must wait for it
 
             tqdm.monitor_interval = 0  # no thread: workers are forked
@@ -320,6 +335,11 @@ class _Bar:
             self._bar.update(count)
 
 
+def _is_watched() -> bool:
+    """Whether standard error is a terminal; it is None where a caller has closed it."""
+    return bool(sys.stderr and sys.stderr.isatty())
+
+
 def _size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -329,18 +349,33 @@ def _size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def _say(text: str) -> None:
+    """Print a line. A reader that went away, as in ``| head``, must not end a conversion.
+
+    Raises:
+        CopyError: standard output is a full disk, or the like.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of the run
+        if not isinstance(error, BrokenPipeError):
+            cure = "what was copied is whole: send the output elsewhere and use --resume"
+            text = f"cannot be written ({error.strerror})"
+            raise CopyError(problem("standard output", text, cure=cure)) from None
+
+
 def _print_plan(prepared: Prepared) -> None:
     """The layer table and what will be written."""
     survey, target = prepared.survey, prepared.target
-    print(f"source: {survey.path} ({'; '.join(prepared.facts)})")
-    print(_indented(prepared.source.table()))
-    print("target layers (E embedding, M multi-token prediction, L loss):")
-    print(_indented(target.layout.table()))
+    _say(f"source: {survey.path} ({'; '.join(prepared.facts)})")
+    _say(_indented(prepared.source.table()))
+    _say("target layers (E embedding, M multi-token prediction, L loss):")
+    _say(_indented(target.layout.table()))
     files = sum(len(rank.files) for rank in prepared.ranks)
-    print(f"to write: {len(prepared.ranks)} rank folders, {files} files, {_size(prepared.length)}")
+    _say(f"to write: {len(prepared.ranks)} rank folders, {files} files, {_size(prepared.length)}")
     for note in prepared.notes:
-        print(f"note: {note}")
-    sys.stdout.flush()
+        _say(f"note: {note}")
 
 
 def _print_dry_run(prepared: Prepared, processes: int) -> None:
@@ -348,31 +383,31 @@ def _print_dry_run(prepared: Prepared, processes: int) -> None:
     width = max(len(rank.rank.folder) for rank in prepared.ranks)
     for rank in prepared.ranks if len(prepared.ranks) <= _LISTED_FOLDERS else ():
         files = ", ".join(f"{file.name} {_size(file.length)}" for file in rank.files)
-        print(f"  {rank.rank.folder:<{width}}  {files}")
+        _say(f"  {rank.rank.folder:<{width}}  {files}")
     memory = _BASE_MEGABYTES + _WORKER_MEGABYTES * processes
-    print(f"memory: about {memory} MB with {processes} workers")
-    print(f"disk: {prepared.length} bytes ({_size(prepared.length)})")
-    print(f"launch Megatron with: {prepared.launch_flags}")
-    print("dry run: nothing was written")
+    _say(f"memory: about {memory} MB with {processes} workers")
+    _say(f"disk: {prepared.length} bytes ({_size(prepared.length)})")
+    _say(f"launch Megatron with: {prepared.launch_flags}")
+    _say("dry run: nothing was written")
 
 
 def _print_outcome(prepared: Prepared, outcome: Outcome) -> None:
     """What was done, and how to go on."""
     kept = sum(rank.was_kept for rank in outcome.ranks)
     rate = _size(outcome.written / max(outcome.seconds, 1e-3))
-    print(
+    _say(
         f"wrote {len(outcome.ranks) - kept} rank folders, {_size(outcome.written)} in "
         f"{outcome.seconds:.1f} s ({rate}/s)"
         + (f"; kept {kept} from an earlier run" if kept else "")
     )
-    print(f"verified: {outcome.depth.value}")
-    print(f"tracker: {outcome.tracker}")
-    print(f"launch Megatron with: {prepared.launch_flags}")
+    _say(f"verified: {outcome.depth.value}")
+    _say(f"tracker: {outcome.tracker}")
+    _say(f"launch Megatron with: {prepared.launch_flags}")
 
 
 def _print_verified(verified: Verified) -> None:
-    print(_indented(verified.layout.table()))
-    print(
+    _say(_indented(verified.layout.table()))
+    _say(
         f"verified ({verified.depth.value}): {verified.ranks} rank folders, "
         f"{_size(verified.length)} in {verified.seconds:.1f} s; every tensor is where it must be"
     )

@@ -184,4 +184,5 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         raise copy_error(path, "cannot be written", error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

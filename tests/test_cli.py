@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from .compare import differences
 from .edit import copy_of, set_arguments
 from .pairs import pair
-from .runs import ROOT, Program, run_process
+from .runs import ROOT, Program, Run, command, environment, run_process
 
+_DENSE = "dense-pp2-v016"
 _V2 = ("--target-virtual-pipeline-model-parallel-size", "2")
 _FIRST = "--target-first-virtual-pipeline-num-layers-split"
 _LAST = "--target-last-virtual-pipeline-num-layers-split"
@@ -37,7 +41,7 @@ def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None
     """Even where they are installed: imports are watched from outside."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     (tmp_path / "megatron.py").write_text("raise SystemExit('megatron was imported')")
-    case = pair("dense-pp2-v016")
+    case = pair(_DENSE)
     path = f"{tmp_path}{os.pathsep}{ROOT}"
     script = (
         f"import sys; sys.path[:0] = {path.split(os.pathsep)!r}; "
@@ -45,8 +49,6 @@ def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None
         f"sys.exit(main(['--load-iteration-dir', {str(case.source)!r}, '--save-iteration-dir', "
         f"{str(tmp_path / 'iter_0000001')!r}, *{list(_V2)!r}]))"
     )
-    import subprocess
-
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
@@ -83,7 +85,7 @@ def test_wrong_calls_end_with_2(arguments: tuple[str, ...], reason: str, program
 
 
 def test_forgetting_the_target_layout_is_told(program: Program, tmp_path: Path) -> None:
-    case = pair("dense-pp2-v016")
+    case = pair(_DENSE)
     run = program("--load-iteration-dir", case.source, "--save-iteration-dir", tmp_path / "new")
     program.refuses(2, run, "there is nothing to verify", "to convert, give --target-virtual")
 
@@ -99,7 +101,7 @@ def test_disagreeing_sizes_are_refused(program: Program, tmp_path: Path) -> None
 
 
 def test_an_existing_target_is_refused(program: Program, tmp_path: Path) -> None:
-    case = pair("dense-pp2-v016")
+    case = pair(_DENSE)
     target = tmp_path / "iter_0000001"
     assert program.convert(case.source, target, _V2).status == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -109,14 +111,14 @@ def test_an_existing_target_is_refused(program: Program, tmp_path: Path) -> None
 
 
 def test_a_target_inside_the_source_is_refused(program: Program, tmp_path: Path) -> None:
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(_DENSE).source, tmp_path)
     for target in (source, source / "vpp"):
         program.refuses(2, program.convert(source, target, _V2), "it lies in the source")
 
 
 def test_ranks_that_do_not_exist_are_refused(program: Program, tmp_path: Path) -> None:
     run = program.convert(
-        pair("dense-pp2-v016").source, tmp_path / "x", _V2, "--pipeline-ranks-to-process", "2"
+        pair(_DENSE).source, tmp_path / "x", _V2, "--pipeline-ranks-to-process", "2"
     )
     program.refuses(2, run, "there is no pipeline rank 2", "expected 0 to 1")
 
@@ -142,13 +144,13 @@ def test_ranks_that_do_not_exist_are_refused(program: Program, tmp_path: Path) -
 def test_impossible_layouts_end_with_3(
     options: tuple[str, ...], reason: str, program: Program, tmp_path: Path
 ) -> None:
-    run = program.convert(pair("dense-pp2-v016").source, tmp_path / "x", options)
+    run = program.convert(pair(_DENSE).source, tmp_path / "x", options)
     program.refuses(3, run, reason)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_source_that_has_the_layout_already_is_refused(program: Program, tmp_path: Path) -> None:
-    run = program.convert(pair("dense-pp2-v016").truth, tmp_path / "x", _V2)
+    run = program.convert(pair(_DENSE).truth, tmp_path / "x", _V2)
     program.refuses(3, run, "already has the layout", "virtual pipeline size 2")
 
 
@@ -182,7 +184,7 @@ def test_missing_folders_are_named(program: Program, tmp_path: Path) -> None:
 
 
 def test_a_plain_pipeline_of_one_stage_is_refused(program: Program, tmp_path: Path) -> None:
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(_DENSE).source, tmp_path)
     set_arguments(source, pipeline_model_parallel_size=1)
     run = program.convert(source, tmp_path / "x", _V2)
     program.refuses(4, run, "pipeline_model_parallel_size 1", "nothing to convert")
@@ -190,7 +192,7 @@ def test_a_plain_pipeline_of_one_stage_is_refused(program: Program, tmp_path: Pa
 
 def test_logs_and_reports_go_where_they_are_asked_to(program: Program, tmp_path: Path) -> None:
     log = tmp_path / "deep" / "run.log"
-    case = pair("dense-pp2-v016")
+    case = pair(_DENSE)
     run = program.convert(case.source, tmp_path / "iter_0000001", _V2, "--log-file", log)
     assert run.status == 0
     text = log.read_text()
@@ -199,6 +201,55 @@ def test_logs_and_reports_go_where_they_are_asked_to(program: Program, tmp_path:
     refused = program.convert(case.source, tmp_path / "iter_0000001", _V2, "--log-file", log)
     assert refused.status == 2
     assert "ERROR" in log.read_text()
+
+
+def run_shell(text: str, *arguments: str | Path) -> Run:
+    """Run the program by a shell, which puts its arguments in the place of RUN."""
+    line = text.replace("RUN", shlex.join(command(*arguments)))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("line", ["RUN | true", "RUN | head -1", "RUN >&-", "RUN 2>&- >/dev/null"])
+def test_nobody_has_to_read_what_is_printed(line: str, tmp_path: Path) -> None:
+    case = pair(_DENSE)
+    target = tmp_path / "iter_0000001"
+    paths = ("--load-iteration-dir", case.source, "--save-iteration-dir", target)
+    run = run_shell(line, *paths, *_V2)
+    assert run.status == 0, run
+    assert "Error" not in run.errors
+    assert differences(target, case.truth, case.source) == []
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    run = run_shell(
+        "RUN >/dev/full", "--load-iteration-dir", pair(_DENSE).source, *_V2, "--dry-run"
+    )
+    assert run.status == 5
+    assert run.errors.count("\n") == 1
+    assert "standard output: cannot be written (No space left on device)" in run.errors
+
+
+@pytest.mark.parametrize("option", ["--log-file", "--report"])
+def test_logs_and_reports_that_cannot_be_written_are_told_first(
+    option: str, program: Program, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "iter_0000001"
+    for path, reason in ((tmp_path / "file" / "below", "exists"), (tmp_path, "it is a folder")):
+        run = program.convert(pair(_DENSE).source, target, _V2, option, path)
+        assert run.status == 2
+        assert f"{option} {path}: cannot be written" in run.errors
+        assert reason in run.errors
+        assert not target.exists()
 
 
 def test_the_package_runs_as_a_module_and_tells_its_version() -> None:
