@@ -197,6 +197,28 @@ def test_refused(name: str, program: Program, tmp_path: Path) -> None:
     assert not target.parent.exists(), "nothing is left that looks finished"
 
 
+def test_a_chain_of_other_optimizers_is_refused(program: Program, tmp_path: Path) -> None:
+    """Lion and SOAP of 0.18 and 0.19 have an Adam beside them for embeddings and norms."""
+
+    def chain(root: dict[str, Any]) -> None:
+        def share(odd: int) -> dict[str, Any]:
+            entry = root["optimizer"]
+            inner = entry["optimizer"]
+            groups = [{**g, "params": g["params"][odd::2]} for g in inner["param_groups"]]
+            numbers = {number for group in groups for number in group["params"]}
+            states = {n: state for n, state in inner["state"].items() if n in numbers}
+            mains = [found[odd::2] for found in entry["fp32_from_fp16_params"]]
+            torch_part = {"state": states, "param_groups": groups}
+            return {"optimizer": torch_part, "fp32_from_fp16_params": mains}
+
+        root["optimizer"] = [share(0), share(1)]
+
+    source = copy_of(pair("dense-pp2-nodistopt-v016").source, tmp_path)
+    rewrite_all(source, chain)
+    run = program.convert(source, tmp_path / "target")
+    program.refuses(4, run, "no known layout", "param group 0 does not have")
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
