@@ -41,6 +41,12 @@ class Item:
     tensor: TensorRef | None
     is_parameter: bool
 
+    @property
+    def weight(self) -> TensorRef:
+        """The tensor of a parameter."""
+        assert self.tensor is not None
+        return self.tensor
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Module:

@@ -16,8 +16,9 @@ from .chunks import ChunkContents, Item, read_chunks
 from .ddp_buffer import OptimizerPart, chained_optimizers
 from .errors import CheckpointError, LayoutError, problem, show
 from .pickling import as_mapping
+from .plain_states import PlainState, read_plain_states
 from .rules import Rules, candidates
-from .states import OPTIMIZER, FlatState, OptimizerKind, PlainState, RankBuffers, Unexplained
+from .states import OPTIMIZER, FlatState, OptimizerKind, RankBuffers, Unexplained
 from .types import Extent
 
 if TYPE_CHECKING:
@@ -339,7 +340,7 @@ def _read_rank(
     holds_dense = False
     keys: Mapping[str, Any] = {}
     if kind is OptimizerKind.PLAIN:
-        found = states.read_plain_states(root[OPTIMIZER], contents, parts, arguments, rules, where)
+        found = read_plain_states(root[OPTIMIZER], contents, parts, arguments, rules, where)
     elif kind is OptimizerKind.DISTRIBUTED and buffers is not None and files.optimizer is not None:
         flat = states.read_flat_states(
             files.optimizer.root, contents, parts, buffers, files.optimizer.path

@@ -116,7 +116,7 @@ class StateDictWriter:
 
     def _views(self, parameters: tuple[Item, ...], buffer: Buffer) -> dict[Item, Instance]:
         members = [parameters[index] for index in buffer.members]
-        tensors = [item.tensor for item in members if item.tensor is not None]
+        tensors = [item.weight for item in members]
         size = tensors[0].item_bytes
         places = zip(buffer.starts, tensors, strict=True)
         content = fill(((start * size, t.content()) for start, t in places), buffer.numel * size)

@@ -17,7 +17,8 @@ from .errors import CheckpointError, problem
 from .model_state import Adopter, TargetChunk, fill
 from .param_groups import STEP, GroupKey, key_of_group
 from .pickling import Storage
-from .states import COALESCED, GROUPS, MAINS, NUMEL, OPTIMIZER, FlatState, OptimizerKind, PlainState
+from .plain_states import PlainState
+from .states import COALESCED, GROUPS, MAINS, NUMEL, OPTIMIZER, STATE, FlatState, OptimizerKind
 from .tensors import FLOAT_STORAGE, flat_tensor
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ class TargetOptimizer:
             numbered_groups.append(
                 {key: numbers if key == _PARAMS else value for key, value in stepped.items()}
             )
-        inner = {**template.get(OPTIMIZER, template), "state": numbered, GROUPS: numbered_groups}
+        inner = {**template.get(OPTIMIZER, template), STATE: numbered, GROUPS: numbered_groups}
         if OPTIMIZER not in template:
             return inner
         changed = {**template, OPTIMIZER: inner}

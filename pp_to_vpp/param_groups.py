@@ -38,8 +38,7 @@ def key_of_item(
     item: Item, arguments: SavedArguments, rules: Rules, *, is_expert: bool
 ) -> GroupKey:
     """The group of a parameter; ``is_expert`` if it lies in an expert buffer."""
-    assert item.tensor is not None
-    is_flat = item.rest.endswith(".bias") or len(item.tensor.shape) == 1
+    is_flat = item.rest.endswith(".bias") or len(item.weight.shape) == 1
     if arguments.decays_qk_norms and ("q_layernorm." in item.rest or "k_layernorm." in item.rest):
         is_flat = False
     if arguments.skips_embedding_weight_decay and "embedding" in item.rest:

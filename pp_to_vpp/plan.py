@@ -17,6 +17,7 @@ from .arguments import patch_arguments
 from .errors import CheckpointError, problem
 from .model_state import Adopter, StateDictWriter, replace_chunks, target_chunk
 from .optimizer_state import TargetOptimizer
+from .plain_states import PlainState
 from .states import OPTIMIZER, OptimizerKind
 from .torch_file import FileFormatError
 from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece
@@ -206,7 +207,7 @@ def _tensor_bytes(family: Family) -> dict[str, list[tuple[int, int]]]:
         state = family.states.get(item.name)
         if isinstance(state, states.FlatState):
             contents += state.parts.values()
-        elif isinstance(state, states.PlainState):
+        elif isinstance(state, PlainState):
             contents += (tensor.content() for tensor in state.tensors().values())
     for piece in (p for pieces in contents for p in pieces):
         if isinstance(piece, Extent):

@@ -17,9 +17,9 @@ from . import ddp_buffer, naming
 from .ddp_buffer import Buffer, BufferParameter, OptimizerPart
 from .errors import CheckpointError, problem, show
 from .naming import Section
-from .param_groups import GroupKey, key_of_group, key_of_item
+from .param_groups import GroupKey, key_of_item
 from .pickling import Global
-from .tensors import TensorError, TensorRef, as_tensor, unwrap_tensor
+from .tensors import TensorError, TensorRef, as_tensor
 from .types import Piece, cut_pieces
 
 if TYPE_CHECKING:
@@ -37,11 +37,10 @@ OPTIMIZER = "optimizer"
 """Key of the optimizers in ``model_optim_rng.pt``, and of the torch optimizer in each."""
 GROUPS = "param_groups"
 MAINS = "fp32_from_fp16_params"
-_STATE = "state"
-_ENTRY_KEYS = frozenset((OPTIMIZER, _STATE, GROUPS, MAINS, "grad_scaler"))
+STATE = "state"
+_ENTRY_KEYS = frozenset((OPTIMIZER, STATE, GROUPS, MAINS, "grad_scaler"))
 """Keys of an optimizer and of the torch optimizer in it (optimizer.py, 0.7 to 0.19)."""
 _FLOAT_BYTES = 4
-_SIXTEEN_BIT = ("bfloat16", "float16")
 
 
 class Unexplained(Exception):  # noqa: N818  (not an error yet: other rules may explain it)
@@ -68,28 +67,6 @@ class FlatState:
     def main_content(self) -> tuple[Piece, ...]:
         """The bytes of the main parameter."""
         return self.parts[PARAM]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlainState:
-    """State of one parameter of a non-distributed optimizer."""
-
-    state: Any
-    """Entry of the torch state dict, None if it had none."""
-    main: Any
-    """Its tensor in ``fp32_from_fp16_params``, None for parameters that are fp32 themselves."""
-
-    def main_content(self) -> tuple[Piece, ...] | None:
-        """The bytes of the main parameter, if there is one in the order of its elements."""
-        tensor = unwrap_tensor(self.main)
-        return tensor.content() if tensor is not None and tensor.is_contiguous else None
-
-    def tensors(self) -> dict[str, TensorRef]:
-        """Its tensors by name."""
-        values = dict(self.state) if isinstance(self.state, dict) else {}
-        values["main parameter"] = self.main
-        found = {name: unwrap_tensor(value) for name, value in values.items()}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +129,13 @@ def rank_buffers(
     Raises:
         LayoutError: Megatron could not build them.
     """
-    rank_numel = sum(_tensor(item).numel for _, items in chunks for item in items)
+    rank_numel = sum(item.weight.numel for _, items in chunks for item in items)
     by_stage = []
     for chunk, items in chunks:
         parameters = [
             BufferParameter(
-                numel=_tensor(item).numel,
-                dtype=_tensor(item).dtype,
+                numel=item.weight.numel,
+                dtype=item.weight.dtype,
                 is_expert=in_expert_buffer(item, arguments, rules),
                 is_shared_embedding=_is_shared_embedding(item, chunk, arguments),
             )
@@ -174,11 +151,6 @@ def rank_buffers(
         )
         by_stage.append(ddp_buffer.chunk_buffers(parameters, rules, policy))
     return RankBuffers(tuple(by_stage))
-
-
-def _tensor(item: Item) -> TensorRef:
-    assert item.tensor is not None
-    return item.tensor
 
 
 def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers) -> bool:
@@ -198,7 +170,7 @@ def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers
     odd = [text for items, buffer in pairs for text in _misplaced(items, buffer)]
     if not odd:
         return bool(pairs)
-    owners = [_tensor(item).storage for items, _ in pairs for item in items]
+    owners = [item.weight.storage for items, _ in pairs for item in items]
     if len(set(owners)) == len(owners):
         return False
     raise Unexplained(odd[0])
@@ -206,16 +178,16 @@ def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers
 
 def _misplaced(items: Sequence[Item], buffer: Buffer) -> Iterator[str]:
     """Members of a buffer that do not lie in it as computed, strangers first."""
-    storages = Counter(_tensor(item).storage for item in items)
+    storages = Counter(item.weight.storage for item in items)
     common = storages.most_common(1)[0][0]
     for item in items:
-        if _tensor(item).storage is not common:
+        if item.weight.storage is not common:
             yield (
                 f"{item.name} lies outside the flat buffer of its kind, as frozen parameters and "
                 "unknown buffers do"
             )
     for item, start in zip(items, buffer.starts, strict=True):
-        found = (_tensor(item).offset, _tensor(item).storage.numel)
+        found = (item.weight.offset, item.weight.storage.numel)
         if found != (start, buffer.numel):
             yield (
                 f"{item.name} lies at element {found[0]} of {found[1]} in its storage, computed "
@@ -310,7 +282,7 @@ def read_flat_states(
             keys[buffer.dtype] = key
             for member, start in zip(buffer.members, buffer.saved_starts, strict=True):
                 item = contents[stage].parameters[member]
-                low, length = start * _FLOAT_BYTES, _tensor(item).numel * _FLOAT_BYTES
+                low, length = start * _FLOAT_BYTES, item.weight.numel * _FLOAT_BYTES
                 cut = {n: cut_pieces(t.content(), low, length) for n, t in tensors.items()}
                 by_name[item.name] = FlatState(cut)
     return RankStates(by_name, keys, tuple(entry is not None for entry in entries))
@@ -396,57 +368,6 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
     return key, tensors
 
 
-def read_plain_states(
-    root: Any,
-    contents: Sequence[ChunkContents],
-    parts: Sequence[OptimizerPart],
-    arguments: SavedArguments,
-    rules: Rules,
-    where: str,
-) -> dict[str, PlainState]:
-    """The states of a non-distributed optimizer, by global name of the parameter.
-
-    Raises:
-        CheckpointError: the entry has an unknown structure.
-        Unexplained: groups or shapes are not those of the parameters.
-    """
-    entries = part_entries(root, where)
-    if len(entries) != len(parts):
-        raise Unexplained(f"{len(entries)} optimizers in the file, {len(parts)} computed")
-    found: dict[str, PlainState] = {}
-    for part, entry in zip(parts, entries, strict=True):
-        by_key = items_by_group(
-            [content.parameters for content in contents], part, arguments, rules
-        )
-        states, groups, mains = _plain_entry(entry, where)
-        unclaimed = set(states)
-        for index, group in enumerate(groups):
-            items = by_key.pop(key_of_group(group), [])
-            numbers = group.get("params")
-            if not isinstance(numbers, list) or len(numbers) != len(items):
-                raise Unexplained(f"param group {index} does not have {len(items)} parameters")
-            halves = [item for item in items if _tensor(item).dtype in _SIXTEEN_BIT]
-            group_mains = mains[index] if mains is not None and index < len(mains) else []
-            if not isinstance(group_mains, list) or len(group_mains) != len(halves):
-                raise Unexplained(
-                    f"param group {index} does not have {len(halves)} main parameters"
-                )
-            queue = iter(group_mains)
-            for item, number in zip(items, numbers, strict=True):
-                main = next(queue, None) if _tensor(item).dtype in _SIXTEEN_BIT else None
-                state = states.get(number) if type(number) is int else None
-                if state is not None and number not in unclaimed:
-                    raise Unexplained(f"number {number} is that of two parameters")
-                unclaimed -= {number} if state is not None else set()
-                _check_shapes(item, main, state)
-                found[item.name] = PlainState(state, main)
-        if by_key:
-            raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
-        if unclaimed:
-            raise Unexplained(f"state {show(min(unclaimed, key=repr))} belongs to no parameter")
-    return found
-
-
 def items_by_group(
     parameters: Sequence[Sequence[Item]],
     part: OptimizerPart,
@@ -463,46 +384,3 @@ def items_by_group(
                 key = key_of_item(item, arguments, rules, is_expert=is_expert)
                 by_key.setdefault(key, []).append(item)
     return by_key
-
-
-def _plain_entry(
-    entry: Any, where: str
-) -> tuple[Mapping[Any, Any], list[dict[Any, Any]], list[Any] | None]:
-    """State by parameter number, param groups, and main parameters of each group."""
-    inner = entry.get(OPTIMIZER, entry) if isinstance(entry, dict) else None
-    if isinstance(inner, dict):
-        states, groups = inner.get(_STATE), inner.get(GROUPS)
-        mains = entry.get(MAINS)
-        if (
-            isinstance(states, dict)
-            and isinstance(groups, list)
-            and all(isinstance(group, dict) for group in groups)
-            and (mains is None or isinstance(mains, list))
-        ):
-            return states, groups, mains
-    raise CheckpointError(
-        problem(
-            where,
-            "the optimizer entry is of an unknown kind",
-            expected="'state' and 'param_groups' of a torch optimizer",
-            found=show(entry),
-            cure="only Adam-like optimizers can be converted (not Muon, not layer-wise ones)",
-        )
-    )
-
-
-def _check_shapes(item: Item, main: Any, state: Any) -> None:
-    """Every tensor of the state must have the parameter's shape, or be a scalar."""
-    values = dict(state) if isinstance(state, dict) else {}
-    values["main parameter"] = main
-    for name, value in values.items():
-        try:
-            tensor = unwrap_tensor(value)
-        except TensorError as error:
-            raise Unexplained(f"{item.name}: {show(name)} is {error}") from None
-        if tensor is not None and tensor.shape not in (_tensor(item).shape, ()):
-            raise Unexplained(f"{item.name} of shape {_tensor(item).shape}: {show(name)} differs")
-    if main is not None:
-        tensor = unwrap_tensor(main)
-        if tensor is None or tensor.dtype != "float32":
-            raise Unexplained(f"{item.name}: its main parameter is no float32 tensor")

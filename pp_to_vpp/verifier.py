@@ -21,6 +21,7 @@ from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
 from .inventory import Family, Sample, layout_of, read_family, samples
 from .param_groups import STEP, key_of_group
+from .plain_states import PlainState
 from .reader import (
     SampleReader,
     check_samples,
@@ -30,15 +31,7 @@ from .reader import (
     read_source_rank,
 )
 from .request import Depth
-from .states import (
-    GROUPS,
-    OPTIMIZER,
-    FlatState,
-    OptimizerKind,
-    PlainState,
-    items_by_group,
-    part_entries,
-)
+from .states import GROUPS, OPTIMIZER, FlatState, OptimizerKind, items_by_group, part_entries
 from .torch_file import FileFormatError
 from .types import Extent
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from pp_to_vpp import reader
 from pp_to_vpp.inventory import Family
 from pp_to_vpp.layout import PipelineLayout, Placement
 from pp_to_vpp.reader import Survey
 from pp_to_vpp.request import TargetSpec
+from pp_to_vpp.states import OptimizerKind
+from pp_to_vpp.tensors import TensorRef
+from pp_to_vpp.types import Extent
 
 from .pairs import names, pair
 
@@ -64,3 +70,21 @@ def target_of(name: str, other: str) -> TargetSpec:
 def opposite(side: str) -> str:
     """The other side of a pair: what a side is converted to."""
     return "truth" if side == "source" else "source"
+
+
+def of_kind(kind: OptimizerKind) -> list[tuple[str, str]]:
+    """The sides whose optimizer is of a kind."""
+    return [(name, side) for name, side in SIDES if family(name, side).kind is kind]
+
+
+def values_of(tensor: TensorRef) -> Any:
+    """The values of a source tensor, as torch reads raw bytes."""
+    (extent,) = tensor.content()
+    assert isinstance(extent, Extent)
+    return values_at(extent, getattr(torch, tensor.dtype))
+
+
+def values_at(extent: Extent, dtype: torch.dtype) -> torch.Tensor:
+    """What torch makes of a range of a file."""
+    data = Path(extent.path).read_bytes()[extent.offset : extent.offset + extent.length]
+    return torch.frombuffer(bytearray(data), dtype=dtype)

@@ -16,11 +16,8 @@ from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.inventory import Family, RankInventory
 from pp_to_vpp.pickling import Global
 from pp_to_vpp.states import (
-    MAINS,
-    OPTIMIZER,
     FlatState,
     OptimizerKind,
-    PlainState,
     RankBuffers,
     Unexplained,
     are_views_of_buffers,
@@ -29,33 +26,15 @@ from pp_to_vpp.states import (
     part_entries,
     rank_buffers,
     read_flat_states,
-    read_plain_states,
 )
-from pp_to_vpp.tensors import TensorRef, as_tensor, unwrap_tensor
 from pp_to_vpp.types import Extent
 
 from .compare import load
 from .edit import float_tensor
-from .families import SIDES, families, family
+from .families import SIDES, families, family, of_kind, values_at, values_of
 
 DENSE, MOE, PLAIN = "dense-pp2-v016", "moe-pp2ep2-v016", "dense-pp2-nodistopt-v016"
 ODD, OVERLAPPED = "dense-pp2-layout-v016", "dense-pp2-opgos-v016"
-
-
-def of_kind(kind: OptimizerKind) -> list[tuple[str, str]]:
-    return [(name, side) for name, side in SIDES if family(name, side).kind is kind]
-
-
-def numbers(tensor: TensorRef) -> Any:
-    """The values of a source tensor, as torch reads raw bytes."""
-    (extent,) = tensor.content()
-    assert isinstance(extent, Extent)
-    return values_at(extent, getattr(torch, tensor.dtype))
-
-
-def values_at(extent: Extent, dtype: torch.dtype) -> torch.Tensor:
-    data = Path(extent.path).read_bytes()[extent.offset : extent.offset + extent.length]
-    return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
 @pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
@@ -70,7 +49,7 @@ def test_every_element_of_a_weight_is_its_main_parameter_rounded(name: str, side
             (main,) = state.parts["param"]
             assert isinstance(main, Extent)
             dtype = getattr(torch, tensor.dtype)
-            assert torch.equal(values_at(main, torch.float32).to(dtype), numbers(tensor)), key
+            assert torch.equal(values_at(main, torch.float32).to(dtype), values_of(tensor)), key
             assert {p.length for parts in state.parts.values() for p in parts} == {main.length}
             assert set(state.parts) == {"param", "exp_avg", "exp_avg_sq"}
 
@@ -108,26 +87,6 @@ def check_sizes(loaded: list[Any], rank: RankInventory, buffers: RankBuffers) ->
         for index, (_, buffer) in enumerate(buffers.of_part(part) if entry else ()):
             ((_, tensors),) = entry[index].items()
             assert tensors["param"].numel() == tensors["numel_unpadded"] == buffer.numel_unpadded
-
-
-@pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.PLAIN))
-def test_plain_states_are_those_of_their_parameters(name: str, side: str) -> None:
-    """By torch: shapes, and main parameters that round to the weights."""
-    of = family(name, side)
-    held = [item for item in of.items() if item.is_parameter]
-    assert set(of.states) == {item.name for item in held}
-    for item in held:
-        state = of.states[item.name]
-        assert isinstance(state, PlainState)
-        main = unwrap_tensor(state.main)
-        assert item.tensor is not None
-        assert main is not None
-        assert main.shape == item.tensor.shape
-        assert torch.equal(numbers(main).to(torch.bfloat16), numbers(item.tensor)), item.name
-        for word in ("exp_avg", "exp_avg_sq"):
-            moment = unwrap_tensor(state.state[word])
-            assert moment is not None
-            assert moment.shape == item.tensor.shape
 
 
 def test_kinds_of_all_pairs() -> None:
@@ -287,135 +246,6 @@ def test_parts_that_another_family_holds_are_none() -> None:
     )
     assert found.held == (False, True)
     assert all(".experts." in name for name in found.by_name)
-
-
-def read_plain(edit: Callable[[dict[str, Any]], None]) -> dict[str, PlainState]:
-    """The plain states of rank 0 after an edit of its (copied) entry."""
-    of = family(PLAIN, "source")
-    rank = of.ranks[0]
-    entry = rank.root[OPTIMIZER]
-    inner = entry["optimizer"]
-    copy = {
-        "optimizer": {
-            "state": {number: dict(state) for number, state in inner["state"].items()},
-            "param_groups": [dict(group) for group in inner["param_groups"]],
-        },
-        "fp32_from_fp16_params": [list(mains) for mains in entry["fp32_from_fp16_params"]],
-    }
-    edit(copy)
-    return read_plain_states(copy, rank.contents, rank.parts, of.arguments, of.rules, "file")
-
-
-def test_an_unchanged_copy_is_read_the_same() -> None:
-    of = family(PLAIN, "source")
-    found = read_plain(lambda _: None)
-    for name, state in found.items():
-        original = of.states[name]
-        assert isinstance(original, PlainState)
-        assert (state.state, state.main) == (original.state, original.main)
-
-
-def halve_a_main(entry: dict[str, Any]) -> None:
-    """A 16-bit weight in the place of its main parameter."""
-    mains = entry[MAINS][0]
-    main = unwrap_tensor(mains[0])
-    assert main is not None
-    items = family(PLAIN, "source").ranks[0].contents[0].parameters
-    mains[0] = next(i.value for i in items if i.tensor and i.tensor.shape == main.shape)
-
-
-ODD_ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
-    "no state": (lambda e: e["optimizer"].pop("state"), CheckpointError, "of an unknown kind"),
-    "no groups": (
-        lambda e: e["optimizer"].update(param_groups=3), CheckpointError, "of an unknown kind",
-    ),
-    "odd group": (
-        lambda e: e["optimizer"]["param_groups"].append(3), CheckpointError, "of an unknown kind",
-    ),
-    "odd mains": (
-        lambda e: e.update(fp32_from_fp16_params={}), CheckpointError, "of an unknown kind",
-    ),
-    "a parameter too few": (
-        lambda e: e["optimizer"]["param_groups"][0]["params"].pop(), Unexplained,
-        "param group 0 does not have 18 parameters",
-    ),
-    "a main too few": (
-        lambda e: e["fp32_from_fp16_params"][1].pop(), Unexplained, "32 main parameters",
-    ),
-    "a list of mains too few": (
-        lambda e: e["fp32_from_fp16_params"].pop(), Unexplained, "32 main parameters",
-    ),
-    "a group too few": (
-        lambda e: (e["optimizer"]["param_groups"].pop(), e["fp32_from_fp16_params"].pop()),
-        Unexplained, "no param group for 32 parameters",
-    ),
-    "equal groups": (
-        lambda e: e["optimizer"]["param_groups"][1].update(wd_mult=1.0), Unexplained,
-        "param group 1 does not have 0 parameters",
-    ),
-    "another shape": (
-        lambda e: e["optimizer"]["state"][3].update(exp_avg=float_tensor(bytes(8))), Unexplained,
-        "'exp_avg' differs",
-    ),
-    "no mains": (
-        lambda e: e.pop("fp32_from_fp16_params"), Unexplained, "18 main parameters",
-    ),
-    "a main in half": (
-        halve_a_main, Unexplained, "main parameter is no float32 tensor",
-    ),
-    "a number twice": (
-        lambda e: e["optimizer"]["param_groups"][0]["params"].__setitem__(1, 0), Unexplained,
-        "number 0 is that of two parameters",
-    ),
-    "a state too many": (
-        lambda e: e["optimizer"]["state"].update({99: e["optimizer"]["state"][0]}), Unexplained,
-        "state 99 belongs to no parameter",
-    ),
-    "another main": (
-        lambda e: e["fp32_from_fp16_params"][0].reverse(), Unexplained, "'main parameter' differs",
-    ),
-}  # fmt: skip
-
-
-def own_lists(edit: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
-    """Give each group a list of numbers of its own before an edit: the family must not change."""
-
-    def apply(entry: dict[str, Any]) -> None:
-        for group in entry["optimizer"]["param_groups"]:
-            group["params"] = list(group["params"])
-        edit(entry)
-
-    return apply
-
-
-@pytest.mark.parametrize("case", ODD_ENTRIES)
-def test_odd_plain_optimizers(case: str) -> None:
-    edit, kind, reason = ODD_ENTRIES[case]
-    with pytest.raises(kind, match=reason):
-        read_plain(own_lists(edit))
-
-
-def test_parameters_may_have_no_state() -> None:
-    """As before the first step."""
-    found = read_plain(lambda entry: entry["optimizer"]["state"].clear())
-    assert all(state.state is None and state.main is not None for state in found.values())
-
-
-def test_scalars_are_of_no_shape() -> None:
-    """Such as a step that is kept in each state."""
-    step = as_tensor(float_tensor(bytes(4)))
-    assert step is not None
-    node = step.node
-    storage, offset, _, _, *rest = node.arguments
-    scalar = type(node)(node.factory, (storage, offset, (), (), *rest))
-
-    def add(entry: dict[str, Any]) -> None:
-        entry["optimizer"]["state"][0]["step"] = scalar
-
-    assert any(
-        isinstance(state.state, dict) and state.state.get("step") is scalar
-        for state in read_plain(add).values()
-    )
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
