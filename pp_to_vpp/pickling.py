@@ -363,6 +363,8 @@ class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot im
         me = cast("Any", self)
         me.save(obj.factory)
         me.save(obj.arguments)
+        if id(obj) in self.memo:
+            raise pickle.PicklingError("an object that is made of itself")
         me.write(pickle.NEWOBJ if obj.by_new else pickle.REDUCE)
         me.memoize(obj)
         me._batch_appends(obj.appended)

@@ -173,6 +173,15 @@ def test_deep_nesting_is_refused_when_written() -> None:
         graph = graph.pop()
 
 
+def test_objects_made_of_themselves_are_refused_when_written() -> None:
+    """No pickler can write them: the object would be needed before it is there."""
+    made = b"cplaces\nthing\n]q\x00\x85Rq\x01h\x00h\x01a0"  # appended to the list it is made of
+    graph = pickling.load(b"\x80\x02}X\x01\x00\x00\x00x" + made + b"s.", no_storage)
+    assert graph["x"].arguments == ([graph["x"]],)
+    with pytest.raises(pickle.PicklingError, match="made of itself"):
+        pickling.dump(graph)
+
+
 def test_live_objects_cannot_be_written() -> None:
     for value in (object(), Plain, b"bytes", {1, 2}, 1j):
         with pytest.raises(pickle.PicklingError):
