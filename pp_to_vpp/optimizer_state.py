@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import states
 from .ddp_buffer import OptimizerPart, chained_optimizers
-from .errors import CheckpointError, problem
+from .errors import CheckpointError, problem, show
 from .model_state import Adopter, TargetChunk, fill
 from .param_groups import STEP, GroupKey, key_of_group
 from .pickling import Storage
@@ -22,7 +22,7 @@ from .states import COALESCED, GROUPS, MAINS, NUMEL, OPTIMIZER, STATE, FlatState
 from .tensors import FLOAT_STORAGE, flat_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Container, Mapping, Sequence
 
     from .chunks import Item
     from .ddp_buffer import Buffer
@@ -118,6 +118,7 @@ class TargetOptimizer:
         if self.family.kind is OptimizerKind.DISTRIBUTED:
             # The saving rank writes its step into all groups of an optimizer that has parameters.
             groups = [self._with_step(group, has_step=bool(by_key)) for group in groups]
+            self._check_steps(groups, by_key)
             changed = {**inner, GROUPS: groups}
             return changed if inner_key is None else {**template, inner_key: changed}
         return self._plain_entry(template, groups, by_key)
@@ -192,6 +193,18 @@ class TargetOptimizer:
             return {key: value for key, value in group.items() if key != STEP}
         return group
 
+    def _check_steps(self, groups: list[dict[Any, Any]], held: Container[GroupKey]) -> None:
+        """All groups that hold parameters have gone the same steps."""
+        steps = {show(group.get(STEP)) for group in groups if key_of_group(group) in held}
+        if len(steps) > 1:
+            raise CheckpointError(
+                problem(
+                    self.own.files.model.path,
+                    f"param groups have different step counts: {', '.join(sorted(steps))}",
+                    cure="the 'optimizer' entries are damaged: use the files of one save",
+                )
+            )
+
     def _step(self) -> Any:
         """The step count of any group that has it, of this rank first."""
         for rank in (self.own, *self.family.ranks.values()):
@@ -229,6 +242,7 @@ class TargetOptimizer:
             numbered_groups.append(
                 {key: numbers if key == _PARAMS else value for key, value in stepped.items()}
             )
+        self._check_steps(numbered_groups, by_key)
         inner = {**template.get(OPTIMIZER, template), STATE: numbered, GROUPS: numbered_groups}
         if OPTIMIZER not in template:
             return inner

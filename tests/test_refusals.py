@@ -158,6 +158,10 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
         top(lambda root: root["optimizer"]["optimizer"].update({"ema": [1, 2]})),
         ("unknown optimizer entry 'ema'",),
     ),
+    "different steps": (
+        top(lambda root: root["optimizer"]["optimizer"]["param_groups"][1].update(step=9)),
+        ("param groups have different step counts: 1, 9",),
+    ),
     "unknown state": (
         optimizer(lambda r: next(iter(r[0].values())).update(extra=3)),
         ("state 'extra' is unknown",),
