@@ -340,7 +340,7 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
         problem(
             worst[0].main_path,
             f"{len(worst)} weights are not their main parameters rounded, {worst[0].name} first",
-            expected="16-bit weights that follow from the fp32 ones in distrib_optim.pt",
+            expected="16-bit weights that follow from the fp32 main parameters",
             cure="weights and optimizer state are damaged or not of one save: use those of one",
         )
     )
