@@ -124,6 +124,13 @@ def test_the_picture_is_what_the_program_prints(workplace: Path) -> None:
             assert right.split() in printed, right
 
 
+def test_links_lead_to_files_that_ship() -> None:
+    """In a clean clone, which has no logs but those that are kept."""
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 def test_the_options_are_those_of_the_program() -> None:
     table = {option for cell in first_cells(section("Options")) for option in _OPTION.findall(cell)}
     shown = re.findall(r"^  (?:-h, )?(--[a-z-]+)", run_process("--help").output, re.MULTILINE)
