@@ -88,10 +88,7 @@ def read_plain_states(
             queue = iter(group_mains)
             for item, number in zip(items, numbers, strict=True):
                 main = next(queue, None) if item.weight.dtype in _SIXTEEN_BIT else None
-                state = states.get(number) if type(number) is int else None
-                if state is not None and number not in unclaimed:
-                    raise Unexplained(f"number {number} is that of two parameters")
-                unclaimed -= {number} if state is not None else set()
+                state = _claim(number, states, unclaimed)
                 _check_shapes(item, main, state)
                 found[item.name] = PlainState(state, main)
         if by_key:
@@ -99,6 +96,16 @@ def read_plain_states(
         if unclaimed:
             raise Unexplained(f"state {show(min(unclaimed, key=repr))} belongs to no parameter")
     return found
+
+
+def _claim(number: Any, states: Mapping[Any, Any], unclaimed: set[Any]) -> Any:
+    """The state of a parameter by its number, None if it has none; each belongs to one."""
+    state = states.get(number) if type(number) is int else None
+    if state is not None:
+        if number not in unclaimed:
+            raise Unexplained(f"number {number} is that of two parameters")
+        unclaimed.remove(number)
+    return state
 
 
 def _plain_entry(

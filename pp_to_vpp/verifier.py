@@ -278,8 +278,9 @@ def _compare_others(job: VerifyJob) -> Iterator[str]:
     """Differences in the files that are copied as they are."""
     ours, _ = other_files(job.directory, job.rank, job.folder)
     theirs, _ = other_files(job.source.directory, job.rank)
-    if [name for name, _ in ours] != [name for name, _ in theirs]:
-        yield f"its other files are {[name for name, _ in ours]}, not those of its source"
+    names = [name for name, _ in ours]
+    if names != [name for name, _ in theirs]:
+        yield f"its other files are {names}, not those of its source"
         return
     with SampleReader() as reader:
         for (name, found), (_, wanted) in zip(ours, theirs, strict=True):

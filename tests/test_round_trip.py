@@ -22,14 +22,14 @@ from pp_to_vpp.request import Depth, Options
 from pp_to_vpp.states import OptimizerKind
 
 from .compare import differences
-from .examples import FACTOR
+from .examples import examples
 from .families import SIDES, family, iteration, placed
 from .inline import Inline
 from .pairs import names, pair
 from .strategies import targets
 
 _IDENTITY = ".data/serialization_id"
-_FEW = settings(max_examples=4 * FACTOR, phases=(Phase.explicit, Phase.generate))
+_FEW = settings(examples(4), phases=(Phase.explicit, Phase.generate))
 """A failure is told as it was found: making it smaller takes minutes."""
 
 
