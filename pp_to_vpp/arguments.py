@@ -178,7 +178,6 @@ _UNSUPPORTED = (
         lambda v: isinstance(v, str) and "muon" in v.lower(),
         "Muon, whose state is kept per rank",
     ),
-    ("optimizer", lambda v: v == "sgd", "SGD, whose momentum has another format"),
     ("moe_extended_tp", bool, "experts split over TP x EP (--moe-extended-tp)"),
     ("gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP ranks"),
     ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),

@@ -202,27 +202,3 @@ def _lay_out(
         numel=position,
         numel_unpadded=saved,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerPart:
-    """One of the optimizers that a rank chains (optimizer/__init__.py get_megatron_optimizer)."""
-
-    is_expert: bool
-    vp_stages: tuple[int, ...]
-    """The chunks it is responsible for."""
-
-
-def chained_optimizers(
-    vp_size: int, *, has_expert_part: bool, overlaps_param_gather_with_step: bool
-) -> tuple[OptimizerPart, ...]:
-    """The optimizers of a rank, in the order of its checkpoint entries.
-
-    Overlapping the parameter gather with the step splits off the dense part of the first chunk.
-    """
-    stages = tuple(range(vp_size))
-    dense = [stages[:1], stages[1:]] if overlaps_param_gather_with_step else [stages]
-    parts = [OptimizerPart(is_expert=False, vp_stages=part) for part in dense]
-    if has_expert_part:
-        parts.append(OptimizerPart(is_expert=True, vp_stages=stages))
-    return tuple(parts)

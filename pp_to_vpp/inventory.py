@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 from . import states
 from .arguments import read_arguments
 from .chunks import ChunkContents, Item, read_chunks
-from .ddp_buffer import OptimizerPart, chained_optimizers
 from .errors import CheckpointError, LayoutError, problem, show
+from .optimizer_chain import (
+    OPTIMIZER,
+    OptimizerEntry,
+    OptimizerPart,
+    chained_optimizers,
+    read_entries,
+    routed_parts,
+)
+from .param_groups import have_experts
 from .pickling import as_mapping
 from .plain_states import PlainState, read_plain_states
 from .rules import Rules, candidates
-from .states import OPTIMIZER, FlatState, OptimizerKind, RankBuffers, Unexplained
+from .states import FlatState, OptimizerKind, RankBuffers, Unexplained
 from .types import Extent
 
 if TYPE_CHECKING:
@@ -60,6 +68,8 @@ class RankInventory:
     """The chunk of each virtual stage."""
     parts: tuple[OptimizerPart, ...]
     """The optimizers chained on this rank; empty for weights only."""
+    entries: tuple[OptimizerEntry, ...]
+    """The entry of each in ``model_optim_rng.pt``."""
     buffers: RankBuffers | None
     """Flat buffers; None without the distributed optimizer."""
     shares_storages: bool
@@ -273,7 +283,7 @@ def _check_parts(family: Family) -> None:
     for rank in family.ranks.values():
         where = rank.files.model.path
         has_part = any(part.is_expert for part in rank.parts)
-        has_experts = states.have_experts(
+        has_experts = have_experts(
             (content.parameters for content in rank.contents), family.arguments, family.rules
         )
         if family.kind is OptimizerKind.DISTRIBUTED and has_part != (has_experts or everywhere):
@@ -320,8 +330,10 @@ def _read_rank(
     contents = read_chunks(root, layout, pp_rank, where)
     overlaps = arguments.overlaps_param_gather_with_step
     parts: tuple[OptimizerPart, ...] = ()
+    entries: tuple[OptimizerEntry, ...] = ()
     if kind is not OptimizerKind.NONE:
-        parts = _parts(root[OPTIMIZER], contents, arguments, rules, where)
+        entries = read_entries(root[OPTIMIZER], where)
+        parts = _parts(entries, contents, arguments, rules, where)
     buffers: RankBuffers | None = None
     shares = False
     if arguments.uses_distributed_optimizer:
@@ -340,37 +352,35 @@ def _read_rank(
     holds_dense = False
     keys: Mapping[str, Any] = {}
     if kind is OptimizerKind.PLAIN:
-        found = read_plain_states(root[OPTIMIZER], contents, parts, arguments, rules, where)
+        found = read_plain_states(entries, contents, parts, arguments, rules, where)
     elif kind is OptimizerKind.DISTRIBUTED and buffers is not None and files.optimizer is not None:
         flat = states.read_flat_states(
             files.optimizer.root, contents, parts, buffers, files.optimizer.path
         )
         found, keys, holds_dense = flat.by_name, flat.buffer_keys, flat.held[0]
-    rank = RankInventory(files, root, contents, parts, buffers, shares, holds_dense, keys)
-    return rank, found
+    return (
+        RankInventory(files, root, contents, parts, entries, buffers, shares, holds_dense, keys),
+        found,
+    )
 
 
 def _parts(
-    entry: Any,
+    entries: Sequence[OptimizerEntry],
     contents: Sequence[ChunkContents],
     arguments: SavedArguments,
     rules: Rules,
     where: str,
 ) -> tuple[OptimizerPart, ...]:
-    """The optimizers of a rank, from the shape of its 'optimizer' entry."""
-    has_experts = states.have_experts(
-        (content.parameters for content in contents), arguments, rules
-    )
+    """The optimizers of a rank, from the number and the groups of their entries."""
+    has_experts = have_experts((content.parameters for content in contents), arguments, rules)
     overlaps = arguments.overlaps_param_gather_with_step
-    entries = states.part_entries(entry, where)
-    states.check_entries(entries, where)
     computed = [
         chained_optimizers(
             len(contents), has_expert_part=has_part, overlaps_param_gather_with_step=overlaps
         )
         for has_part in (has_experts, True)
     ]
-    for parts in computed:
+    for parts in (routed_parts(entries, len(contents)), *computed):
         if len(parts) == len(entries):
             return parts
     raise Unexplained(

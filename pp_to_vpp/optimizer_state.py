@@ -8,21 +8,28 @@ only, and loading matched them by position; from 0.14 every rank has all groups.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import states
-from .ddp_buffer import OptimizerPart, chained_optimizers
 from .errors import CheckpointError, problem, show
 from .model_state import Adopter, TargetChunk, fill
-from .param_groups import STEP, GroupKey, key_of_group
+from .optimizer_chain import (
+    GROUPS,
+    MAINS,
+    STATE,
+    OptimizerEntry,
+    OptimizerPart,
+    chained_optimizers,
+    items_by_group,
+)
+from .param_groups import STEP, GroupKey, have_experts, key_of_group
 from .pickling import Storage
 from .plain_states import PlainState
-from .states import COALESCED, GROUPS, MAINS, NUMEL, OPTIMIZER, STATE, FlatState, OptimizerKind
+from .states import COALESCED, NUMEL, FlatState, OptimizerKind
 from .tensors import FLOAT_STORAGE, flat_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Mapping, Sequence
+    from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 
     from .chunks import Item
     from .ddp_buffer import Buffer
@@ -59,11 +66,14 @@ class TargetOptimizer:
 
     def parts(self) -> tuple[OptimizerPart, ...]:
         """The optimizers that Megatron will chain on the target rank."""
+        stages = tuple(range(len(self.chunks)))
+        if any(part.takes_matrices is not None for part in self.own.parts):
+            return tuple(replace(part, vp_stages=stages) for part in self.own.parts)
         family = self.family
         everywhere = family.rules.keeps_all_groups and family.has_expert_part
-        has_experts = states.have_experts(self._parameters, family.arguments, family.rules)
+        has_experts = have_experts(self._parameters, family.arguments, family.rules)
         return chained_optimizers(
-            len(self.chunks),
+            len(stages),
             has_expert_part=has_experts or everywhere,
             overlaps_param_gather_with_step=self.overlaps_param_gather_with_step,
         )
@@ -109,27 +119,31 @@ class TargetOptimizer:
     def _part_entry(self, part: OptimizerPart) -> Any:
         """The entry of one optimizer, with the groups that Megatron expects on this rank."""
         template = self._template(part)
-        inner_key = OPTIMIZER if OPTIMIZER in template else None
-        inner = template if inner_key is None else template[inner_key]
-        by_key = states.items_by_group(
-            self._parameters, part, self.family.arguments, self.family.rules
-        )
-        groups = self._groups(part, inner[GROUPS], tuple(by_key))
+        by_key = items_by_group(self._parameters, part, self.family.arguments, self.family.rules)
+        groups = self._groups(part, template.groups, tuple(by_key))
         if self.family.kind is OptimizerKind.DISTRIBUTED:
             # The saving rank writes its step into all groups of an optimizer that has parameters.
-            groups = [self._with_step(group, has_step=bool(by_key)) for group in groups]
+            groups = [self._with_step(part, group, has_step=bool(by_key)) for group in groups]
             self._check_steps(groups, by_key)
-            changed = {**inner, GROUPS: groups}
-            return changed if inner_key is None else {**template, inner_key: changed}
-        return self._plain_entry(template, groups, by_key)
+            return template.replaced({GROUPS: groups}, {})
+        return self._plain_entry(part, template, groups, by_key)
 
-    def _template(self, part: OptimizerPart) -> dict[Any, Any]:
-        """The source entry to start from: of the same rank, or of a sibling that has one."""
-        for rank in (self.own, *self.family.ranks.values()):
-            entries = states.part_entries(rank.root[OPTIMIZER], rank.files.model.path)
-            for other, entry in zip(rank.parts, entries, strict=True):
-                if other.is_expert == part.is_expert and _has_groups(entry):
-                    return dict(entry if rank is self.own else self.adopter.adopt(entry))
+    def _ranks(self) -> tuple[RankInventory, ...]:
+        """The source ranks that were read, this one first."""
+        return (self.own, *(rank for rank in self.family.ranks.values() if rank is not self.own))
+
+    def _entries(self, part: OptimizerPart) -> Iterator[OptimizerEntry]:
+        """The source's entries of optimizers like this one, of the same rank first."""
+        for rank in self._ranks():
+            for other, entry in zip(rank.parts, rank.entries, strict=True):
+                if other.is_like(part) and entry.groups:
+                    yield entry
+
+    def _template(self, part: OptimizerPart) -> OptimizerEntry:
+        """The source entry to start from."""
+        for entry in self._entries(part):
+            is_own = entry in self.own.entries
+            return entry if is_own else OptimizerEntry(self.adopter.adopt(entry.node))
         raise CheckpointError(
             problem(
                 self.own.files.model.path,
@@ -149,14 +163,11 @@ class TargetOptimizer:
         if any("default_config" in group for group in own):
             return [dict(group) for group in own]
         known = {key_of_group(group): group for group in own}
-        for rank in self.family.ranks.values():
-            entries = states.part_entries(rank.root[OPTIMIZER], rank.files.model.path)
-            for other, entry in zip(rank.parts, entries, strict=True):
-                if other.is_expert == part.is_expert and _has_groups(entry):
-                    for group in entry.get(OPTIMIZER, entry)[GROUPS]:
-                        if key_of_group(group) not in known:
-                            adopted = _sharing(self.adopter.adopt(group), known.values())
-                            known[key_of_group(group)] = adopted
+        for entry in self._entries(part):
+            for group in entry.groups:
+                if key_of_group(group) not in known:
+                    adopted = _sharing(self.adopter.adopt(group), known.values())
+                    known[key_of_group(group)] = adopted
         missing = [key for key in keys if key not in known]
         if missing:
             raise CheckpointError(
@@ -172,14 +183,16 @@ class TargetOptimizer:
             groups += [group for group in own if key_of_group(group) not in keys]
         return [dict(group) for group in groups]
 
-    def _with_step(self, group: dict[Any, Any], *, has_step: bool) -> dict[Any, Any]:
+    def _with_step(
+        self, part: OptimizerPart, group: dict[Any, Any], *, has_step: bool
+    ) -> dict[Any, Any]:
         """The group with the step count that Megatron would have saved.
 
         Without it the fused optimizers restart their bias correction at 1 (FORMAT 6.3); a group of
         an optimizer that has no parameters here has none.
         """
         if has_step and STEP not in group:
-            step = self._step()
+            step = self._step(part)
             if step is None:
                 return group
             numbers = {key: value for key, value in group.items() if key == _PARAMS}
@@ -205,19 +218,21 @@ class TargetOptimizer:
                 )
             )
 
-    def _step(self) -> Any:
-        """The step count of any group that has it, of this rank first."""
-        for rank in (self.own, *self.family.ranks.values()):
-            for entry in states.part_entries(rank.root[OPTIMIZER], rank.files.model.path):
-                if _has_groups(entry):
-                    for group in entry.get(OPTIMIZER, entry)[GROUPS]:
+    def _step(self, part: OptimizerPart) -> Any:
+        """The step count of any group that has it, of this rank first; dense or expert, but of the
+        same kind of optimizer: others may not count."""
+        for rank in self._ranks():
+            for other, entry in zip(rank.parts, rank.entries, strict=True):
+                if other.takes_matrices == part.takes_matrices:
+                    for group in entry.groups:
                         if STEP in group:
                             return group[STEP]
         return None
 
     def _plain_entry(
         self,
-        template: dict[Any, Any],
+        part: OptimizerPart,
+        template: OptimizerEntry,
         groups: list[dict[Any, Any]],
         by_key: Mapping[GroupKey, list[Item]],
     ) -> Any:
@@ -238,18 +253,13 @@ class TargetOptimizer:
                     numbered[number] = self.adopter.adopt_from(item, state.state)
                 if state.main is not None:
                     mains[-1].append(self.adopter.adopt_from(item, state.main))
-            stepped = self._with_step(group, has_step=bool(items))
+            stepped = self._with_step(part, group, has_step=bool(items))
             numbered_groups.append(
                 {key: numbers if key == _PARAMS else value for key, value in stepped.items()}
             )
         self._check_steps(numbered_groups, by_key)
-        inner = {**template.get(OPTIMIZER, template), STATE: numbered, GROUPS: numbered_groups}
-        if OPTIMIZER not in template:
-            return inner
-        changed = {**template, OPTIMIZER: inner}
-        if MAINS in template:
-            changed[MAINS] = mains
-        return changed
+        mains_of_groups = {MAINS: mains} if MAINS in template.node else {}
+        return template.replaced({STATE: numbered, GROUPS: numbered_groups}, mains_of_groups)
 
 
 def _sharing(group: dict[Any, Any], others: Collection[dict[Any, Any]]) -> dict[Any, Any]:
@@ -260,14 +270,3 @@ def _sharing(group: dict[Any, Any], others: Collection[dict[Any, Any]]) -> dict[
         else value
         for key, value in group.items()
     }
-
-
-def _has_groups(entry: Any) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    inner = entry.get(OPTIMIZER, entry)
-    return (
-        isinstance(inner, dict)
-        and isinstance(inner.get(GROUPS), list)
-        and all(isinstance(group, dict) for group in inner[GROUPS])
-    )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, problem, show
+from .optimizer_chain import MAINS, STATE, items_by_group
 from .param_groups import key_of_group
-from .states import GROUPS, MAINS, OPTIMIZER, STATE, Unexplained, items_by_group, part_entries
+from .states import Unexplained
 from .tensors import TensorError, unwrap_tensor
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from .arguments import SavedArguments
     from .chunks import ChunkContents, Item
-    from .ddp_buffer import OptimizerPart
+    from .optimizer_chain import OptimizerEntry, OptimizerPart
     from .rules import Rules
     from .tensors import TensorRef
     from .types import Piece
@@ -51,7 +52,7 @@ class PlainState:
 
 
 def read_plain_states(
-    root: Any,
+    entries: Sequence[OptimizerEntry],
     contents: Sequence[ChunkContents],
     parts: Sequence[OptimizerPart],
     arguments: SavedArguments,
@@ -64,17 +65,14 @@ def read_plain_states(
         CheckpointError: the entry has an unknown structure.
         Unexplained: groups or shapes are not those of the parameters.
     """
-    entries = part_entries(root, where)
-    if len(entries) != len(parts):
-        raise Unexplained(f"{len(entries)} optimizers in the file, {len(parts)} computed")
     found: dict[str, PlainState] = {}
     for part, entry in zip(parts, entries, strict=True):
         by_key = items_by_group(
             [content.parameters for content in contents], part, arguments, rules
         )
-        states, groups, mains = _plain_entry(entry, where)
+        states, mains = _plain_entry(entry, where)
         unclaimed = set(states)
-        for index, group in enumerate(groups):
+        for index, group in enumerate(entry.groups):
             items = by_key.pop(key_of_group(group), [])
             numbers = group.get("params")
             if not isinstance(numbers, list) or len(numbers) != len(items):
@@ -108,27 +106,17 @@ def _claim(number: Any, states: Mapping[Any, Any], unclaimed: set[Any]) -> Any:
     return state
 
 
-def _plain_entry(
-    entry: Any, where: str
-) -> tuple[Mapping[Any, Any], list[dict[Any, Any]], list[Any] | None]:
-    """State by parameter number, param groups, and main parameters of each group."""
-    inner = entry.get(OPTIMIZER, entry) if isinstance(entry, dict) else None
-    if isinstance(inner, dict):
-        states, groups = inner.get(STATE), inner.get(GROUPS)
-        mains = entry.get(MAINS)
-        if (
-            isinstance(states, dict)
-            and isinstance(groups, list)
-            and all(isinstance(group, dict) for group in groups)
-            and (mains is None or isinstance(mains, list))
-        ):
-            return states, groups, mains
+def _plain_entry(entry: OptimizerEntry, where: str) -> tuple[Mapping[Any, Any], list[Any] | None]:
+    """State by parameter number, and main parameters of each group."""
+    states, mains = entry.inner.get(STATE), entry.node.get(MAINS)
+    if isinstance(states, dict) and (mains is None or isinstance(mains, list)):
+        return states, mains
     raise CheckpointError(
         problem(
             where,
             "the optimizer entry is of an unknown kind",
             expected="'state' and 'param_groups' of a torch optimizer",
-            found=show(entry),
+            found=show(entry.node),
             cure="only Adam-like optimizers can be converted (not Muon, not layer-wise ones)",
         )
     )

@@ -16,9 +16,10 @@ from . import states, torch_file
 from .arguments import patch_arguments
 from .errors import CheckpointError, problem
 from .model_state import Adopter, StateDictWriter, replace_chunks, target_chunk
+from .optimizer_chain import OPTIMIZER
 from .optimizer_state import TargetOptimizer
 from .plain_states import PlainState
-from .states import OPTIMIZER, OptimizerKind
+from .states import OptimizerKind
 from .torch_file import FileFormatError
 from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece
 

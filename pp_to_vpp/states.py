@@ -14,32 +14,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import ddp_buffer, naming
-from .ddp_buffer import Buffer, BufferParameter, OptimizerPart
+from .ddp_buffer import Buffer, BufferParameter
 from .errors import CheckpointError, problem, show
 from .naming import Section
-from .param_groups import GroupKey, key_of_item
+from .optimizer_chain import part_entries, unknown_entry
+from .param_groups import in_expert_buffer
 from .pickling import Global
 from .tensors import TensorError, TensorRef, as_tensor
 from .types import Piece, cut_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from .arguments import SavedArguments
     from .chunks import ChunkContents, Item
     from .layout import ModelChunk
+    from .optimizer_chain import OptimizerPart
     from .rules import Rules
 
 COALESCED = "buckets_coalesced"
 NUMEL = "numel_unpadded"
 PARAM = "param"
-OPTIMIZER = "optimizer"
-"""Key of the optimizers in ``model_optim_rng.pt``, and of the torch optimizer in each."""
-GROUPS = "param_groups"
-MAINS = "fp32_from_fp16_params"
-STATE = "state"
-_ENTRY_KEYS = frozenset((OPTIMIZER, STATE, GROUPS, MAINS, "grad_scaler"))
-"""Keys of an optimizer and of the torch optimizer in it (optimizer.py, 0.7 to 0.19)."""
 _FLOAT_BYTES = 4
 
 
@@ -85,22 +80,6 @@ class RankBuffers:
             for buffer in self.by_stage[stage]
             if buffer.is_expert == part.is_expert
         ]
-
-
-def in_expert_buffer(item: Item, arguments: SavedArguments, rules: Rules) -> bool:
-    """Whether a parameter lies in an expert buffer (``param.allreduce`` is False): with expert
-    parallelism, or by newer rules when experts have a tensor-parallel size of their own."""
-    own_groups = arguments.ep_size > 1 or (
-        rules.separates_experts_by_tp and arguments.etp_size != arguments.tp_size
-    )
-    return own_groups and naming.is_expert(item.rest)
-
-
-def have_experts(
-    parameters: Iterable[Sequence[Item]], arguments: SavedArguments, rules: Rules
-) -> bool:
-    """Whether any parameter of a rank's chunks lies in an expert buffer."""
-    return any(in_expert_buffer(item, arguments, rules) for items in parameters for item in items)
 
 
 def _is_shared_embedding(item: Item, chunk: ModelChunk, arguments: SavedArguments) -> bool:
@@ -195,47 +174,6 @@ def _misplaced(items: Sequence[Item], buffer: Buffer) -> Iterator[str]:
             )
 
 
-def part_entries(node: Any, where: str) -> list[Any]:
-    """The entries of the chained optimizers: a list if there are several, else one by itself.
-
-    Raises:
-        CheckpointError: neither a list nor a dict.
-    """
-    if isinstance(node, list):
-        return node
-    if isinstance(node, Mapping):
-        return [node]
-    raise CheckpointError(
-        problem(
-            where,
-            "an optimizer entry is neither a dict nor a list",
-            found=show(node),
-            cure="the file is damaged or of another optimizer: use one that Megatron saved",
-        )
-    )
-
-
-def check_entries(entries: Sequence[Any], where: str) -> None:
-    """Refuse what no known optimizer saves in ``model_optim_rng.pt``.
-
-    Raises:
-        CheckpointError: an entry is no dict, or has an unknown key.
-    """
-    for entry in entries:
-        inner = entry.get(OPTIMIZER, {}) if isinstance(entry, dict) else None
-        if not isinstance(entry, dict) or not isinstance(inner, dict):
-            odd = entry
-        else:
-            odd = next((key for key in (*entry, *inner) if key not in _ENTRY_KEYS), None)
-        if odd is not None:
-            raise _unknown_entry(where, odd)
-
-
-def _unknown_entry(where: str, odd: Any) -> CheckpointError:
-    cure = "it could change the layout, so it is not converted: ask for support of it"
-    return CheckpointError(problem(where, f"unknown optimizer entry {show(odd)}", cure=cure))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class RankStates:
     """What the optimizer file of a rank says."""
@@ -301,7 +239,7 @@ def _checked_part(
         raise CheckpointError(problem(where, what, cure=cure))
     indices = [key for key in entry if key != COALESCED]
     if any(type(index) is not int for index in indices):
-        raise _unknown_entry(where, next(key for key in indices if type(key) is not int))
+        raise unknown_entry(where, next(key for key in indices if type(key) is not int))
     if indices != list(range(len(expected))):
         shown = ", ".join(map(show, indices[:8]))
         raise Unexplained(f"buffers [{shown}] in the file, {len(expected)} computed")
@@ -366,21 +304,3 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
             )
         tensors[name] = tensor
     return key, tensors
-
-
-def items_by_group(
-    parameters: Sequence[Sequence[Item]],
-    part: OptimizerPart,
-    arguments: SavedArguments,
-    rules: Rules,
-) -> dict[GroupKey, list[Item]]:
-    """The parameters of one optimizer by param group, in first-seen order; ``parameters`` are
-    those of each virtual stage."""
-    by_key: dict[GroupKey, list[Item]] = {}
-    for stage in part.vp_stages:
-        for item in parameters[stage]:
-            is_expert = in_expert_buffer(item, arguments, rules)
-            if is_expert == part.is_expert:
-                key = key_of_item(item, arguments, rules, is_expert=is_expert)
-                by_key.setdefault(key, []).append(item)
-    return by_key

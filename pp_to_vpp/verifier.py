@@ -20,6 +20,7 @@ from .arguments import namespace_values
 from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
 from .inventory import Family, Sample, layout_of, read_family, samples
+from .optimizer_chain import OPTIMIZER, items_by_group
 from .param_groups import STEP, key_of_group
 from .plain_states import PlainState
 from .reader import (
@@ -31,7 +32,7 @@ from .reader import (
     read_source_rank,
 )
 from .request import Depth
-from .states import GROUPS, OPTIMIZER, FlatState, OptimizerKind, items_by_group, part_entries
+from .states import FlatState
 from .torch_file import FileFormatError
 from .types import Extent
 
@@ -322,12 +323,9 @@ def _compare_framing(file: TorchFile) -> Iterator[str]:
 def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
     """Every parameter needs a param group of its kind, and all groups one step count."""
     rank = target.ranks[pp_rank]
-    if target.kind is OptimizerKind.NONE:
-        return
     steps = set()
-    entries = part_entries(rank.root[OPTIMIZER], rank.files.model.path)
-    for part, entry in zip(rank.parts, entries, strict=True):
-        groups = entry.get(OPTIMIZER, entry)[GROUPS]
+    for part, entry in zip(rank.parts, rank.entries, strict=True):
+        groups = entry.groups
         by_key = items_by_group(
             [content.parameters for content in rank.contents], part, target.arguments, target.rules
         )

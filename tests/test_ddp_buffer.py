@@ -10,14 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.ddp_buffer import (
-    BucketPolicy,
-    Buffer,
-    BufferParameter,
-    OptimizerPart,
-    chained_optimizers,
-    chunk_buffers,
-)
+from pp_to_vpp.ddp_buffer import BucketPolicy, Buffer, BufferParameter, chunk_buffers
 from pp_to_vpp.errors import LayoutError
 from pp_to_vpp.rules import Rules
 
@@ -211,24 +204,6 @@ def test_shared_embeddings_are_asymmetric() -> None:
     assert padded.saved_starts == (384, 0)
     (clean,) = chunk_buffers(dense(1000, 100, shared=0), NEW, policy(shards=3))
     assert clean.saved_starts == (128, 0)
-
-
-@pytest.mark.parametrize(
-    ("vp_size", "expert", "overlaps", "parts"),
-    [
-        (1, False, False, [(False, (0,))]),
-        (2, True, False, [(False, (0, 1)), (True, (0, 1))]),
-        (3, False, True, [(False, (0,)), (False, (1, 2))]),
-        (2, True, True, [(False, (0,)), (False, (1,)), (True, (0, 1))]),
-    ],
-)
-def test_chained_optimizers(
-    vp_size: int, expert: bool, overlaps: bool, parts: list[tuple[bool, tuple[int, ...]]]
-) -> None:
-    found = chained_optimizers(
-        vp_size, has_expert_part=expert, overlaps_param_gather_with_step=overlaps
-    )
-    assert found == tuple(OptimizerPart(is_expert, stages) for is_expert, stages in parts)
 
 
 @given(st.integers(1, 64), st.booleans())

@@ -13,9 +13,10 @@ from pp_to_vpp import inventory
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.inventory import Family, RankFiles, layout_of, read_family, samples
 from pp_to_vpp.naming import Section
+from pp_to_vpp.optimizer_chain import OPTIMIZER
 from pp_to_vpp.pickling import Instance, as_mapping, ordered_dict
 from pp_to_vpp.rules import CHANGES
-from pp_to_vpp.states import OPTIMIZER, OptimizerKind
+from pp_to_vpp.states import OptimizerKind
 from pp_to_vpp.types import MODEL_FILE, OPTIMIZER_FILE, Extent
 
 from .families import SIDES, families, family

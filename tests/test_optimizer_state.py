@@ -10,18 +10,11 @@ import pytest
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.inventory import Family, RankInventory
 from pp_to_vpp.model_state import Adopter, TargetChunk, target_chunk
+from pp_to_vpp.optimizer_chain import GROUPS, OPTIMIZER, part_entries, read_entries
 from pp_to_vpp.optimizer_state import TargetOptimizer
 from pp_to_vpp.param_groups import key_of_group
 from pp_to_vpp.request import TargetSpec
-from pp_to_vpp.states import (
-    COALESCED,
-    GROUPS,
-    OPTIMIZER,
-    FlatState,
-    OptimizerKind,
-    part_entries,
-    rank_buffers,
-)
+from pp_to_vpp.states import COALESCED, FlatState, OptimizerKind, rank_buffers
 from pp_to_vpp.tensors import as_tensor
 from pp_to_vpp.types import Zeros, cut_pieces
 
@@ -166,14 +159,13 @@ def without_entry(of: Family, edit: Any, *pp_ranks: int) -> Family:
     """A family in which the optimizer entries of some ranks are edited."""
     ranks: dict[int, RankInventory] = dict(of.ranks)
     for pp_rank in pp_ranks:
-        root = dict(ranks[pp_rank].root)
-        root[OPTIMIZER] = edit(root[OPTIMIZER])
-        ranks[pp_rank] = replace(ranks[pp_rank], root=root)
+        entries = read_entries([edit(entry.node) for entry in ranks[pp_rank].entries], "file")
+        ranks[pp_rank] = replace(ranks[pp_rank], entries=entries)
     return replace(of, ranks=ranks)
 
 
 def no_groups(entry: dict[str, Any]) -> dict[str, Any]:
-    return {OPTIMIZER: {**entry[OPTIMIZER], GROUPS: None}}
+    return {OPTIMIZER: {k: v for k, v in entry[OPTIMIZER].items() if k != GROUPS}}
 
 
 def no_steps(entry: dict[str, Any]) -> dict[str, Any]:

@@ -7,20 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pp_to_vpp.arguments import SavedArguments
 from pp_to_vpp.chunks import Item
 from pp_to_vpp.inventory import Family
 from pp_to_vpp.naming import Section
-from pp_to_vpp.param_groups import GroupKey, first_seen, key_of_group, key_of_item
+from pp_to_vpp.param_groups import (
+    GroupKey,
+    have_experts,
+    in_expert_buffer,
+    key_of_group,
+    key_of_item,
+)
 from pp_to_vpp.rules import Rules
-from pp_to_vpp.states import GROUPS, OPTIMIZER, in_expert_buffer, part_entries
 
 from .families import SIDES, families, family
 
-DENSE, MTP = "dense-pp2-v016", "deepseek-mtp-pp2ep2-v016"
+DENSE, MOE, MTP = "dense-pp2-v016", "moe-pp2ep2-v016", "deepseek-mtp-pp2ep2-v016"
 
 PLAIN = GroupKey(decays=True, is_expert=False, is_decoupled=False)
 FLAT = replace(PLAIN, decays=False)
@@ -30,9 +33,8 @@ DECOUPLED = replace(PLAIN, is_decoupled=True)
 def saved_groups(of: Family) -> Iterator[dict[str, Any]]:
     """All param groups in the files of a family."""
     for rank in of.ranks.values():
-        if OPTIMIZER in rank.root:
-            for entry in part_entries(rank.root[OPTIMIZER], "file"):
-                yield from entry.get(OPTIMIZER, entry)[GROUPS]
+        for entry in rank.entries:
+            yield from entry.groups
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
@@ -41,14 +43,7 @@ def test_groups_and_parameters_meet(name: str, side: str) -> None:
     for of in families(name, side):
         saved = {key_of_group(group) for group in saved_groups(of)}
         computed = {
-            key_of_item(
-                item,
-                of.arguments,
-                of.rules,
-                is_expert=in_expert_buffer(item, of.arguments, of.rules),
-            )
-            for item in of.items()
-            if item.is_parameter
+            key_of_item(item, of.arguments, of.rules) for item in of.items() if item.is_parameter
         }
         assert computed
         assert saved == (set() if name == "dense-pp2-nosaveoptim-v016" else computed)
@@ -58,15 +53,15 @@ def test_groups_and_parameters_meet(name: str, side: str) -> None:
 def test_groups_of_an_optimizer_have_different_keys(name: str, side: str) -> None:
     for of in families(name, side):
         for rank in of.ranks.values():
-            for entry in part_entries(rank.root.get(OPTIMIZER, []), "file"):
-                keys = [key_of_group(group) for group in entry.get(OPTIMIZER, entry)[GROUPS]]
+            for entry in rank.entries:
+                keys = [key_of_group(group) for group in entry.groups]
                 assert len(set(keys)) == len(keys)
 
 
 def key(name: str, of: Family, arguments: SavedArguments, rules: Rules | None = None) -> GroupKey:
     """The group of a parameter by its global name."""
     (item,) = (item for item in of.items() if item.name == name)
-    return key_of_item(item, arguments, rules or of.rules, is_expert=False)
+    return key_of_item(item, arguments, rules or of.rules)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +85,7 @@ def test_embeddings_may_be_kept_from_decay() -> None:
     arguments = replace(of.arguments, skips_embedding_weight_decay=True)
     for item in of.items():
         if item.is_parameter and "embedding" in item.rest:
-            assert key_of_item(item, arguments, of.rules, is_expert=False) == FLAT
+            assert key_of_item(item, arguments, of.rules) == FLAT
     assert key("decoder.layers.0.mlp.linear_fc1.weight", of, arguments) == PLAIN
 
 
@@ -106,9 +101,9 @@ def test_norms_of_queries_and_keys_decay_if_asked_to(name: str) -> None:
     of = family(DENSE, "source")
     for decays in (False, True):
         arguments = replace(of.arguments, decays_qk_norms=decays)
-        found = key_of_item(norm_of(name), arguments, of.rules, is_expert=False)
+        found = key_of_item(norm_of(name), arguments, of.rules)
         assert found.decays is decays
-        other = key_of_item(norm_of("kv_norm"), arguments, of.rules, is_expert=False)
+        other = key_of_item(norm_of("kv_norm"), arguments, of.rules)
         assert not other.decays
 
 
@@ -118,8 +113,7 @@ def test_decoupled_learning_rates_are_those_of_embedding_and_output() -> None:
     found = {
         item.name
         for item in of.items()
-        if item.is_parameter
-        and key_of_item(item, arguments, of.rules, is_expert=False).is_decoupled
+        if item.is_parameter and key_of_item(item, arguments, of.rules).is_decoupled
     }
     both = {"embedding.word_embeddings.weight", "output_layer.weight"}
     assert found == both
@@ -134,15 +128,28 @@ def test_the_position_embedding_is_not_decoupled() -> None:
     of = family(DENSE, "source")
     arguments = replace(of.arguments, decoupled_lr=True)
     (item,) = (i for i in of.sections[Section.EMBEDDING] if "position" in i.rest)
-    assert not key_of_item(item, arguments, of.rules, is_expert=False).is_decoupled
+    assert not key_of_item(item, arguments, of.rules).is_decoupled
 
 
-@pytest.mark.parametrize("is_expert", [False, True])
-def test_the_buffer_tells_experts(is_expert: bool) -> None:
-    of = family(DENSE, "source")
-    item = next(item for item in of.items() if item.is_parameter)
-    found = key_of_item(item, of.arguments, of.rules, is_expert=is_expert)
-    assert found.is_expert is is_expert
+def test_experts_have_buffers_of_their_own_with_expert_parallelism() -> None:
+    of = family(MOE, "source")
+    items = [item for item in of.items() if item.is_parameter]
+    found = {item.name for item in items if in_expert_buffer(item, of.arguments, of.rules)}
+    assert found == {item.name for item in items if ".experts." in item.name}
+    alone = replace(of.arguments, ep_size=1)
+    assert not any(in_expert_buffer(item, alone, of.rules) for item in items)
+    sizes = replace(alone, etp_size=2)
+    assert not any(in_expert_buffer(item, sizes, of.rules) for item in items)
+    newer = replace(of.rules, separates_experts_by_tp=True)
+    assert {i.name for i in items if in_expert_buffer(i, sizes, newer)} == found
+    contents = of.ranks[0].contents
+    assert have_experts([c.parameters for c in contents], of.arguments, of.rules)
+    assert not have_experts([c.parameters for c in contents], alone, of.rules)
+    groups = {key_of_item(item, of.arguments, of.rules).is_expert: item for item in items}
+    assert {is_expert: item.name in found for is_expert, item in groups.items()} == {
+        True: True,
+        False: False,
+    }
 
 
 @pytest.mark.parametrize(
@@ -159,17 +166,3 @@ def test_the_buffer_tells_experts(is_expert: bool) -> None:
 )
 def test_what_a_group_tells(group: dict[str, Any], expected: GroupKey) -> None:
     assert key_of_group(group) == expected
-
-
-_keys = st.builds(
-    GroupKey, decays=st.booleans(), is_expert=st.booleans(), is_decoupled=st.booleans()
-)
-
-
-@given(st.lists(_keys))
-def test_first_seen(keys: list[GroupKey]) -> None:
-    expected: list[GroupKey] = []
-    for one in keys:
-        if one not in expected:
-            expected.append(one)
-    assert first_seen(keys) == tuple(expected)

@@ -127,7 +127,6 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "torch fsdp2": (arguments(use_torch_fsdp2=True), ("FSDP2",)),
     "megatron fsdp": (arguments(use_megatron_fsdp=True), ("FSDP",)),
     "muon": (arguments(optimizer="dist_muon"), ("Muon",)),
-    "sgd": (arguments(optimizer="sgd"), ("SGD",)),
     "layer-wise": (arguments(use_layer_wise_distributed_optimizer=True), ("layer-wise",)),
     "standalone embedding": (arguments(standalone_embedding_stage=True), ("standalone",)),
     "extended tp": (arguments(moe_extended_tp=True), ("--moe-extended-tp",)),
@@ -181,9 +180,9 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
         one_rank("model_optim_rng.pt", without("optimizer")),
         ("its siblings hold|no 'optimizer' entry",),
     ),
-    "sgd state": (
+    "groups that are none": (
         top(lambda r: r["optimizer"]["optimizer"].update(param_groups="x")),
-        ("param groups|unknown kind",),
+        ("unknown optimizer entry 'param_groups'",),
     ),
 }
 

@@ -10,20 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from pp_to_vpp import states
-from pp_to_vpp.ddp_buffer import OptimizerPart
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.inventory import Family, RankInventory
+from pp_to_vpp.optimizer_chain import part_entries
+from pp_to_vpp.param_groups import in_expert_buffer
 from pp_to_vpp.pickling import Global
 from pp_to_vpp.states import (
     FlatState,
     OptimizerKind,
     RankBuffers,
+    RankStates,
     Unexplained,
     are_views_of_buffers,
-    in_expert_buffer,
-    items_by_group,
-    part_entries,
     rank_buffers,
     read_flat_states,
 )
@@ -101,22 +99,6 @@ def test_kinds_of_all_pairs() -> None:
                 assert are_views_of_buffers(rank.contents, rank.buffers)
 
 
-def test_experts_have_buffers_of_their_own_with_expert_parallelism() -> None:
-    of = family(MOE, "source")
-    items = [item for item in of.items() if item.is_parameter]
-    found = {item.name for item in items if in_expert_buffer(item, of.arguments, of.rules)}
-    assert found == {item.name for item in items if ".experts." in item.name}
-    alone = replace(of.arguments, ep_size=1)
-    assert not any(in_expert_buffer(item, alone, of.rules) for item in items)
-    sizes = replace(alone, etp_size=2)
-    assert not any(in_expert_buffer(item, sizes, of.rules) for item in items)
-    newer = replace(of.rules, separates_experts_by_tp=True)
-    assert {i.name for i in items if in_expert_buffer(i, sizes, newer)} == found
-    contents = of.ranks[0].contents
-    assert states.have_experts([c.parameters for c in contents], of.arguments, of.rules)
-    assert not states.have_experts([c.parameters for c in contents], alone, of.rules)
-
-
 def test_buffers_of_a_part() -> None:
     """In the order of the indices in the file."""
     of = family(MOE, "truth")
@@ -151,7 +133,7 @@ def test_other_rules_do_not_explain_odd_sizes(name: str) -> None:
     assert differing
 
 
-def changed(of: Family, edit: Callable[[dict[Any, Any]], Any]) -> Callable[[], states.RankStates]:
+def changed(of: Family, edit: Callable[[dict[Any, Any]], Any]) -> Callable[[], RankStates]:
     """Reading the flat states of rank 0 after an edit of the first buffer of its file."""
     rank = of.ranks[0]
     assert rank.files.optimizer is not None
@@ -246,36 +228,3 @@ def test_parts_that_another_family_holds_are_none() -> None:
     )
     assert found.held == (False, True)
     assert all(".experts." in name for name in found.by_name)
-
-
-@pytest.mark.parametrize(("name", "side"), SIDES)
-def test_groups_take_each_parameter_once(name: str, side: str) -> None:
-    for of in families(name, side):
-        for rank in of.ranks.values():
-            parameters = [content.parameters for content in rank.contents]
-            found = [
-                item.name
-                for part in rank.parts
-                for items in items_by_group(parameters, part, of.arguments, of.rules).values()
-                for item in items
-            ]
-            expected = [item.name for items in parameters for item in items] if rank.parts else []
-            assert sorted(found) == sorted(expected)
-
-
-def test_groups_keep_the_order_of_parameters() -> None:
-    of = family(OVERLAPPED, "truth")
-    parameters = [content.parameters for content in of.ranks[0].contents]
-    part = OptimizerPart(is_expert=False, vp_stages=(1,))
-    by_key = items_by_group(parameters, part, of.arguments, of.rules)
-    order = [item.name for item in parameters[1]]
-    for items in by_key.values():
-        places = [order.index(item.name) for item in items]
-        assert places == sorted(places)
-    first = [order.index(items[0].name) for items in by_key.values()]
-    assert first == sorted(first)
-
-
-@pytest.mark.parametrize("node", [{"a": 1}, [{"a": 1}, None]])
-def test_part_entries(node: Any) -> None:
-    assert part_entries(node, "file") == (node if isinstance(node, list) else [node])
