@@ -147,6 +147,53 @@ def _ceil(position: int, divisor: int) -> int:
     return -(-position // divisor) * divisor
 
 
+@dataclass(slots=True)
+class _Cursor:
+    """Where the walk over the members of a buffer stands, in elements."""
+
+    divisor: int
+    """Bucket ends are padded to a multiple of this."""
+    position: int = 0
+    bucket_start: int = 0
+    saved: int = 0
+    """Elements of all closed buckets, without their padding."""
+    is_open: bool = False
+    """The current bucket has members."""
+
+    def close_bucket(self) -> None:
+        """End the current bucket at the position; the next one starts at a multiple of the
+        divisor, which may lie behind the position."""
+        self.saved += self.position - self.bucket_start
+        self.bucket_start = _ceil(self.position, self.divisor)
+        self.is_open = False
+
+
+def _separate_shared_embedding(cursor: _Cursor, rules: Rules, shards: int) -> None:
+    """Give a shared embedding that comes next a bucket of its own, as the version does.
+
+    Raises:
+        LayoutError: the version fails to build it.
+    """
+    place = f"shared embedding at element {cursor.position} of its buffer"
+    if not rules.closes_bucket_cleanly and cursor.position % shards:
+        if not rules.pads_shared_embedding:
+            raise LayoutError(
+                f"{place}, which {shards} data-parallel ranks do not divide: Megatron-LM up to 0.8 "
+                "fails to build that ('assert data_start_index % data_parallel_world_size == 0'); "
+                "choose another layout, or save once with another data-parallel size"
+            )
+        cursor.position = _ceil(cursor.position, cursor.divisor)
+    if cursor.is_open:
+        cursor.close_bucket()
+        if rules.closes_bucket_cleanly:
+            cursor.position = cursor.bucket_start
+    if cursor.position < cursor.bucket_start:
+        raise LayoutError(
+            f"{place}, before its bucket at {cursor.bucket_start}: Megatron-LM up to 0.12 fails to "
+            "build that ('each param only belongs to a single bucket'); choose another layout"
+        )
+
+
 def _lay_out(
     parameters: Sequence[BufferParameter],
     members: list[int],
@@ -156,49 +203,32 @@ def _lay_out(
     dtype: str,
 ) -> Buffer:
     """Walk the members in reverse order, closing buckets as the version does."""
-    divisor = policy.divisor(is_expert=is_expert)
-    shards = policy.shards(is_expert=is_expert)
-    position = bucket_start = saved = 0
-    bucket_is_open = False
+    cursor = _Cursor(policy.divisor(is_expert=is_expert))
     starts: dict[int, int] = {}
     saved_starts: dict[int, int] = {}
     for member in reversed(members):
         parameter = parameters[member]
         if rules.aligns_parameters:
-            position = _ceil(position, _PARAMETER_ALIGNMENT)
+            cursor.position = _ceil(cursor.position, _PARAMETER_ALIGNMENT)
         if parameter.is_shared_embedding:
-            if not rules.closes_bucket_cleanly and position % shards:
-                position = _ceil(position, divisor)
-            if bucket_is_open:
-                saved += position - bucket_start
-                bucket_start = _ceil(position, divisor)
-                bucket_is_open = False
-                if rules.closes_bucket_cleanly:
-                    position = bucket_start
-            if position < bucket_start:
-                raise LayoutError(
-                    f"shared embedding at element {position} of its buffer, before its bucket at "
-                    f"{bucket_start}: Megatron-LM up to 0.12 fails to build that ('each param only "
-                    "belongs to a single bucket'); choose another layout"
-                )
-        starts[member] = position
-        saved_starts[member] = saved + position - bucket_start
-        position += parameter.numel
-        bucket_is_open = True
-        is_full = policy.bucket_size is not None and position - bucket_start >= policy.bucket_size
+            _separate_shared_embedding(cursor, rules, policy.shards(is_expert=is_expert))
+        starts[member] = cursor.position
+        saved_starts[member] = cursor.saved + cursor.position - cursor.bucket_start
+        cursor.position += parameter.numel
+        cursor.is_open = True
+        held = cursor.position - cursor.bucket_start
+        is_full = policy.bucket_size is not None and held >= policy.bucket_size
         if is_full or parameter.is_shared_embedding:
-            saved += position - bucket_start
-            bucket_start = position = _ceil(position, divisor)
-            bucket_is_open = False
-    if bucket_is_open:
-        saved += position - bucket_start
-        position = _ceil(position, divisor)
+            cursor.close_bucket()
+            cursor.position = cursor.bucket_start
+    if cursor.is_open:
+        cursor.close_bucket()
     return Buffer(
         dtype=dtype,
         is_expert=is_expert,
         members=tuple(members),
         starts=tuple(starts[member] for member in members),
         saved_starts=tuple(saved_starts[member] for member in members),
-        numel=position,
-        numel_unpadded=saved,
+        numel=cursor.bucket_start,
+        numel_unpadded=cursor.saved,
     )

@@ -21,9 +21,12 @@ class Rules:
 
     aligns_parameters: bool
     """Each parameter starts at a multiple of 64 elements of its buffer."""
+    pads_shared_embedding: bool
+    """A shared embedding is padded to the bucket divisor where the data-parallel size does not
+    divide its place. Before, Megatron failed to build such a buffer."""
     closes_bucket_cleanly: bool
-    """A shared embedding starts at its bucket's start. Before, it was padded to the bucket
-    divisor if the data-parallel size did not divide its place, and counted in the bucket before."""
+    """A shared embedding always starts at its bucket's start, and no padding counts in the bucket
+    before."""
     counts_cp_in_default_bucket: bool
     """The default bucket size grows with DP x CP, before with DP alone."""
     separates_experts_by_tp: bool
@@ -54,6 +57,10 @@ CHANGES = (
     Change(
         "aligns_parameters", "0.8", "deterministic_mode",
         "param_and_grad_buffer.py: _pad_start_of_param_if_needed",
+    ),
+    Change(
+        "pads_shared_embedding", "0.9", "align_param_gather",
+        "param_and_grad_buffer.py: data_start_index % data_parallel_world_size != 0",
     ),
     Change(
         "closes_bucket_cleanly", "0.13", "nccl_ub",

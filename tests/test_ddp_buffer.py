@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.ddp_buffer import BucketPolicy, Buffer, BufferParameter, chunk_buffers
 from pp_to_vpp.errors import LayoutError
-from pp_to_vpp.rules import Rules
+from pp_to_vpp.rules import CHANGES, Rules
 
 from .examples import examples
 from .strategies import parameters, policies, rules
@@ -25,7 +25,8 @@ class CrashError(Exception):
 def megatron_buffer(
     numels: Sequence[tuple[int, bool]], rule: Rules, bucket_size: int | None, shards: int, pad: bool
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[int]]:
-    """``_ParamAndGradBuffer.__init__`` (0.12.3, and 0.13.1 where it differs), line by line.
+    """``_ParamAndGradBuffer.__init__`` (0.12.3, and 0.8.0 and 0.13.1 where they differ), line
+    by line.
 
     Takes (numel, shared_embedding) of each parameter; returns ``param_index_map`` in the same
     order, ``bucket_indices`` and ``per_bucket_numel_unpadded``.
@@ -67,6 +68,8 @@ def megatron_buffer(
                 param_start_index = _update_bucket_metadata(param_start_index)
         elif is_shared:
             if param_start_index % shards != 0:
+                if not rule.pads_shared_embedding:
+                    raise CrashError("data_start_index % data_parallel_world_size == 0")
                 param_start_index = _pad_end_of_bucket_if_needed(param_start_index)
             if len(bucket_params) > 0:
                 _update_bucket_metadata(param_start_index)
@@ -162,7 +165,7 @@ def test_parameters_do_not_overlap_in_either_form(
             assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
 
 
-NEW = Rules(True, True, True, True, True, True, True)
+NEW = Rules(*[True] * len(CHANGES))
 
 
 def dense(*numels: int, shared: int | None = None) -> list[BufferParameter]:
@@ -204,6 +207,11 @@ def test_shared_embeddings_are_asymmetric() -> None:
     assert padded.saved_starts == (384, 0)
     (clean,) = chunk_buffers(dense(1000, 100, shared=0), NEW, policy(shards=3))
     assert clean.saved_starts == (128, 0)
+    older = with_rules(closes_bucket_cleanly=False, pads_shared_embedding=False)
+    (fitting,) = chunk_buffers(dense(1000, 100, shared=0), older, policy(shards=2))
+    assert fitting.saved_starts == (128, 0)
+    with pytest.raises(LayoutError, match="at element 128 of its buffer, which 3 data-parallel"):
+        chunk_buffers(dense(1000, 100, shared=0), older, policy(shards=3))
 
 
 @given(st.integers(1, 64), st.booleans())
