@@ -243,6 +243,16 @@ def read_arguments(node: object, where: str) -> SavedArguments:
         decays_qk_norms=read.flag("apply_wd_to_qk_layernorm"),
     )
     problems = _unsupported(values, where) or read.problems
+    if values.get("num_experts") and arguments.tp_size % arguments.etp_size:
+        problems.append(
+            problem(
+                where,
+                f"expert_tensor_parallel_size {arguments.etp_size} does not divide "
+                f"tensor_model_parallel_size {arguments.tp_size}",
+                cure="Megatron writes several expert ranks into one folder then, so experts are "
+                "lost already: save once with an expert size that divides the other",
+            )
+        )
     if problems:
         raise CheckpointError(*problems)
     return arguments

@@ -74,8 +74,8 @@ class RankInventory:
     """Flat buffers; None without the distributed optimizer."""
     shares_storages: bool
     """Weights are views of the flat buffers."""
-    holds_dense_state: bool
-    """``distrib_optim.pt`` holds the dense part: true for one family per tp rank."""
+    held: tuple[bool, ...]
+    """For each optimizer, whether ``distrib_optim.pt`` of this folder holds its state."""
     buffer_keys: Mapping[str, Any]
 
 
@@ -108,10 +108,15 @@ class Family:
         """Weights are views of flat buffers."""
         return any(rank.shares_storages for rank in self.ranks.values())
 
-    @property
-    def holds_dense_state(self) -> bool:
-        """The optimizer files of this family hold the dense state."""
-        return any(rank.holds_dense_state for rank in self.ranks.values())
+    def holds_state(self, *, is_expert: bool) -> bool:
+        """Whether the optimizer files of this family hold the state of the dense or the expert
+        parameters. Only one family of those with the same parameters does."""
+        return any(
+            is_held
+            for rank in self.ranks.values()
+            for part, is_held in zip(rank.parts, rank.held, strict=True)
+            if part.is_expert == is_expert
+        )
 
     @property
     def has_expert_part(self) -> bool:
@@ -288,8 +293,8 @@ def _check_parts(family: Family) -> None:
         )
         if family.kind is OptimizerKind.DISTRIBUTED and has_part != (has_experts or everywhere):
             raise Unexplained(f"an expert optimizer is {'' if has_part else 'not '}there ({where})")
-        needs_file = family.kind is OptimizerKind.DISTRIBUTED and (
-            has_part or family.holds_dense_state
+        needs_file = family.kind is OptimizerKind.DISTRIBUTED and any(
+            family.holds_state(is_expert=part.is_expert) for part in rank.parts
         )
         if needs_file and rank.files.optimizer is None:
             raise CheckpointError(
@@ -349,7 +354,7 @@ def _read_rank(
             if kind is OptimizerKind.DISTRIBUTED:
                 raise
     found: Mapping[str, FlatState | PlainState] = {}
-    holds_dense = False
+    held = tuple(False for _ in parts)
     keys: Mapping[str, Any] = {}
     if kind is OptimizerKind.PLAIN:
         found = read_plain_states(entries, contents, parts, arguments, rules, where)
@@ -357,9 +362,9 @@ def _read_rank(
         flat = states.read_flat_states(
             files.optimizer.root, contents, parts, buffers, files.optimizer.path
         )
-        found, keys, holds_dense = flat.by_name, flat.buffer_keys, flat.held[0]
+        found, keys, held = flat.by_name, flat.buffer_keys, flat.held
     return (
-        RankInventory(files, root, contents, parts, entries, buffers, shares, holds_dense, keys),
+        RankInventory(files, root, contents, parts, entries, buffers, shares, held, keys),
         found,
     )
 

@@ -94,7 +94,7 @@ class TargetOptimizer:
 
     def _flat_part(self, part: OptimizerPart, buffers: RankBuffers) -> dict[Any, Any] | None:
         """One optimizer's buffers under compressed indices; None where another family has them."""
-        if not part.is_expert and not self.family.holds_dense_state:
+        if not self.family.holds_state(is_expert=part.is_expert):
             return None
         root: dict[Any, Any] = {COALESCED: True}
         for index, (stage, buffer) in enumerate(buffers.of_part(part)):

@@ -9,6 +9,7 @@ from . import plan, reader
 from .errors import CheckpointError, ConversionError, problem
 from .plan import FilePlan, RankPlan
 from .request import TargetSpec
+from .states import OptimizerKind
 from .types import OPTIMIZER_FILE, Extent, RankId
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .layout import PipelineLayout
     from .reader import SourceFile
     from .rules import Rules
-    from .states import OptimizerKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,9 @@ class PlannedFamily:
     kind: OptimizerKind
     rounding: str
     """How the 16-bit weights come from their main parameters; "" if there are none."""
-    holds_dense_state: bool
+    optimizer_states: Mapping[str, bool]
+    """The optimizer states that the family's parameters have, in words, and whether its own files
+    hold them. Families with the same dense or expert parameters share one."""
     left_behind: tuple[str, ...]
     """Files of the rank folders that are no part of the checkpoint."""
 
@@ -95,7 +97,7 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         rules=family.rules,
         kind=family.kind,
         rounding=rounding,
-        holds_dense_state=family.holds_dense_state,
+        optimizer_states=_optimizer_states(family),
         left_behind=tuple(left),
     )
 
@@ -122,6 +124,21 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
             return family, rounding, replace(target, layout=layout)
 
 
+def _optimizer_states(family: Family) -> dict[str, bool]:
+    """What ``optimizer_states`` of a planned family says."""
+    if family.kind is not OptimizerKind.DISTRIBUTED:
+        return {}
+    rank = family.any_rank.files.rank
+    dense = f"dense optimizer state of tp rank {rank.tp_rank}"
+    found = {dense: family.holds_state(is_expert=False)}
+    if family.has_expert_part:
+        # Consecutive ranks are those of one tensor-parallel group, of experts too.
+        etp_rank = rank.tp_rank % family.arguments.etp_size
+        experts = f"expert optimizer state of etp rank {etp_rank} and ep rank {rank.ep_rank or 0}"
+        found[experts] = family.holds_state(is_expert=True)
+    return found
+
+
 def _records(family: Family) -> dict[str, tuple[tuple[Extent, int], ...]]:
     found = {}
     for rank in family.ranks.values():
@@ -142,7 +159,7 @@ def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> Non
     """What only all families together can show.
 
     Raises:
-        CheckpointError: they are not of one save, or the dense optimizer state is missing.
+        CheckpointError: they are not of one save, or optimizer state is missing.
     """
     planned = list(families)
     first = planned[0]
@@ -156,16 +173,19 @@ def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> Non
                     cure="the folders must be of one save: copy them again",
                 )
             )
-    if first.kind.value != "distributed optimizer":
-        return
-    for tp_rank in sorted({family.ranks[0].rank.tp_rank for family in planned}):
-        holders = [f for f in planned if f.ranks[0].rank.tp_rank == tp_rank and f.holds_dense_state]
-        if not holders:
-            raise CheckpointError(
-                problem(
-                    iteration_dir,
-                    f"no {OPTIMIZER_FILE} of tp rank {tp_rank} holds the dense optimizer state",
-                    expected=f"it in one of the folders mp_rank_{tp_rank:02d}_*",
-                    cure="copy the missing files",
-                )
-            )
+    is_held: dict[str, bool] = {}
+    for family in planned:
+        for name, here in family.optimizer_states.items():
+            is_held[name] = here or is_held.get(name, False)
+    problems = [
+        problem(
+            iteration_dir,
+            f"no {OPTIMIZER_FILE} holds the {name}",
+            expected="one in the folders of its ranks",
+            cure="copy the missing files",
+        )
+        for name, somewhere in is_held.items()
+        if not somewhere
+    ]
+    if problems:
+        raise CheckpointError(*problems)

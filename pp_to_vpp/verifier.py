@@ -323,7 +323,7 @@ def _compare_framing(file: TorchFile) -> Iterator[str]:
 def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
     """Every parameter needs a param group of its kind, and all groups one step count."""
     rank = target.ranks[pp_rank]
-    steps = set()
+    steps: dict[bool | None, set[str]] = {}
     for part, entry in zip(rank.parts, rank.entries, strict=True):
         groups = entry.groups
         by_key = items_by_group(
@@ -333,9 +333,11 @@ def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
         if any("default_config" not in group for group in groups):
             yield from (f"no param group for {key}" for key in by_key if key not in known)
         if by_key:
-            steps |= {show(group.get(STEP)) for group in groups if key_of_group(group) in by_key}
-    if len(steps) > 1:
-        yield f"its param groups have different step counts: {', '.join(sorted(steps))}"
+            found = {show(group.get(STEP)) for group in groups if key_of_group(group) in by_key}
+            steps.setdefault(part.takes_matrices, set()).update(found)
+    for counts in steps.values():
+        if len(counts) > 1:
+            yield f"its param groups have different step counts: {', '.join(sorted(counts))}"
 
 
 def _unlike_their_mains(wanted: Iterable[Sample]) -> Iterator[Sample]:

@@ -73,7 +73,9 @@ def test_both_sides_are_one_model(name: str) -> None:
             ]
             assert ours == theirs
         assert (source.kind, source.rules) == (truth.kind, truth.rules)
-        assert source.holds_dense_state == truth.holds_dense_state
+        for is_expert in (False, True):
+            held = source.holds_state(is_expert=is_expert)
+            assert held == truth.holds_state(is_expert=is_expert)
         assert source.has_expert_part == truth.has_expert_part
 
 

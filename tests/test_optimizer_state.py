@@ -109,7 +109,8 @@ def test_only_one_family_writes_the_dense_state() -> None:
     roots = [optimizer_of(of, target, 0).flat_root() for of in families(MOE, "source")]
     assert [root[0] is None for root in roots] == [False, True]
     assert all(root[1] is not None for root in roots)
-    assert [of.holds_dense_state for of in families(MOE, "source")] == [True, False]
+    held = [of.holds_state(is_expert=False) for of in families(MOE, "source")]
+    assert held == [True, False]
 
 
 def test_a_file_of_nothing_is_not_written() -> None:

@@ -45,7 +45,8 @@ def test_what_planning_a_family_shows(name: str, side: str) -> None:
         there = families(name, opposite(side))[number]
         assert (found.source, found.target) == (of.layout, there.layout)
         assert (found.rules, found.kind) == (there.rules, there.kind)
-        assert found.holds_dense_state == there.holds_dense_state
+        for text, is_held in found.optimizer_states.items():
+            assert is_held == there.holds_state(is_expert=text.startswith("expert"))
         assert [rank.rank for rank in found.ranks] == [r.files.rank for r in of.ranks.values()]
         assert found.left_behind == ()
         for file in found.sources:
@@ -184,10 +185,17 @@ def test_families_of_two_saves_do_not() -> None:
         check_families([one, replace(other, rules=rules)], "here")
 
 
-def test_one_family_of_each_tensor_rank_holds_the_dense_state() -> None:
+def test_one_family_of_those_with_the_same_parameters_holds_their_state() -> None:
+    dense = "dense optimizer state of tp rank 0"
+    experts = [f"expert optimizer state of etp rank 0 and ep rank {rank}" for rank in (0, 1)]
     found = planned(MOE)
-    assert [of.holds_dense_state for of in found] == [True, False]
-    with pytest.raises(CheckpointError, match="of tp rank 0 holds the dense optimizer state"):
+    assert [dict(of.optimizer_states) for of in found] == [
+        {dense: True, experts[0]: True},
+        {dense: False, experts[1]: True},
+    ]
+    with pytest.raises(CheckpointError, match=f"no distrib_optim.pt holds the {dense}"):
         check_families(found[1:], "here")
-    (plain,) = planned("dense-pp2-nodistopt-v016")
-    check_families([replace(plain, holds_dense_state=False)], "here")
+    less = replace(found[1], optimizer_states={dense: False, experts[1]: False})
+    with pytest.raises(CheckpointError, match=f"no distrib_optim.pt holds the {experts[1]}"):
+        check_families([found[0], less], "here")
+    assert planned("dense-pp2-nodistopt-v016")[0].optimizer_states == {}

@@ -54,13 +54,14 @@ def test_every_element_of_a_weight_is_its_main_parameter_rounded(name: str, side
 
 @pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
 def test_families_hold_all_states_once(name: str, side: str) -> None:
-    """Dense states in the family that has them, experts in each."""
+    """Dense and expert states in the families that have them."""
     for of in families(name, side):
         parameters = [item for item in of.items() if item.is_parameter]
-        experts = {
-            item.name for item in parameters if in_expert_buffer(item, of.arguments, of.rules)
+        expected = {
+            item.name
+            for item in parameters
+            if of.holds_state(is_expert=in_expert_buffer(item, of.arguments, of.rules))
         }
-        expected = {item.name for item in parameters} if of.holds_dense_state else experts
         assert set(of.states) == expected
 
 
