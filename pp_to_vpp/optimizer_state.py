@@ -26,7 +26,7 @@ from .param_groups import STEP, GroupKey, have_experts, key_of_group
 from .pickling import Storage
 from .plain_states import PlainState
 from .states import COALESCED, NUMEL, FlatState, OptimizerKind
-from .tensors import FLOAT_STORAGE, flat_tensor
+from .tensors import FLOAT_STORAGE, flat_tensor, sharing_lists
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterator, Mapping, Sequence
@@ -237,6 +237,9 @@ class TargetOptimizer:
         by_key: Mapping[GroupKey, list[Item]],
     ) -> Any:
         """A torch state dict renumbered over the target's groups."""
+        stages = {item: stage for stage, items in enumerate(self._parameters) for item in items}
+        # Megatron gives all parameters of a chunk one list of qkv_split_shapes (0.18 and later).
+        lists: list[dict[tuple[Any, ...], list[Any]]] = [{} for _ in self.chunks]
         numbered: dict[int, Any] = {}
         mains: list[list[Any]] = []
         numbered_groups = []
@@ -252,7 +255,8 @@ class TargetOptimizer:
                 if state.state is not None:
                     numbered[number] = self.adopter.adopt_from(item, state.state)
                 if state.main is not None:
-                    mains[-1].append(self.adopter.adopt_from(item, state.main))
+                    main = self.adopter.adopt_from(item, state.main)
+                    mains[-1].append(sharing_lists(main, lists[stages[item]]))
             stepped = self._with_step(part, group, has_step=bool(items))
             numbered_groups.append(
                 {key: numbers if key == _PARAMS else value for key, value in stepped.items()}

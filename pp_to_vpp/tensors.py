@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .pickling import Global, Instance, Storage
@@ -130,6 +130,23 @@ def unwrap_tensor(node: Any) -> TensorRef | None:
             case _:
                 return None
     return as_tensor(node)
+
+
+def sharing_lists(node: Any, lists: dict[tuple[Any, ...], list[Any]]) -> Any:
+    """A tensor whose Python attributes share their lists of numbers with those in ``lists``, which
+    gathers them; any other node as it is."""
+    if not isinstance(node, Instance) or node.factory != _REBUILD_WITH_ATTRIBUTES:
+        return node
+    attributes = node.arguments[-1]
+    if not isinstance(attributes, dict):
+        return node
+    shared = {
+        name: lists.setdefault((name, *value), list(value))
+        if isinstance(value, list) and all(type(part) is int for part in value)
+        else value
+        for name, value in attributes.items()
+    }
+    return replace(node, arguments=(*node.arguments[:-1], shared))
 
 
 def flat_tensor(storage: Storage) -> Instance:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp.pickling import Global, Instance, Storage
-from pp_to_vpp.tensors import TensorError, as_tensor, flat_tensor, unwrap_tensor
+from pp_to_vpp.tensors import TensorError, as_tensor, flat_tensor, sharing_lists, unwrap_tensor
 from pp_to_vpp.types import Extent
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
@@ -95,3 +95,27 @@ def test_tensors_with_attributes_are_unwrapped() -> None:
     assert tensor is not None
     assert tensor.shape == (4,)
     assert as_tensor(wrapped) is None
+
+
+def test_lists_of_attributes_are_shared() -> None:
+    """By tensors that carry equal ones; what is no such tensor stays as it is."""
+    split = [8, 8, 8]
+
+    def carrying(attributes: object) -> Instance:
+        factory = Global("torch._tensor", "_rebuild_from_type_v2")
+        return Instance(factory, (Global("a", "b"), Global("c", "d"), (), attributes))
+
+    lists: dict[tuple[Any, ...], list[Any]] = {}
+    one, other, third = (
+        sharing_lists(carrying({"split": list(values), "flag": True}), lists).arguments[-1]
+        for values in (split, split, [4])
+    )
+    assert one == other == {"split": split, "flag": True}
+    assert one["split"] is other["split"]
+    assert one["split"] is not split
+    assert third == {"split": [4], "flag": True}
+    odd = [None, carrying(None), Instance(Global("x", "y"), ())]
+    for value in odd:
+        assert sharing_lists(value, lists) is value
+    named = carrying({"names": ["a"]})
+    assert sharing_lists(named, lists).arguments[-1]["names"] is named.arguments[-1]["names"]
