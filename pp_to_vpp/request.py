@@ -165,8 +165,13 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
             first_split=options.first_split,
             last_split=options.last_split,
         )
-    own = replace(arguments.placement, vp_size=vp_size, first_split=None, last_split=None)
-    return replace(own, layout=None)
+    own = replace(
+        arguments.placement, vp_size=vp_size, first_split=None, last_split=None, layout=None
+    )
+    if arguments.pp_size == 2 and own.first_layers == own.last_layers:
+        # Two equal halves are even, and in these words Megatron could not launch (see ``notes``).
+        own = replace(own, first_layers=None, last_layers=None)
+    return own
 
 
 def notes(target: TargetSpec, arguments: SavedArguments) -> list[str]:
@@ -177,9 +182,25 @@ def notes(target: TargetSpec, arguments: SavedArguments) -> list[str]:
         found.append("layout strings need Megatron 0.13 or later to launch; this one is older")
     if placement.first_split is not None and "decoder_first_pipeline_num_layers_split" not in known:
         found.append("the layer splits need Microsoft's fork of Megatron-LM to launch")
+    if placement.vp_size > 1 and placement.last_layers is not None:
+        if placement.first_layers is None:
+            found.append(
+                "Megatron 0.11 to 0.13 counts the layers of virtual stages wrongly when only "
+                "--decoder-last-pipeline-num-layers is given: launch those with "
+                f"--decoder-first-pipeline-num-layers {_layers_of_rank(target.layout, 0)} too"
+            )
+        elif arguments.pp_size == 2:
+            found.append(
+                "Megatron divides by zero when both ends of 2 pipeline ranks are given with "
+                "virtual stages: launch with a layout string"
+            )
     if arguments.placement.layout is not None and placement.layout is None:
         found.append(
             f"the source's layout string {arguments.placement.layout!r} is dropped: the target's "
             "layers are placed evenly"
         )
     return found
+
+
+def _layers_of_rank(layout: PipelineLayout, pp_rank: int) -> int:
+    return sum(len(chunk.layers) for chunk in layout.rank_chunks(pp_rank))

@@ -37,10 +37,8 @@ def test_plain_states_are_those_of_their_parameters(name: str, side: str) -> Non
         assert torch.equal(values_of(main).to(torch.bfloat16), values_of(item.tensor)), item.name
         moments = {word: unwrap_tensor(value) for word, value in state.state.items()}
         is_lions = is_layer_matrix(item, of.rules) and "lion" in name
-        if "sgd" in name:
-            assert list(moments) == ["momentum_buffer"]
-        else:
-            assert list(moments) == ["exp_avg"] if is_lions else ["exp_avg", "exp_avg_sq"]
+        words = ["exp_avg"] if is_lions else ["exp_avg", "exp_avg_sq"]
+        assert list(moments) == (["momentum_buffer"] if "sgd" in name else words)
         for moment in moments.values():
             assert moment is not None
             assert moment.shape == item.tensor.shape

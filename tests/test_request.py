@@ -114,6 +114,28 @@ def test_words_of_the_source_that_no_longer_fit_are_dropped() -> None:
     assert (back.first_layers, back.last_layers) == (8, 7)
 
 
+def test_equal_halves_are_even() -> None:
+    """Megatron cannot number the layers of two ranks that are both given."""
+    halves = replace(arguments_of(DENSE), placement=Placement(first_layers=4, last_layers=4))
+    assert target_spec(Options(HERE, target_vp_size=2), halves).placement == Placement(2)
+    uneven = replace(halves, placement=Placement(first_layers=2, last_layers=6))
+    found = target_spec(Options(HERE, target_vp_size=2), uneven)
+    assert found.placement == Placement(2, first_layers=2, last_layers=6)
+    assert any("divides by zero" in note for note in request.notes(found, uneven))
+    plain = target_spec(Options(HERE, target_vp_size=1), replace(uneven, placement=found.placement))
+    assert request.notes(plain, uneven) == []
+
+
+def test_a_last_stage_alone_is_counted_wrongly_by_some() -> None:
+    alone = replace(arguments_of(DENSE), pp_size=3, placement=Placement(last_layers=4))
+    found = target_spec(Options(HERE, target_vp_size=2), alone)
+    assert [len(chunk.layers) for chunk in found.layout.chunks] == [1, 1, 2, 1, 1, 2]
+    (note,) = request.notes(found, alone)
+    assert note.endswith("--decoder-first-pipeline-num-layers 2 too")
+    both = replace(alone, placement=Placement(first_layers=2, last_layers=4))
+    assert request.notes(target_spec(Options(HERE, target_vp_size=2), both), both) == []
+
+
 def test_splits_tell_the_layers_of_the_end_ranks() -> None:
     fork = arguments_of("uneven-31layers-pp4-fork")
     options = Options(HERE, target_vp_size=2, first_split=(5, 4), last_split=(2, 4))
