@@ -178,6 +178,7 @@ _UNSUPPORTED = (
         lambda v: isinstance(v, str) and "muon" in v.lower(),
         "Muon, whose state is kept per rank",
     ),
+    ("optimizer", lambda v: v == "soap", "SOAP, whose states have other shapes than parameters"),
     ("moe_extended_tp", bool, "experts split over TP x EP (--moe-extended-tp)"),
     ("gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP ranks"),
     ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),
@@ -243,6 +244,14 @@ def read_arguments(node: object, where: str) -> SavedArguments:
         decays_qk_norms=read.flag("apply_wd_to_qk_layernorm"),
     )
     problems = _unsupported(values, where) or read.problems
+    if values.get("optimizer") == "sgd" and arguments.uses_distributed_optimizer:
+        problems.append(
+            problem(
+                where,
+                "args.optimizer is 'sgd' with the distributed optimizer, which takes Adam alone",
+                cure="the arguments are damaged or not Megatron's: use those of one save",
+            )
+        )
     if values.get("num_experts") and arguments.tp_size % arguments.etp_size:
         problems.append(
             problem(

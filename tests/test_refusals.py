@@ -127,6 +127,12 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "torch fsdp2": (arguments(use_torch_fsdp2=True), ("FSDP2",)),
     "megatron fsdp": (arguments(use_megatron_fsdp=True), ("FSDP",)),
     "muon": (arguments(optimizer="dist_muon"), ("Muon",)),
+    "soap": (arguments(optimizer="soap"), ("SOAP",)),
+    "distributed sgd": (arguments(optimizer="sgd"), ("'sgd' with the distributed optimizer",)),
+    "experts split more than tensors": (
+        arguments(num_experts=4, expert_tensor_parallel_size=2),
+        ("expert_tensor_parallel_size 2 does not divide tensor_model_parallel_size 1",),
+    ),
     "layer-wise": (arguments(use_layer_wise_distributed_optimizer=True), ("layer-wise",)),
     "standalone embedding": (arguments(standalone_embedding_stage=True), ("standalone",)),
     "extended tp": (arguments(moe_extended_tp=True), ("--moe-extended-tp",)),
@@ -201,7 +207,7 @@ def test_refused(name: str, program: Program, tmp_path: Path) -> None:
 
 
 def test_a_chain_of_other_optimizers_is_refused(program: Program, tmp_path: Path) -> None:
-    """Lion and SOAP of 0.18 and 0.19 have an Adam beside them for embeddings and norms."""
+    """Of which no group tells which parameters it takes."""
 
     def chain(root: dict[str, Any]) -> None:
         def share(odd: int) -> dict[str, Any]:
