@@ -293,8 +293,10 @@ def _check_parts(family: Family) -> None:
         )
         if family.kind is OptimizerKind.DISTRIBUTED and has_part != (has_experts or everywhere):
             raise Unexplained(f"an expert optimizer is {'' if has_part else 'not '}there ({where})")
-        needs_file = family.kind is OptimizerKind.DISTRIBUTED and any(
-            family.holds_state(is_expert=part.is_expert) for part in rank.parts
+        has_own_experts = has_part and family.arguments.etp_size == family.arguments.tp_size
+        needs_file = family.kind is OptimizerKind.DISTRIBUTED and (
+            has_own_experts
+            or any(family.holds_state(is_expert=part.is_expert) for part in rank.parts)
         )
         if needs_file and rank.files.optimizer is None:
             raise CheckpointError(
