@@ -78,6 +78,11 @@ class RankInventory:
     """For each optimizer, whether ``distrib_optim.pt`` of this folder holds its state."""
     buffer_keys: Mapping[str, Any]
 
+    def needs_optimizer(self, rules: Rules) -> bool:
+        """Whether Megatron saves an optimizer of this rank, if it saves any: without parameters
+        it makes none, or one with the param groups of all ranks."""
+        return rules.keeps_all_groups or any(content.parameters for content in self.contents)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
@@ -228,13 +233,18 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
 
 def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules) -> Family:
     layout = layout_of(next(iter(files.values())), rules)
-    kind = _optimizer_kind(next(iter(files.values())), arguments)
+    kinds = {pp_rank: _optimizer_kind(of, arguments) for pp_rank, of in files.items()}
+    kind = next(
+        (own for own in kinds.values() if own is not OptimizerKind.NONE), OptimizerKind.NONE
+    )
     ranks: dict[int, RankInventory] = {}
     layers: dict[int, list[Item]] = {}
     sections: dict[Section, list[Item]] = {}
     found: dict[str, FlatState | PlainState] = {}
     for pp_rank, rank_files in files.items():
-        if _optimizer_kind(rank_files, arguments) is not kind:
+        own_kind = kinds[pp_rank]
+        rank, rank_states = _read_rank(rank_files, pp_rank, layout, arguments, rules, own_kind)
+        if own_kind is not kind and rank.needs_optimizer(rules):
             raise CheckpointError(
                 problem(
                     rank_files.model.path,
@@ -242,7 +252,6 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
                     cure="the folder is incomplete: use the files of one save",
                 )
             )
-        rank, rank_states = _read_rank(rank_files, pp_rank, layout, arguments, rules, kind)
         ranks[pp_rank] = rank
         found |= rank_states
         for item in (item for content in rank.contents for item in content.items):

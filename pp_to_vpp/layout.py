@@ -47,19 +47,17 @@ class PipelineLayout:
         return self.chunks[pp_rank :: self.pp_size]
 
     def sources_of(self, target: PipelineLayout, pp_rank: int) -> tuple[int, ...]:
-        """The pipeline ranks of this layout that hold what rank ``pp_rank`` of another needs."""
+        """The pipeline ranks of this layout that hold what rank ``pp_rank`` of another needs; the
+        first one, whose param groups are those of all, for a rank that needs nothing."""
         wanted = target.rank_chunks(pp_rank)
         layers = {layer for chunk in wanted for layer in chunk.layers}
         sections = {section for chunk in wanted for section in chunk.sections}
-        return tuple(
-            sorted(
-                {
-                    chunk.pp_rank
-                    for chunk in self.chunks
-                    if layers.intersection(chunk.layers) or sections.intersection(chunk.sections)
-                }
-            )
-        )
+        holders = {
+            chunk.pp_rank
+            for chunk in self.chunks
+            if layers.intersection(chunk.layers) or sections.intersection(chunk.sections)
+        }
+        return tuple(sorted(holders)) or (0,)
 
     def table(self) -> str:
         """The layers of each rank and virtual stage, as text."""

@@ -11,11 +11,13 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .chunks import chunk_keys
 from .errors import CheckpointError, problem, show
 from .model_state import Adopter, TargetChunk, fill
 from .optimizer_chain import (
     GROUPS,
     MAINS,
+    OPTIMIZER,
     STATE,
     OptimizerEntry,
     OptimizerPart,
@@ -47,7 +49,8 @@ class TargetOptimizer:
     """What a target rank's optimizers are made of."""
 
     family: Family
-    pp_rank: int
+    ranks: Sequence[RankInventory]
+    """Those of the source: the same folder, then those that it is made of, then the others."""
     chunks: Sequence[TargetChunk]
     buffers: RankBuffers | None
     """None without the distributed optimizer."""
@@ -57,7 +60,7 @@ class TargetOptimizer:
     @property
     def own(self) -> RankInventory:
         """The same folder of the source."""
-        return self.family.ranks[self.pp_rank]
+        return self.ranks[0]
 
     @property
     def _parameters(self) -> list[tuple[Item, ...]]:
@@ -65,7 +68,10 @@ class TargetOptimizer:
         return [chunk.parameters for chunk in self.chunks]
 
     def parts(self) -> tuple[OptimizerPart, ...]:
-        """The optimizers that Megatron will chain on the target rank."""
+        """The optimizers that Megatron will chain on the target rank; none for a rank without
+        parameters, unless it has the groups of others."""
+        if not self.family.rules.keeps_all_groups and not any(self._parameters):
+            return ()
         stages = tuple(range(len(self.chunks)))
         if any(part.takes_matrices is not None for part in self.own.parts):
             return tuple(replace(part, vp_stages=stages) for part in self.own.parts)
@@ -77,6 +83,19 @@ class TargetOptimizer:
             has_expert_part=has_experts or everywhere,
             overlaps_param_gather_with_step=self.overlaps_param_gather_with_step,
         )
+
+    def placed_entry(self, root: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The top level of ``model_optim_rng.pt`` with this rank's optimizers, or without any."""
+        if not self.parts():
+            return {key: value for key, value in root.items() if key != OPTIMIZER}
+        if OPTIMIZER in root:
+            return {**root, OPTIMIZER: self.entry()}
+        placed: dict[Any, Any] = {}
+        for key, value in root.items():
+            placed[key] = value
+            if key == chunk_keys(root)[-1]:
+                placed[self.adopter.word(OPTIMIZER)] = self.entry()
+        return placed
 
     def entry(self) -> Any:
         """The value of ``optimizer`` in ``model_optim_rng.pt``."""
@@ -128,16 +147,16 @@ class TargetOptimizer:
             return template.replaced({GROUPS: groups}, {})
         return self._plain_entry(part, template, groups, by_key)
 
-    def _ranks(self) -> tuple[RankInventory, ...]:
-        """The source ranks that were read, this one first."""
-        return (self.own, *(rank for rank in self.family.ranks.values() if rank is not self.own))
-
     def _entries(self, part: OptimizerPart) -> Iterator[OptimizerEntry]:
         """The source's entries of optimizers like this one, of the same rank first."""
-        for rank in self._ranks():
-            for other, entry in zip(rank.parts, rank.entries, strict=True):
-                if other.is_like(part) and entry.groups:
-                    yield entry
+        for rank in self.ranks:
+            yield from self._entries_of(rank, part)
+
+    @staticmethod
+    def _entries_of(rank: RankInventory, part: OptimizerPart) -> Iterator[OptimizerEntry]:
+        for other, entry in zip(rank.parts, rank.entries, strict=True):
+            if other.is_like(part) and entry.groups:
+                yield entry
 
     def _template(self, part: OptimizerPart) -> OptimizerEntry:
         """The source entry to start from."""
@@ -158,7 +177,8 @@ class TargetOptimizer:
         """The param groups in the order of the version.
 
         Sorted from 0.16 (known by ``default_config``): as in the source. Before: those of the
-        rank's parameters in first-seen order, then, from 0.14, all others.
+        rank's parameters in first-seen order, then, from 0.14, all others in the order in which
+        the ranks of the run bring them: that of the first rank where this one brings none.
         """
         if any("default_config" in group for group in own):
             return [dict(group) for group in own]
@@ -180,7 +200,11 @@ class TargetOptimizer:
             )
         groups = [known[key] for key in keys]
         if self.family.rules.keeps_all_groups:
-            groups += [group for group in own if key_of_group(group) not in keys]
+            first = self.own if keys else self.family.ranks[0]
+            order = [
+                key_of_group(g) for entry in self._entries_of(first, part) for g in entry.groups
+            ]
+            groups += [known[key] for key in dict.fromkeys(order) if key not in keys]
         return [dict(group) for group in groups]
 
     def _with_step(
@@ -221,7 +245,7 @@ class TargetOptimizer:
     def _step(self, part: OptimizerPart) -> Any:
         """The step count of any group that has it, of this rank first; dense or expert, but of the
         same kind of optimizer: others may not count."""
-        for rank in self._ranks():
+        for rank in self.ranks:
             for other, entry in zip(rank.parts, rank.entries, strict=True):
                 if other.takes_matrices == part.takes_matrices:
                     for group in entry.groups:

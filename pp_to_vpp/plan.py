@@ -10,13 +10,12 @@ import bisect
 import itertools
 import pickle
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import states, torch_file
 from .arguments import patch_arguments
 from .errors import CheckpointError, problem
 from .model_state import Adopter, StateDictWriter, replace_chunks, target_chunk
-from .optimizer_chain import OPTIMIZER
 from .optimizer_state import TargetOptimizer
 from .plain_states import PlainState
 from .states import OptimizerKind
@@ -94,7 +93,10 @@ def plan_rank(
 def _plan_rank(
     family: Family, target: TargetSpec, pp_rank: int, others: Sequence[tuple[str, Extent]]
 ) -> RankPlan:
-    own = family.ranks[pp_rank]
+    # Those it is made of come first, so nothing depends on which others were read.
+    needed = family.layout.sources_of(target.layout, pp_rank)
+    ranks = [family.ranks[p] for p in dict.fromkeys((pp_rank, *needed, *family.ranks))]
+    own = ranks[0]
     chunks = [target_chunk(family, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
     overlaps = target.overlaps_param_gather_with_step
     buffers: RankBuffers | None = None
@@ -113,14 +115,15 @@ def _plan_rank(
     root["args"] = patch_arguments(
         root["args"], family.arguments, target.placement, overlap_param_gather_with_step=overlaps
     )
-    roots = {MODEL_FILE: (root, own.files.model)}
+    flat: Any = None
     if family.kind is not OptimizerKind.NONE:
-        optimizer = TargetOptimizer(family, pp_rank, chunks, buffers, overlaps, adopter)
-        root[OPTIMIZER] = optimizer.entry()
+        optimizer = TargetOptimizer(family, ranks, chunks, buffers, overlaps, adopter)
+        root = optimizer.placed_entry(root)
         flat = optimizer.flat_root() if family.kind is OptimizerKind.DISTRIBUTED else None
-        if flat is not None:
-            siblings = (rank.files.optimizer for rank in (own, *family.ranks.values()))
-            roots[OPTIMIZER_FILE] = (flat, next(file for file in siblings if file is not None))
+    roots = {MODEL_FILE: (root, own.files.model)}
+    if flat is not None:
+        templates = (rank.files.optimizer for rank in ranks)
+        roots[OPTIMIZER_FILE] = (flat, next(file for file in templates if file is not None))
     files = [
         _file_plan(name, torch_file.encode(graph, template))
         for name, (graph, template) in roots.items()

@@ -32,7 +32,7 @@ from .reader import (
     read_source_rank,
 )
 from .request import Depth
-from .states import FlatState
+from .states import FlatState, OptimizerKind
 from .torch_file import FileFormatError
 from .types import Extent
 
@@ -262,9 +262,13 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     ours, theirs = target.ranks[pp_rank].root, source.ranks[pp_rank].root
     moved = {*chunk_keys(ours), *chunk_keys(theirs), "args", OPTIMIZER}
     left, right = ([key for key in root if key not in moved] for root in (ours, theirs))
-    if left != right or (OPTIMIZER in ours) != (OPTIMIZER in theirs):
+    if left != right:
         yield f"its entries are {', '.join(map(str, left))}, not {', '.join(map(str, right))}"
         return
+    has_optimizer = source.kind is not OptimizerKind.NONE
+    has_optimizer = has_optimizer and target.ranks[pp_rank].needs_optimizer(target.rules)
+    if (OPTIMIZER in ours) != has_optimizer:
+        yield f"its entry {OPTIMIZER!r} is {'missing' if has_optimizer else 'one too many'}"
     for key in left:
         if not _is_same(ours[key], theirs[key]):
             yield f"entry {show(key)} differs from its source"
