@@ -200,7 +200,7 @@ class TargetOptimizer:
             )
         groups = [known[key] for key in keys]
         if self.family.rules.keeps_all_groups:
-            first = self.own if keys else self.family.ranks[0]
+            first = self.own if keys else self.family.ranks.get(0, self.own)
             order = [
                 key_of_group(g) for entry in self._entries_of(first, part) for g in entry.groups
             ]
