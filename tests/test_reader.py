@@ -16,6 +16,7 @@ from pp_to_vpp import reader
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.inventory import RankFiles, Sample, samples
 from pp_to_vpp.reader import SampleReader, check_samples, proven_family, survey
+from pp_to_vpp.rules import CHANGES
 from pp_to_vpp.states import FlatState, OptimizerKind
 from pp_to_vpp.types import Extent, RankId, Zeros
 
@@ -100,10 +101,10 @@ def test_the_rules_and_the_rounding_are_proved(name: str, side: str) -> None:
     files = {p: reader.read_source_rank(found.path, r) for p, r in found.family(key).items()}
     of, way = proven_family(files)
     assert way == ("" if of.kind is OptimizerKind.NONE else "rounded")
-    is_old = name.endswith(("v012", "fork"))
-    assert of.rules.closes_bucket_cleanly is not is_old, "0.13 changed the buckets"
-    assert of.rules.keeps_all_groups is not is_old, "0.14 gathered the groups"
-    assert of.rules.final_norm_follows_layers is not is_old
+    version = 12 if name.endswith("fork") else int(name[-2:])
+    for change in CHANGES:
+        since = int(change.since.removeprefix("0."))
+        assert getattr(of.rules, change.rule) is (version >= since), change
 
 
 def test_entries_beside_the_ranks_are_named(tmp_path: Path) -> None:
