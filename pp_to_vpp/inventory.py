@@ -19,6 +19,7 @@ from .optimizer_chain import (
     OptimizerEntry,
     OptimizerPart,
     chained_optimizers,
+    has_optimizer,
     read_entries,
     routed_parts,
 )
@@ -78,10 +79,10 @@ class RankInventory:
     """For each optimizer, whether ``distrib_optim.pt`` of this folder holds its state."""
     buffer_keys: Mapping[str, Any]
 
-    def needs_optimizer(self, rules: Rules) -> bool:
-        """Whether Megatron saves an optimizer of this rank, if it saves any: without parameters
-        it makes none, or one with the param groups of all ranks."""
-        return rules.keeps_all_groups or any(content.parameters for content in self.contents)
+    @property
+    def parameters(self) -> list[tuple[Item, ...]]:
+        """Those of each virtual stage."""
+        return [content.parameters for content in self.contents]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +128,12 @@ class Family:
     def has_expert_part(self) -> bool:
         """Some rank has an optimizer for expert buffers."""
         return any(part.is_expert for rank in self.ranks.values() for part in rank.parts)
+
+    def chains_expert_part(self, parameters: Sequence[Sequence[Item]]) -> bool:
+        """Whether a rank with these parameters of each virtual stage has an optimizer for expert
+        buffers: by newer rules every rank has, if any has."""
+        everywhere = self.rules.keeps_all_groups and self.has_expert_part
+        return everywhere or have_experts(parameters, self.arguments, self.rules)
 
     def items(self) -> Iterator[Item]:
         """All items that were read."""
@@ -244,7 +251,7 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
     for pp_rank, rank_files in files.items():
         own_kind = kinds[pp_rank]
         rank, rank_states = _read_rank(rank_files, pp_rank, layout, arguments, rules, own_kind)
-        if own_kind is not kind and rank.needs_optimizer(rules):
+        if own_kind is not kind and has_optimizer(rank.parameters, rules):
             raise CheckpointError(
                 problem(
                     rank_files.model.path,
@@ -293,14 +300,11 @@ def _check_arguments(files: RankFiles, first: SavedArguments) -> None:
 
 def _check_parts(family: Family) -> None:
     """Every rank must chain the optimizers, and have the file, that the rules expect."""
-    everywhere = family.rules.keeps_all_groups and family.has_expert_part
     for rank in family.ranks.values():
         where = rank.files.model.path
         has_part = any(part.is_expert for part in rank.parts)
-        has_experts = have_experts(
-            (content.parameters for content in rank.contents), family.arguments, family.rules
-        )
-        if family.kind is OptimizerKind.DISTRIBUTED and has_part != (has_experts or everywhere):
+        is_expected = family.chains_expert_part(rank.parameters)
+        if family.kind is OptimizerKind.DISTRIBUTED and has_part != is_expected:
             raise Unexplained(f"an expert optimizer is {'' if has_part else 'not '}there ({where})")
         has_own_experts = has_part and family.arguments.etp_size == family.arguments.tp_size
         needs_file = family.kind is OptimizerKind.DISTRIBUTED and (

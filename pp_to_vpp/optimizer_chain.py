@@ -9,7 +9,7 @@ Adam for all other parameters (``_get_megatron_emerging_optimizer``, 0.18 and la
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, problem, show
@@ -45,11 +45,13 @@ class OptimizerPart:
 
     def is_like(self, other: OptimizerPart) -> bool:
         """Whether both are for the same kind of parameters, of whichever chunks."""
-        mine, theirs = (
-            (self.is_expert, self.takes_matrices),
-            (other.is_expert, other.takes_matrices),
-        )
-        return mine == theirs
+        return replace(self, vp_stages=other.vp_stages) == other
+
+
+def has_optimizer(parameters: Sequence[Sequence[Item]], rules: Rules) -> bool:
+    """Whether a rank with these parameters of each virtual stage has an optimizer: without any it
+    has one only for the param groups of others."""
+    return rules.keeps_all_groups or any(parameters)
 
 
 def chained_optimizers(

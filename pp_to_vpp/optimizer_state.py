@@ -22,9 +22,10 @@ from .optimizer_chain import (
     OptimizerEntry,
     OptimizerPart,
     chained_optimizers,
+    has_optimizer,
     items_by_group,
 )
-from .param_groups import STEP, GroupKey, have_experts, key_of_group
+from .param_groups import STEP, GroupKey, key_of_group
 from .pickling import Storage
 from .plain_states import PlainState
 from .states import COALESCED, NUMEL, FlatState, OptimizerKind
@@ -70,17 +71,14 @@ class TargetOptimizer:
     def parts(self) -> tuple[OptimizerPart, ...]:
         """The optimizers that Megatron will chain on the target rank; none for a rank without
         parameters, unless it has the groups of others."""
-        if not self.family.rules.keeps_all_groups and not any(self._parameters):
+        if not has_optimizer(self._parameters, self.family.rules):
             return ()
         stages = tuple(range(len(self.chunks)))
         if any(part.takes_matrices is not None for part in self.own.parts):
             return tuple(replace(part, vp_stages=stages) for part in self.own.parts)
-        family = self.family
-        everywhere = family.rules.keeps_all_groups and family.has_expert_part
-        has_experts = have_experts(self._parameters, family.arguments, family.rules)
         return chained_optimizers(
             len(stages),
-            has_expert_part=has_experts or everywhere,
+            has_expert_part=self.family.chains_expert_part(self._parameters),
             overlaps_param_gather_with_step=self.overlaps_param_gather_with_step,
         )
 

@@ -20,7 +20,7 @@ from .arguments import namespace_values
 from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
 from .inventory import Family, Sample, layout_of, read_family, samples
-from .optimizer_chain import OPTIMIZER, items_by_group
+from .optimizer_chain import OPTIMIZER, has_optimizer, items_by_group
 from .param_groups import STEP, key_of_group
 from .plain_states import PlainState
 from .reader import (
@@ -265,10 +265,11 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     if left != right:
         yield f"its entries are {', '.join(map(str, left))}, not {', '.join(map(str, right))}"
         return
-    has_optimizer = source.kind is not OptimizerKind.NONE
-    has_optimizer = has_optimizer and target.ranks[pp_rank].needs_optimizer(target.rules)
-    if (OPTIMIZER in ours) != has_optimizer:
-        yield f"its entry {OPTIMIZER!r} is {'missing' if has_optimizer else 'one too many'}"
+    is_expected = source.kind is not OptimizerKind.NONE and has_optimizer(
+        target.ranks[pp_rank].parameters, target.rules
+    )
+    if (OPTIMIZER in ours) != is_expected:
+        yield f"its entry {OPTIMIZER!r} is {'missing' if is_expected else 'one too many'}"
     for key in left:
         if not _is_same(ours[key], theirs[key]):
             yield f"entry {show(key)} differs from its source"
@@ -330,9 +331,7 @@ def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
     steps: dict[bool | None, set[str]] = {}
     for part, entry in zip(rank.parts, rank.entries, strict=True):
         groups = entry.groups
-        by_key = items_by_group(
-            [content.parameters for content in rank.contents], part, target.arguments, target.rules
-        )
+        by_key = items_by_group(rank.parameters, part, target.arguments, target.rules)
         known = {key_of_group(group) for group in groups}
         if any("default_config" not in group for group in groups):
             yield from (f"no param group for {key}" for key in by_key if key not in known)
