@@ -60,9 +60,7 @@ class SavedArguments:
     decays_qk_norms: bool
     """apply_wd_to_qk_layernorm (0.16)."""
 
-    def place(
-        self, placement: Placement, *, final_norm_follows_layers: bool = False
-    ) -> PipelineLayout:
+    def place(self, placement: Placement, *, mtp_may_stand_alone: bool) -> PipelineLayout:
         """The layout that a placement gives this model on its pipeline ranks.
 
         Raises:
@@ -72,7 +70,7 @@ class SavedArguments:
             self.num_layers,
             self.pp_size,
             mtp_num_layers=self.mtp_num_layers,
-            final_norm_follows_layers=final_norm_follows_layers,
+            mtp_may_stand_alone=mtp_may_stand_alone,
         )
 
     @property

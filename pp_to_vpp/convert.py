@@ -188,10 +188,11 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             length += count
             listener.advanced(size)
     arguments = target.arguments
+    may_stand_alone = next(iter(rules.values())).mtp_may_stand_alone
     return Verified(
         source=source.path,
         target=target.path,
-        layout=arguments.place(arguments.placement),
+        layout=arguments.place(arguments.placement, mtp_may_stand_alone=may_stand_alone),
         depth=options.depth,
         ranks=len(target.ranks),
         length=length,

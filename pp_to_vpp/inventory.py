@@ -233,9 +233,7 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
         LayoutError: they tell an impossible one.
     """
     arguments = read_arguments(_root(files).get("args"), files.model.path)
-    return arguments.place(
-        arguments.placement, final_norm_follows_layers=rules.final_norm_follows_layers
-    )
+    return arguments.place(arguments.placement, mtp_may_stand_alone=rules.mtp_may_stand_alone)
 
 
 def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules) -> Family:

@@ -114,7 +114,7 @@ class Placement:
         pp_size: int,
         *,
         mtp_num_layers: int = 0,
-        final_norm_follows_layers: bool = False,
+        mtp_may_stand_alone: bool = False,
     ) -> PipelineLayout:
         """The layout that these arguments mean.
 
@@ -122,8 +122,8 @@ class Placement:
             num_layers: decoder layers of the whole model.
             pp_size: pipeline_model_parallel_size.
             mtp_num_layers: layers of multi-token prediction.
-            final_norm_follows_layers: the final norm belongs to the chunk of the last decoder
-                layer instead of the last chunk (0.16 and later, with MTP).
+            mtp_may_stand_alone: MTP layers may have another stage than the loss, and with them the
+                final norm belongs to the chunk of the last decoder layer (0.16 and later).
 
         Raises:
             LayoutError: Megatron could not build it either.
@@ -131,6 +131,11 @@ class Placement:
         if self.layout is not None:
             stages = parse_layout(self.layout)
             counts, mtp_chunk = self._counts_of_string(stages, num_layers, pp_size, mtp_num_layers)
+            if mtp_num_layers and mtp_chunk != len(counts) - 1 and not mtp_may_stand_alone:
+                raise LayoutError(
+                    f"pipeline layout {show(self.layout)}: MTP layers in another stage than the "
+                    "loss, which Megatron before 0.16 cannot build; put m before L"
+                )
         else:
             counts = self._counts(num_layers, pp_size)
             mtp_chunk = len(counts) - 1
@@ -138,7 +143,7 @@ class Placement:
             counts,
             pp_size,
             mtp_chunk if mtp_num_layers else None,
-            final_norm_follows_layers=final_norm_follows_layers and mtp_num_layers > 0,
+            mtp_may_stand_alone=mtp_may_stand_alone and mtp_num_layers > 0,
         )
 
     def _counts_of_string(
@@ -306,11 +311,11 @@ class Placement:
 
 
 def _build(
-    counts: list[int], pp_size: int, mtp_chunk: int | None, *, final_norm_follows_layers: bool
+    counts: list[int], pp_size: int, mtp_chunk: int | None, *, mtp_may_stand_alone: bool
 ) -> PipelineLayout:
     last = len(counts) - 1
     norm_chunk = last
-    if final_norm_follows_layers:
+    if mtp_may_stand_alone:
         norm_chunk = max((i for i, count in enumerate(counts) if count), default=last)
     starts = [0, *itertools.accumulate(counts)]
     chunks = []

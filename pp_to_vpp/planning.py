@@ -112,7 +112,7 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
             files[pp_rank] = reader.read_source_rank(job.iteration_dir, job.ranks[pp_rank])
         family, rounding = reader.proven_family(dict(sorted(files.items())))
         layout = family.arguments.place(
-            target.placement, final_norm_follows_layers=family.rules.final_norm_follows_layers
+            target.placement, mtp_may_stand_alone=family.rules.mtp_may_stand_alone
         )
         wanted = {
             source

@@ -34,8 +34,9 @@ class Rules:
     keeps_all_groups: bool
     """Every rank has the param groups of all ranks, hence also the expert optimizer; before, a
     rank had those of its own parameters, and loading matched them by position."""
-    final_norm_follows_layers: bool
-    """With MTP, the final norm is on the chunk of the last decoder layer, not on the last one."""
+    mtp_may_stand_alone: bool
+    """MTP layers may have another stage than the loss, and with them the final norm is on the chunk
+    of the last decoder layer, not on the last one."""
     marks_mtp_embedding: bool
     """The MTP copy of the embedding counts as an embedding for the decoupled learning rate."""
 
@@ -78,7 +79,7 @@ CHANGES = (
         "keeps_all_groups", "0.14", "rope_type", "optimizer/__init__.py: gathered_params_key"
     ),
     Change(
-        "final_norm_follows_layers", "0.16", "mtp_standalone",
+        "mtp_may_stand_alone", "0.16", "mtp_standalone",
         "transformer_block.py: has_final_layernorm_in_this_stage",
     ),
     Change(

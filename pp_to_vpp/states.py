@@ -36,6 +36,9 @@ COALESCED = "buckets_coalesced"
 NUMEL = "numel_unpadded"
 PARAM = "param"
 _FLOAT_BYTES = 4
+_LEGACY_CURE = (
+    "load and save it once with Megatron 0.9 and --ckpt-convert-update-legacy-dist-opt-format"
+)
 
 
 class Unexplained(Exception):  # noqa: N818  (not an error yet: other rules may explain it)
@@ -231,12 +234,11 @@ def _checked_part(
 ) -> list[tuple[Any, dict[str, TensorRef]]]:
     """Key and tensors of each buffer of one optimizer."""
     if not isinstance(entry, dict) or entry.get(COALESCED) is not True:
-        cure = "convert it with Megatron 0.8 or later: load and save it there once"
         if isinstance(entry, dict) and "per_bucket_numel" in entry:
             what = "its buffers are stored per bucket, as Megatron 0.6 does"
         else:
             what = "it is not the coalesced format of Megatron 0.7 and later"
-        raise CheckpointError(problem(where, what, cure=cure))
+        raise CheckpointError(problem(where, what, cure=_LEGACY_CURE))
     indices = [key for key in entry if key != COALESCED]
     if any(type(index) is not int for index in indices):
         raise unknown_entry(where, next(key for key in indices if type(key) is not int))
@@ -259,12 +261,7 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
         isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, Global) for part in key)
     ):
         raise CheckpointError(
-            problem(
-                where,
-                "its key is no (parameter dtype, gradient dtype)",
-                cure="files from before February 2024 must be loaded and saved with Megatron 0.9 "
-                "and --ckpt-convert-update-legacy-dist-opt-format",
-            )
+            problem(where, "its key is no (parameter dtype, gradient dtype)", cure=_LEGACY_CURE)
         )
     if key[0].name != buffer.dtype:
         raise Unexplained(f"dtype {key[0].name} in the file, {buffer.dtype} computed")

@@ -53,9 +53,7 @@ def family(name: str, side: str) -> Family:
 
 def placed(of: Family, placement: Placement) -> PipelineLayout:
     """What a placement means for the model of a family."""
-    return of.arguments.place(
-        placement, final_norm_follows_layers=of.rules.final_norm_follows_layers
-    )
+    return of.arguments.place(placement, mtp_may_stand_alone=of.rules.mtp_may_stand_alone)
 
 
 def target_of(name: str, other: str) -> TargetSpec:

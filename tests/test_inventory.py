@@ -227,7 +227,7 @@ def test_the_final_norm_follows_the_layers_by_newer_rules() -> None:
         virtual_pipeline_model_parallel_size=2,
     )
     for follows, holder in ((True, 1), (False, 3)):
-        layout = layout_of(files, replace(of.rules, final_norm_follows_layers=follows))
+        layout = layout_of(files, replace(of.rules, mtp_may_stand_alone=follows))
         assert [Section.FINAL_NORM in chunk.sections for chunk in layout.chunks].index(
             True
         ) == holder

@@ -136,16 +136,18 @@ def test_zero_layer_chunks_are_allowed() -> None:
 def test_the_final_norm_follows_the_layers_with_mtp() -> None:
     """FORMAT trap 18."""
     text = "Ett|tt|tt|t|m|L"
-    layout = Placement(2, layout=text).place(7, 3, mtp_num_layers=1, final_norm_follows_layers=True)
+    layout = Placement(2, layout=text).place(7, 3, mtp_num_layers=1, mtp_may_stand_alone=True)
     assert layout.chunk(0, 1).sections == (Section.FINAL_NORM,)
     assert layout.chunk(1, 1).sections == (Section.MTP_EMBEDDING, Section.MTP)
     assert layout.chunk(2, 1).sections == (Section.HEAD,)
+    with pytest.raises(LayoutError, match="in another stage than the loss"):
+        Placement(2, layout=text).place(7, 3, mtp_num_layers=1)
     before = Placement(2, layout="Ett|tt|tt|t||mL").place(7, 3, mtp_num_layers=1)
     assert Section.FINAL_NORM in before.chunk(2, 1).sections
 
 
 def test_the_final_norm_stays_last_without_mtp() -> None:
-    layout = Placement(2, layout="Ett|tt|tt|L").place(6, 2, final_norm_follows_layers=True)
+    layout = Placement(2, layout="Ett|tt|tt|L").place(6, 2, mtp_may_stand_alone=True)
     assert Section.FINAL_NORM in layout.chunk(1, 1).sections
 
 
