@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from .layout import PipelineLayout
+    from .rules import Rules
 
 _NAMESPACE = Global("argparse", "Namespace")
 _MAX_SIZE = 1 << 24
@@ -60,7 +61,7 @@ class SavedArguments:
     decays_qk_norms: bool
     """apply_wd_to_qk_layernorm (0.16)."""
 
-    def place(self, placement: Placement, *, mtp_may_stand_alone: bool) -> PipelineLayout:
+    def place(self, placement: Placement, rules: Rules) -> PipelineLayout:
         """The layout that a placement gives this model on its pipeline ranks.
 
         Raises:
@@ -70,7 +71,7 @@ class SavedArguments:
             self.num_layers,
             self.pp_size,
             mtp_num_layers=self.mtp_num_layers,
-            mtp_may_stand_alone=mtp_may_stand_alone,
+            mtp_may_stand_alone=rules.mtp_may_stand_alone,
         )
 
     @property

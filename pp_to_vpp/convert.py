@@ -188,11 +188,10 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             length += count
             listener.advanced(size)
     arguments = target.arguments
-    may_stand_alone = next(iter(rules.values())).mtp_may_stand_alone
     return Verified(
         source=source.path,
         target=target.path,
-        layout=arguments.place(arguments.placement, mtp_may_stand_alone=may_stand_alone),
+        layout=arguments.place(arguments.placement, next(iter(rules.values()))),
         depth=options.depth,
         ranks=len(target.ranks),
         length=length,

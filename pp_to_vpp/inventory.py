@@ -135,6 +135,12 @@ class Family:
         everywhere = self.rules.keeps_all_groups and self.has_expert_part
         return everywhere or have_experts(parameters, self.arguments, self.rules)
 
+    def ranks_for(self, layout: PipelineLayout, pp_rank: int) -> list[RankInventory]:
+        """The ranks, for making one of another layout: the same folder, those that hold what it
+        needs, then the others; so what comes first does not depend on which others were read."""
+        needed = self.layout.sources_of(layout, pp_rank)
+        return [self.ranks[p] for p in dict.fromkeys((pp_rank, *needed, *self.ranks))]
+
     def items(self) -> Iterator[Item]:
         """All items that were read."""
         for layer in self.layers.values():
@@ -233,7 +239,7 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
         LayoutError: they tell an impossible one.
     """
     arguments = read_arguments(_root(files).get("args"), files.model.path)
-    return arguments.place(arguments.placement, mtp_may_stand_alone=rules.mtp_may_stand_alone)
+    return arguments.place(arguments.placement, rules)
 
 
 def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules) -> Family:
@@ -304,6 +310,7 @@ def _check_parts(family: Family) -> None:
         is_expected = family.chains_expert_part(rank.parameters)
         if family.kind is OptimizerKind.DISTRIBUTED and has_part != is_expected:
             raise Unexplained(f"an expert optimizer is {'' if has_part else 'not '}there ({where})")
+        # Families share the state of experts only where those have fewer tensor-parallel ranks.
         has_own_experts = has_part and family.arguments.etp_size == family.arguments.tp_size
         needs_file = family.kind is OptimizerKind.DISTRIBUTED and (
             has_own_experts

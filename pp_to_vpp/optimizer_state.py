@@ -88,12 +88,10 @@ class TargetOptimizer:
             return {key: value for key, value in root.items() if key != OPTIMIZER}
         if OPTIMIZER in root:
             return {**root, OPTIMIZER: self.entry()}
-        placed: dict[Any, Any] = {}
-        for key, value in root.items():
-            placed[key] = value
-            if key == chunk_keys(root)[-1]:
-                placed[self.adopter.word(OPTIMIZER)] = self.entry()
-        return placed
+        before = list(root).index(chunk_keys(root)[-1]) + 1
+        items = list(root.items())
+        items.insert(before, (self.adopter.word(OPTIMIZER), self.entry()))
+        return dict(items)
 
     def entry(self) -> Any:
         """The value of ``optimizer`` in ``model_optim_rng.pt``."""
@@ -243,13 +241,14 @@ class TargetOptimizer:
     def _step(self, part: OptimizerPart) -> Any:
         """The step count of any group that has it, of this rank first; dense or expert, but of the
         same kind of optimizer: others may not count."""
-        for rank in self.ranks:
-            for other, entry in zip(rank.parts, rank.entries, strict=True):
-                if other.takes_matrices == part.takes_matrices:
-                    for group in entry.groups:
-                        if STEP in group:
-                            return group[STEP]
-        return None
+        groups = (
+            group
+            for rank in self.ranks
+            for other, entry in zip(rank.parts, rank.entries, strict=True)
+            if other.takes_matrices == part.takes_matrices
+            for group in entry.groups
+        )
+        return next((group[STEP] for group in groups if STEP in group), None)
 
     def _plain_entry(
         self,

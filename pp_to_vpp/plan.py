@@ -93,9 +93,7 @@ def plan_rank(
 def _plan_rank(
     family: Family, target: TargetSpec, pp_rank: int, others: Sequence[tuple[str, Extent]]
 ) -> RankPlan:
-    # Those it is made of come first, so nothing depends on which others were read.
-    needed = family.layout.sources_of(target.layout, pp_rank)
-    ranks = [family.ranks[p] for p in dict.fromkeys((pp_rank, *needed, *family.ranks))]
+    ranks = family.ranks_for(target.layout, pp_rank)
     own = ranks[0]
     chunks = [target_chunk(family, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
     overlaps = target.overlaps_param_gather_with_step

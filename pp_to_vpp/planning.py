@@ -111,9 +111,7 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
         for pp_rank in needed:
             files[pp_rank] = reader.read_source_rank(job.iteration_dir, job.ranks[pp_rank])
         family, rounding = reader.proven_family(dict(sorted(files.items())))
-        layout = family.arguments.place(
-            target.placement, mtp_may_stand_alone=family.rules.mtp_may_stand_alone
-        )
+        layout = family.arguments.place(target.placement, family.rules)
         wanted = {
             source
             for pp_rank in job.pp_ranks

@@ -115,7 +115,7 @@ def target_spec(options: Options, arguments: SavedArguments) -> TargetSpec:
     rules = next(candidates(arguments.names))
 
     def place(wanted: Placement) -> PipelineLayout:
-        return arguments.place(wanted, mtp_may_stand_alone=rules.mtp_may_stand_alone)
+        return arguments.place(wanted, rules)
 
     layout = place(placement)
     if layout == place(arguments.placement):

@@ -53,7 +53,7 @@ def family(name: str, side: str) -> Family:
 
 def placed(of: Family, placement: Placement) -> PipelineLayout:
     """What a placement means for the model of a family."""
-    return of.arguments.place(placement, mtp_may_stand_alone=of.rules.mtp_may_stand_alone)
+    return of.arguments.place(placement, of.rules)
 
 
 def target_of(name: str, other: str) -> TargetSpec:

@@ -35,8 +35,7 @@ def optimizer_of(of: Family, target: TargetSpec, pp_rank: int) -> TargetOptimize
         buffers = rank_buffers(
             held, of.arguments, of.rules, overlaps_param_gather_with_step=overlaps
         )
-    needed = of.layout.sources_of(target.layout, pp_rank)
-    ranks = [of.ranks[p] for p in dict.fromkeys((pp_rank, *needed, *of.ranks))]
+    ranks = of.ranks_for(target.layout, pp_rank)
     return TargetOptimizer(of, ranks, chunks, buffers, overlaps, Adopter(of, pp_rank))
 
 
