@@ -101,13 +101,6 @@ class Placement:
     layout: str | None = None
     """pipeline_model_parallel_layout."""
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all chunks get the same number of layers."""
-        uneven = (self.first_layers, self.last_layers, self.first_split, self.last_split)
-        accounts = self.account_for_embedding or self.account_for_loss
-        return self.layout is None and not accounts and all(part is None for part in uneven)
-
     def place(
         self,
         num_layers: int,

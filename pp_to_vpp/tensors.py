@@ -28,7 +28,6 @@ _DTYPES = {
 }  # fmt: skip
 
 FLOAT_STORAGE = Global("torch", "FloatStorage")
-FLOAT32 = Global("torch", "float32")
 _REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_WITH_ATTRIBUTES = Global("torch._tensor", "_rebuild_from_type_v2")
 _REBUILD_ARGUMENTS = 6

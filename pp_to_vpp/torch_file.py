@@ -45,10 +45,6 @@ class TorchFile:
     small: Mapping[str, bytes]
     """The records that are no tensor data, other than the pickle."""
 
-    def record_at(self, offset: int) -> Record:
-        """The record that holds a byte of the file."""
-        return next(r for r in self.records.values() if r.offset <= offset < r.offset + r.length)
-
 
 def decode(
     path: str, stem: str, records: Mapping[str, Record], read: Callable[[Record], bytes]
