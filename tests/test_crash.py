@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -74,6 +75,12 @@ def wait_until_gone(pids: list[int]) -> None:
         time.sleep(0.02)
 
 
+def wait_until_writing(target: Path, process: subprocess.Popen[str]) -> None:
+    """The first temporary folder is there."""
+    while process.poll() is None and not [*target.glob(".writing-*")]:
+        time.sleep(0.001)
+
+
 def check_what_is_there(target: Path, undisturbed: dict[str, bytes]) -> None:
     """Published folders are whole, and the tracker is there only when all are."""
     published = (
@@ -99,21 +106,23 @@ def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
     began = time.monotonic()
     assert run_process(*_arguments(pair(CASE).source, tmp_path / "t" / "iter_0000001")).status == 0
     duration = time.monotonic() - began
-    interrupted = 0
     for kill in range(KILLS):
         target = tmp_path / str(kill) / "iter_0000001"
         process = start(target)
-        moment = chooser.uniform(0.05, duration)
-        time.sleep(moment)
-        if process.poll() is not None:
-            duration = moment  # it has ended: the machine is less busy than when it was timed
+        if kill == 0:
+            wait_until_writing(target, process)  # one kill comes in time on any machine
+        else:
+            time.sleep(chooser.uniform(0.05, duration))
         workers = children(process.pid)
-        chosen = [process.pid] if victim == "parent" else workers[:1]
-        for pid in chosen:
-            os.kill(pid, signal.SIGKILL)
+        if victim == "parent":
+            process.kill()  # knows of an ended child, whose number may be another's by now
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                for worker in workers[:1]:
+                    os.kill(worker, signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
         wait_until_gone(workers)
-        interrupted += process.returncode != 0
+        assert kill or process.returncode
         if victim == "worker" and process.returncode not in (0, None):
             assert process.returncode == 5, errors
             assert "it was killed" in errors
@@ -123,7 +132,6 @@ def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
         assert files_of(target) == undisturbed
         assert [p for p in target.iterdir() if p.name.startswith(".")] == []
         shutil.rmtree(target.parent)
-    assert interrupted or KILLS < 3, "no kill came in time"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
