@@ -117,8 +117,9 @@ def target_spec(options: Options, arguments: SavedArguments) -> TargetSpec:
     def place(wanted: Placement) -> PipelineLayout:
         return arguments.place(wanted, rules)
 
-    layout = place(placement)
-    if layout == place(arguments.placement):
+    layout, overlaps = place(placement), options.overlaps_param_gather_with_step
+    own = (place(arguments.placement), arguments.overlaps_param_gather_with_step)
+    if (layout, overlaps) == own:
         raise LayoutError(
             problem(
                 options.load_dir,
@@ -127,7 +128,6 @@ def target_spec(options: Options, arguments: SavedArguments) -> TargetSpec:
                 cure="there is nothing to convert; ask for another layout",
             )
         )
-    overlaps = options.overlaps_param_gather_with_step
     if overlaps and layout.vp_size == 1:
         raise LayoutError(
             problem(

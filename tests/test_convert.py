@@ -64,6 +64,21 @@ def test_there_and_back_again(name: str, program: Program, tmp_path: Path) -> No
         assert (back / path).stat().st_size == len(data), path
 
 
+def test_the_overlap_flag_alone_is_a_conversion(program: Program, tmp_path: Path) -> None:
+    """It changes which optimizers a rank chains, hence both files, and no layer's place."""
+    case = pair("dense-pp2-opgos-v016")
+    without, again = tmp_path / "without" / "iter_0000001", tmp_path / "again" / "iter_0000001"
+    direct = tmp_path / "direct" / "iter_0000001"
+    assert program.convert(case.truth, without).status == 0
+    assert program.convert(case.source, direct).status == 0
+    assert differences(without, direct) == []
+    flag = "--target-overlap-param-gather-with-optimizer-step"
+    assert program.convert(without, again, (), flag).status == 0
+    assert differences(again, case.truth) == []
+    refused = program.convert(case.truth, tmp_path / "no" / "iter_0000001", (), flag)
+    program.refuses(3, refused, "already has the layout")
+
+
 def options_for(iteration: Path) -> list[str]:
     """Options that ask for the layout that a checkpoint has."""
     from pp_to_vpp.reader import survey

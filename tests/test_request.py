@@ -56,8 +56,9 @@ def test_asking_for_the_other_side_means_its_layout(name: str, side: str) -> Non
 @pytest.mark.parametrize(("name", "side"), SIDES)
 def test_the_layout_that_is_there_is_refused(name: str, side: str) -> None:
     arguments = arguments_of(name, side)
+    overlaps = arguments.overlaps_param_gather_with_step
     with pytest.raises(LayoutError, match="already has the layout"):
-        target_spec(asking_for(arguments.placement), arguments)
+        target_spec(asking_for(arguments.placement, overlaps=overlaps), arguments)
 
 
 def test_the_same_layout_in_other_words_is_refused() -> None:
