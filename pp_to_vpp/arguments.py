@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, problem, show
 from .layout import Placement
+from .naming import chunk_keys
 from .pickling import Global, Instance
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from .layout import PipelineLayout
     from .rules import Rules
 
-_NAMESPACE = Global("argparse", "Namespace")
+_NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
+"""The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
+_VP_SIZE = "virtual_pipeline_model_parallel_size"
 _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1 << 16
 
@@ -142,7 +145,7 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
     """
     if (
         isinstance(node, Instance)
-        and node.factory == _NAMESPACE
+        and node.factory in _NAMESPACES
         and isinstance(node.state, dict)
         and all(isinstance(name, str) for name in node.state)
     ):
@@ -151,7 +154,7 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
         problem(
             where,
             "no training arguments",
-            expected="'args', an argparse.Namespace",
+            expected="'args', a namespace",
             found=show(node),
             cure="use a checkpoint that Megatron-LM saved with --ckpt-format torch",
         )
@@ -197,14 +200,17 @@ def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
     ]
 
 
-def read_arguments(node: object, where: str) -> SavedArguments:
-    """The typed arguments of a rank file.
+def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
+    """The typed arguments of a rank file, given its top level.
+
+    The number of virtual stages is that of the model chunks where the arguments do not name it.
 
     Raises:
         CheckpointError: arguments of a wrong type or of absurd size, or of runs that cannot be
             converted.
     """
-    values = namespace_values(node, where)
+    values = namespace_values(root.get("args"), where)
+    vp_size = max(1, len(chunk_keys(root))) if _VP_SIZE not in values else 1
     read = _Reader(values, where)
     tp_size = read.size("tensor_model_parallel_size")
     arguments = SavedArguments(
@@ -220,7 +226,7 @@ def read_arguments(node: object, where: str) -> SavedArguments:
         dp_size=read.size("data_parallel_size"),
         optimizer_instances=read.size("num_distributed_optimizer_instances"),
         placement=Placement(
-            vp_size=read.size("virtual_pipeline_model_parallel_size"),
+            vp_size=read.size(_VP_SIZE, default=vp_size),
             account_for_embedding=read.flag("account_for_embedding_in_pipeline_split"),
             account_for_loss=read.flag("account_for_loss_in_pipeline_split"),
             first_layers=read.optional("decoder_first_pipeline_num_layers", high=_MAX_LAYERS),

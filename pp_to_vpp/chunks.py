@@ -7,7 +7,6 @@ of registration, with the module versions of torch in its attribute ``_metadata`
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from .layout import ModelChunk, PipelineLayout
 
-_CHUNK_KEY = re.compile(r"model([0-9]{1,4})")
 METADATA = "_metadata"
 
 
@@ -81,12 +79,6 @@ class ChunkContents:
         object.__setattr__(self, "parameters", found)
 
 
-def chunk_keys(root: Mapping[Any, Any]) -> tuple[str, ...]:
-    """The keys of the model chunks of a rank file: ``model``, or ``model0``, ``model1``, ..."""
-    numbered = [key for key in root if isinstance(key, str) and _CHUNK_KEY.fullmatch(key)]
-    return tuple(numbered) or tuple(key for key in ("model",) if key in root)
-
-
 def read_chunks(
     root: Mapping[Any, Any], layout: PipelineLayout, pp_rank: int, where: str
 ) -> tuple[ChunkContents, ...]:
@@ -96,7 +88,7 @@ def read_chunks(
         CheckpointError: chunks, layers or sections are not those of the layout, or a key has no
             known place.
     """
-    keys = chunk_keys(root)
+    keys = naming.chunk_keys(root)
     expected = (
         tuple(f"model{v}" for v in range(layout.vp_size)) if layout.vp_size > 1 else ("model",)
     )

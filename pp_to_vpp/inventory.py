@@ -176,7 +176,7 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
     """
     first = next(iter(files.values()))
     where = first.model.path
-    arguments = read_arguments(_root(first).get("args"), where)
+    arguments = read_arguments(_root(first), where)
     for rank_files in files.values():
         _check_arguments(rank_files, arguments)
     failures: list[CheckpointError | Unexplained] = []
@@ -238,7 +238,7 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
     Raises:
         LayoutError: they tell an impossible one.
     """
-    arguments = read_arguments(_root(files).get("args"), files.model.path)
+    arguments = read_arguments(_root(files), files.model.path)
     return arguments.place(arguments.placement, rules)
 
 
@@ -287,7 +287,7 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
 def _check_arguments(files: RankFiles, first: SavedArguments) -> None:
     """All ranks of a run have the same arguments, as far as they matter here."""
     where = files.model.path
-    own = replace(read_arguments(_root(files).get("args"), where), names=first.names)
+    own = replace(read_arguments(_root(files), where), names=first.names)
     if own != first:
         names = [field.name for field in fields(own)]
         odd = next(name for name in names if getattr(own, name) != getattr(first, name))

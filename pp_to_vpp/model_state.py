@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import naming
-from .chunks import METADATA, Module, chunk_keys
+from .chunks import METADATA, Module
 from .naming import Section
 from .pickling import Instance, Storage, adopt, as_mapping, fresh, ordered_dict, vocabulary
 from .types import Piece, Zeros
@@ -197,7 +197,7 @@ def _device_tag(family: Family, pp_rank: int) -> str:
 
 def replace_chunks(root: Mapping[Any, Any], chunks: list[Instance]) -> dict[Any, Any]:
     """The top level of a rank file with its model chunks replaced in place."""
-    old = chunk_keys(root)
+    old = naming.chunk_keys(root)
     replaced: dict[Any, Any] = {}
     for key, value in root.items():
         if key not in old:

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Collection
+from typing import Any
 
 _LAYER = re.compile(r"(?P<stack>decoder|encoder)\.layers\.(?P<index>[0-9]{1,9})(?P<rest>\..+)?")
 _FINAL_NORM = re.compile(r"(?:decoder|encoder)\.final_(?:layernorm|norm)(?:\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)experts\.")
 _NOT_A_PARAMETER = re.compile(r"(?:^|\.)(?:_extra_state\d*|router\.expert_bias|router\.qb_beta)$")
+_CHUNK = re.compile(r"model([0-9]{1,4})")
+
+
+def chunk_keys(root: Collection[Any]) -> tuple[str, ...]:
+    """The keys of the model chunks of a rank file: ``model``, or ``model0``, ``model1``, ..."""
+    numbered = [key for key in root if isinstance(key, str) and _CHUNK.fullmatch(key)]
+    return tuple(numbered) or tuple(key for key in ("model",) if key in root)
 
 
 class Section(enum.IntEnum):

@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .chunks import chunk_keys
 from .errors import CheckpointError, problem, show
 from .model_state import Adopter, TargetChunk, fill
+from .naming import chunk_keys
 from .optimizer_chain import (
     GROUPS,
     MAINS,

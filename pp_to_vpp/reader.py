@@ -118,7 +118,7 @@ def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
 def _first_arguments(path: Path) -> tuple[SavedArguments, int | None]:
     root = as_mapping(read_torch_file(path).root) or {}
     iteration = root.get("iteration")
-    arguments = read_arguments(root.get("args"), str(path))
+    arguments = read_arguments(root, str(path))
     return arguments, iteration if type(iteration) is int else None
 
 

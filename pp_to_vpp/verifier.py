@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import archive, pickling, rounding, torch_file, torch_loading
 from .arguments import namespace_values
-from .chunks import chunk_keys
 from .errors import ConversionError, VerificationError, problem, show
 from .inventory import Family, Sample, layout_of, read_family, samples
+from .naming import chunk_keys
 from .optimizer_chain import OPTIMIZER, has_optimizer, items_by_group
 from .param_groups import STEP, key_of_group
 from .plain_states import PlainState

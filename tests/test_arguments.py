@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pp_to_vpp.arguments import namespace_values, patch_arguments, read_arguments
+from pp_to_vpp.arguments import SavedArguments, namespace_values, patch_arguments, read_arguments
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.layout import Placement
 from pp_to_vpp.pickling import Global, Instance
@@ -29,8 +29,13 @@ def namespace(**values: Any) -> Instance:
     return Instance(Global("argparse", "Namespace"), (), by_new=True, state=state)
 
 
+def read(**values: Any) -> SavedArguments:
+    """What the arguments say."""
+    return read_arguments({"args": namespace(**values)}, "file")
+
+
 def test_what_a_version_did_not_know_has_the_meaning_it_had() -> None:
-    found = read_arguments(namespace(), "file")
+    found = read()
     assert (found.ep_size, found.etp_size, found.cp_size) == (1, 2, 1)
     assert found.placement == Placement()
     assert found.ties_embeddings
@@ -38,32 +43,41 @@ def test_what_a_version_did_not_know_has_the_meaning_it_had() -> None:
 
 
 def test_shards() -> None:
-    found = read_arguments(
-        namespace(
-            context_parallel_size=2,
-            expert_model_parallel_size=4,
-            expert_tensor_parallel_size=1,
-            num_distributed_optimizer_instances=3,
-        ),
-        "file",
+    found = read(
+        context_parallel_size=2,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        num_distributed_optimizer_instances=3,
     )
     assert found.dense_shards == 6 * 2 // 3
     assert found.expert_shards == 2 * 2 * 6 // (1 * 4) // 3
 
 
 def test_the_placement_is_read() -> None:
-    found = read_arguments(
-        namespace(
-            virtual_pipeline_model_parallel_size=2,
-            decoder_first_pipeline_num_layers=3,
-            decoder_last_pipeline_num_layers_split=[3, 2],
-            decoder_last_pipeline_num_layers=5,
-        ),
-        "file",
+    found = read(
+        virtual_pipeline_model_parallel_size=2,
+        decoder_first_pipeline_num_layers=3,
+        decoder_last_pipeline_num_layers_split=[3, 2],
+        decoder_last_pipeline_num_layers=5,
     )
     assert found.placement == Placement(
         2, first_layers=3, last_layers=5, first_split=(2, 1), last_split=(3, 2)
     )
+
+
+@pytest.mark.parametrize(
+    ("chunks", "vp_size"), [((), 1), (("model",), 1), (("model0", "model1", "model2"), 3)]
+)
+def test_virtual_stages_that_no_argument_names_are_those_of_the_chunks(
+    chunks: tuple[str, ...], vp_size: int
+) -> None:
+    """What unit tests and tools save has few arguments, in a SimpleNamespace."""
+    state = {"num_layers": 8, "pipeline_model_parallel_size": 2}
+    node = Instance(Global("types", "SimpleNamespace"), (), by_new=True, state=state)
+    root = {"args": node, **dict.fromkeys(chunks)}
+    assert read_arguments(root, "file").placement.vp_size == vp_size
+    root["args"] = namespace()
+    assert read_arguments(root, "file").placement.vp_size == 1, "what is named holds"
 
 
 @pytest.mark.parametrize(
@@ -83,12 +97,12 @@ def test_the_placement_is_read() -> None:
 )
 def test_absurd_arguments_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"args.{name} is no"):
-        read_arguments(namespace(**{name: value}), "file")
+        read(**{name: value})
 
 
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(CheckpointError) as caught:
-        read_arguments(namespace(num_layers="x", data_parallel_size="y"), "file")
+        read(num_layers="x", data_parallel_size="y")
     assert len(caught.value.problems) == 2
 
 
@@ -105,7 +119,7 @@ def patched(
 ) -> dict[Any, Any]:
     """Attributes after patching."""
     node = namespace(**source)
-    arguments = read_arguments(node, "file")
+    arguments = read_arguments({"args": node}, "file")
     result = patch_arguments(node, arguments, placement, overlap_param_gather_with_step=overlap)
     assert list(node.state)[: len(_BASE)] == list(_BASE), "the source is left alone"
     return namespace_values(result, "file")

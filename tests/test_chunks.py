@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.chunks import ChunkContents, chunk_keys, read_chunks
+from pp_to_vpp.chunks import ChunkContents, read_chunks
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.inventory import RankFiles
-from pp_to_vpp.naming import Section
+from pp_to_vpp.naming import Section, chunk_keys
 from pp_to_vpp.pickling import Global, Instance, as_mapping, ordered_dict
 
 from .compare import load

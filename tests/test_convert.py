@@ -6,10 +6,14 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pp_to_vpp.pickling import Global, Instance
+
 from .compare import differences
+from .edit import copy_of, rewrite_all
 from .pairs import names, pair
 from .runs import Program
 
@@ -77,6 +81,31 @@ def test_the_overlap_flag_alone_is_a_conversion(program: Program, tmp_path: Path
     assert differences(again, case.truth, case.truth) == []
     refused = program.convert(case.truth, tmp_path / "no" / "iter_0000001", (), flag)
     program.refuses(3, refused, "already has the layout")
+
+
+def few_arguments(root: dict[str, Any]) -> None:
+    """What Megatron's and its forks' unit tests save: a SimpleNamespace that names little."""
+    kept = (
+        "num_layers", "pipeline_model_parallel_size", "tensor_model_parallel_size", "save",
+        "expert_model_parallel_size", "use_distributed_optimizer", "load",
+        "untie_embeddings_and_output_weights", "num_virtual_stages_per_pipeline_rank",
+    )  # fmt: skip
+    values = root["args"].state
+    state = {name: values[name] for name in kept}
+    root["args"] = Instance(Global("types", "SimpleNamespace"), (), by_new=True, state=state)
+
+
+@pytest.mark.parametrize("name", ["dense-pp2-v016", "moe-pp2ep2-v016"])
+def test_few_arguments_are_enough(name: str, program: Program, tmp_path: Path) -> None:
+    case = pair(name)
+    source, truth = copy_of(case.source, tmp_path / "s"), copy_of(case.truth, tmp_path / "t")
+    rewrite_all(source, few_arguments)
+    rewrite_all(truth, few_arguments)
+    there, back = tmp_path / "there" / source.name, tmp_path / "back" / source.name
+    assert program.convert(source, there, (), "--verify", "full").status == 0
+    assert differences(there, truth, source) == []
+    assert program.convert(there, back, options_for(source), "--verify", "full").status == 0
+    assert differences(back, source, source) == []
 
 
 def options_for(iteration: Path) -> list[str]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp import model_state, states
-from pp_to_vpp.chunks import chunk_keys
 from pp_to_vpp.inventory import Family
 from pp_to_vpp.model_state import Adopter, StateDictWriter, fill, replace_chunks, target_chunk
+from pp_to_vpp.naming import chunk_keys
 from pp_to_vpp.pickling import Global, Instance, Storage, as_mapping, ordered_dict
 from pp_to_vpp.tensors import TensorRef, as_tensor, flat_tensor
 from pp_to_vpp.types import Extent, Literal, Piece, Zeros

@@ -24,8 +24,8 @@ from pathlib import Path
 from random import Random
 
 from pp_to_vpp import reader
-from pp_to_vpp.chunks import chunk_keys
 from pp_to_vpp.errors import ConversionError
+from pp_to_vpp.naming import chunk_keys
 from pp_to_vpp.pickling import as_mapping
 from pp_to_vpp.tensors import as_tensor
 from pp_to_vpp.torch_file import TorchFile
