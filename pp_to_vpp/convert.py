@@ -231,7 +231,14 @@ def _plan_jobs(
 ) -> Iterable[PlanJob]:
     for family in survey.families:
         ranks = survey.family(family)
-        yield PlanJob(survey.path, ranks, pp_ranks, target, needs_contents=not options.is_dry_run)
+        yield PlanJob(
+            survey.path,
+            survey.iteration,
+            ranks,
+            pp_ranks,
+            target,
+            needs_contents=not options.is_dry_run,
+        )
 
 
 def _prepare(

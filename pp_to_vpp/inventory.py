@@ -53,6 +53,12 @@ class RankFiles:
     """``distrib_optim.pt``, if there is one."""
 
     @property
+    def iteration(self) -> int | None:
+        """Of training, as the rank file tells; None if it does not."""
+        found = (as_mapping(self.model.root) or {}).get("iteration")
+        return found if type(found) is int else None
+
+    @property
     def files(self) -> tuple[TorchFile, ...]:
         """Those that are there."""
         return (self.model,) if self.optimizer is None else (self.model, self.optimizer)

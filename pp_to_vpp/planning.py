@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import plan, reader
-from .errors import CheckpointError, ConversionError, problem
+from .errors import CheckpointError, ConversionError, problem, show
 from .plan import FilePlan, RankPlan
 from .request import TargetSpec
 from .states import OptimizerKind
@@ -26,6 +26,8 @@ class PlanJob:
     """A family to be planned."""
 
     iteration_dir: str
+    iteration: int | None
+    """Of training, as the checkpoint's first rank tells."""
     ranks: Mapping[int, RankId]
     """All ranks of the family, by pipeline rank."""
     pp_ranks: tuple[int, ...]
@@ -109,7 +111,7 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
     needed: Iterable[int] = job.pp_ranks
     while True:
         for pp_rank in needed:
-            files[pp_rank] = reader.read_source_rank(job.iteration_dir, job.ranks[pp_rank])
+            files[pp_rank] = _read_rank(job, pp_rank)
         family, rounding = reader.proven_family(dict(sorted(files.items())))
         layout = family.arguments.place(target.placement, family.rules)
         wanted = {
@@ -120,6 +122,22 @@ def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
         needed = sorted(wanted - files.keys())
         if not needed:
             return family, rounding, replace(target, layout=layout)
+
+
+def _read_rank(job: PlanJob, pp_rank: int) -> RankFiles:
+    """One rank's files, of the iteration of all others."""
+    files = reader.read_source_rank(job.iteration_dir, job.ranks[pp_rank])
+    if files.iteration != job.iteration:
+        raise CheckpointError(
+            problem(
+                files.model.path,
+                "it was saved at another iteration than the checkpoint's first rank",
+                expected=f"iteration {show(job.iteration)}",
+                found=f"iteration {show(files.iteration)}",
+                cure="folders of two saves lie in one: copy all folders of one save",
+            )
+        )
+    return files
 
 
 def _optimizer_states(family: Family) -> dict[str, bool]:

@@ -72,7 +72,7 @@ class Survey:
 
 
 def survey(iteration_dir: str) -> Survey:
-    """List an iteration folder and read the arguments of its first rank.
+    """List an iteration folder and read the files of its first rank.
 
     Raises:
         CheckpointError: not a Megatron checkpoint of --ckpt-format torch, or ranks are missing.
@@ -89,10 +89,11 @@ def survey(iteration_dir: str) -> Survey:
     if not ranks:
         raise CheckpointError(_why_no_ranks(path, names, odd))
     first = min(ranks)
-    arguments, iteration = _first_arguments(path / first.folder / MODEL_FILE)
+    files = read_rank(str(path), first)
+    arguments = read_arguments(as_mapping(files.model.root) or {}, files.model.path)
     _check_sizes(path, sorted(ranks), arguments)
     ignored = tuple(name for name in names if RankId.parse(name) is None)
-    return Survey(str(path), tuple(sorted(ranks)), arguments, iteration, ignored)
+    return Survey(str(path), tuple(sorted(ranks)), arguments, files.iteration, ignored)
 
 
 def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
@@ -113,13 +114,6 @@ def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
     return problem(
         path, what, expected=expected, found=", ".join(list(names)[:5]) or "nothing", cure=cure
     )
-
-
-def _first_arguments(path: Path) -> tuple[SavedArguments, int | None]:
-    root = as_mapping(read_torch_file(path).root) or {}
-    iteration = root.get("iteration")
-    arguments = read_arguments(root, str(path))
-    return arguments, iteration if type(iteration) is int else None
 
 
 def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> None:

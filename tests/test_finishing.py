@@ -63,7 +63,7 @@ def copied(
     all_ranks = [rank for folder in found if (rank := RankId.parse(folder))]
     ranks = {rank.pp_rank: rank for rank in all_ranks if rank.family == (0, 0)}
     target = target_of(name, opposite(side))
-    job = PlanJob(str(source), ranks, tuple(ranks), target, needs_contents=True)
+    job = PlanJob(str(source), 1, ranks, tuple(ranks), target, needs_contents=True)
     planned = plan_family(job)
     context = context_of(planned, job, depth)
     files = [file for rank in planned.ranks for file in rank.files]

@@ -29,7 +29,7 @@ def job_for(name: str, side: str, number: int = 0, *, needs_contents: bool = Tru
     found = surveyed(name, side)
     ranks = found.family(found.families[number])
     target = target_of(name, opposite(side))
-    return PlanJob(found.path, ranks, tuple(ranks), target, needs_contents)
+    return PlanJob(found.path, found.iteration, ranks, tuple(ranks), target, needs_contents)
 
 
 def planned(name: str, side: str = "source") -> list[PlannedFamily]:
@@ -106,7 +106,7 @@ def test_ranks_without_experts_are_planned_the_same_too(
     found = reader.survey(str(source))
     ranks = found.family((0, 1))
     spec = TargetSpec(target, placed(of, target), overlaps_param_gather_with_step=False)
-    job = PlanJob(found.path, ranks, tuple(ranks), spec, needs_contents=True)
+    job = PlanJob(found.path, found.iteration, ranks, tuple(ranks), spec, needs_contents=True)
     whole = plan_family(job)
     for pp_rank in ranks:
         assert plan_family(replace(job, pp_ranks=(pp_rank,))).ranks == (whole.ranks[pp_rank],)
@@ -133,7 +133,9 @@ def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = found.family(found.families[0])
     for pp_rank, needed in ((0, {0}), (1, {0, 1}), (2, {2}), (3, {3})):
         read.clear()
-        plan_family(PlanJob(found.path, ranks, (pp_rank,), target, needs_contents=True))
+        plan_family(
+            PlanJob(found.path, found.iteration, ranks, (pp_rank,), target, needs_contents=True)
+        )
         assert set(read) == needed
 
 
