@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .reader import Survey
+    from .rules import Rules
 
 log = logging.getLogger("pp_to_vpp")
 
@@ -127,6 +128,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         listener.planned(prepared)
         if options.is_dry_run or options.save_dir is None:
             return prepared, None
+        _check_target(workers, options.save_dir, prepared, families[0].rules)
         there = _existing(options, options.save_dir, prepared.ranks)
         missing = [plan for plan in prepared.ranks if plan.rank not in there]
         _check_space(options.save_dir, sum(plan.length for plan in missing))
@@ -137,6 +139,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         for rank in copier.run(_copies(families, there, contexts)):
             log.info("%s: %d bytes written", rank.rank.folder, rank.length)
             done.append(rank)
+        _check_target(workers, options.save_dir, prepared, families[0].rules)
     outcome = Outcome(
         ranks=tuple(sorted(done, key=lambda rank: rank.rank)),
         seconds=time.monotonic() - began,
@@ -173,12 +176,14 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         listener.started(sum(sizes))
         digests = _digest(options, workers, source)
         rules = dict(zip(sides, workers.map(verifier.rules_of, sides.values()), strict=True))
+        layout = verifier.told_layout((target.path, target.ranks[0], next(iter(rules.values()))))
         jobs = [
             VerifyJob(
                 source=sides[rank.family],
                 rules=rules[rank.family],
                 directory=target.path,
                 rank=rank,
+                layout=layout,
                 digests=digests.get(rank.family, {}) if options.depth is Depth.FULL else None,
             )
             for rank in source.ranks
@@ -187,11 +192,10 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         for size, count in zip(sizes, workers.map(verifier.verify_folder, jobs), strict=True):
             length += count
             listener.advanced(size)
-    arguments = target.arguments
     return Verified(
         source=source.path,
         target=target.path,
-        layout=arguments.place(arguments.placement, next(iter(rules.values()))),
+        layout=layout,
         depth=options.depth,
         ranks=len(target.ranks),
         length=length,
@@ -289,6 +293,30 @@ def _existing(options: Options, save_dir: Path, plans: Sequence[RankPlan]) -> se
         )
     folders.clear_leftovers(save_dir, [plan.rank.folder for plan in plans])
     return set(there)
+
+
+def _check_target(workers: Workers, save_dir: Path, prepared: Prepared, rules: Rules) -> None:
+    """Hold the rank folders that other runs have written to the layout of this one.
+
+    Raises:
+        UsageError: they have another: together they would not be a checkpoint.
+        VerificationError: one of them cannot be read.
+    """
+    own = {plan.rank for plan in prepared.ranks}
+    others = [r for r in prepared.survey.ranks if r not in own and _is_filled(save_dir / r.folder)]
+    jobs = [(str(save_dir), rank, rules) for rank in others]
+    for rank, found in zip(others, workers.map(verifier.told_layout, jobs), strict=True):
+        if found != prepared.target.layout:
+            raise UsageError(
+                problem(
+                    save_dir / rank.folder,
+                    "another conversion wrote this folder of the target",
+                    expected=prepared.target.layout,
+                    found=found,
+                    cure="give every run of one conversion the same options, or another "
+                    "--save-iteration-dir",
+                )
+            )
 
 
 def _is_filled(path: Path) -> bool:

@@ -38,6 +38,11 @@ class PipelineLayout:
     chunks: tuple[ModelChunk, ...]
     """In execution order: chunk of (p, v) at v * pp_size + p."""
 
+    def __str__(self) -> str:
+        """For messages: virtual pipeline size and layers of each chunk in order of execution."""
+        counts = " ".join(str(len(chunk.layers)) for chunk in self.chunks)
+        return f"virtual pipeline size {self.vp_size}, layers {counts}"
+
     def chunk(self, pp_rank: int, vp_stage: int) -> ModelChunk:
         """The chunk of one pipeline rank and virtual stage."""
         return self.chunks[vp_stage * self.pp_size + pp_rank]

@@ -85,12 +85,28 @@ class VerifyJob:
     directory: str
     """The target's iteration folder."""
     rank: RankId
+    layout: PipelineLayout
+    """The layout that all folders of the target must tell."""
     folder: str | None = None
     """Name of the rank folder while it is a temporary one."""
-    layout: PipelineLayout | None = None
-    """The layout it must have; None to take what its own arguments tell."""
     digests: Mapping[str, bytes] | None = None
     """Those of the source (see ``digest_rank``), to compare every byte; None to sample."""
+
+
+def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
+    """The layout that the arguments of a rank folder tell.
+
+    Args:
+        job: iteration folder, rank, and the rules of the version that wrote the source.
+
+    Raises:
+        VerificationError: the folder cannot be read, or tells an impossible layout.
+    """
+    directory, rank, rules = job
+    try:
+        return layout_of(read_rank(directory, rank), rules)
+    except ConversionError as error:
+        raise VerificationError(*error.problems) from None
 
 
 def prepare(depth: Depth) -> None:
@@ -156,11 +172,8 @@ def _source_of(job: VerifyJob, target: Family) -> Family:
 
 
 def _compare_layout(job: VerifyJob, found: Family) -> Iterator[str]:
-    pp_rank = job.rank.pp_rank
-    if job.layout is not None:
-        wanted = job.layout.rank_chunks(pp_rank)
-        if found.layout.rank_chunks(pp_rank) != wanted:
-            yield "its arguments tell another layout than the one asked for"
+    if found.layout != job.layout:
+        yield f"its arguments tell another layout ({found.layout}) than the target's ({job.layout})"
 
 
 def _compare_items(

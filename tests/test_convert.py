@@ -83,6 +83,27 @@ def test_the_overlap_flag_alone_is_a_conversion(program: Program, tmp_path: Path
     program.refuses(3, refused, "already has the layout")
 
 
+def test_runs_of_two_layouts_make_no_checkpoint(program: Program, tmp_path: Path) -> None:
+    """Two nodes with different options: layers would be in no folder, others in two."""
+    source = pair("moe-pp2ep2-v016").source
+    target, other = tmp_path / "t" / source.name, tmp_path / "o" / source.name
+    size = "--target-virtual-pipeline-model-parallel-size"
+    first = program.convert(source, target, [size, "2"], "--pipeline-ranks-to-process", "0")
+    assert first.status == 0
+    second = ([size, "4"], "--pipeline-ranks-to-process", "1")
+    refused = program.convert(source, target, *second)
+    program.refuses(2, refused, "another conversion wrote this folder", "found virtual pipeline si")
+    assert program.convert(source, other, *second).status == 0
+    for folder in other.glob("mp_rank_*"):
+        folder.rename(target / folder.name)
+    for depth in ("structure", "full"):
+        run = program(
+            "--load-iteration-dir", source, "--save-iteration-dir", target, "--verify", depth
+        )
+        program.refuses(6, run, "mp_rank_00_001_000/model_optim_rng.pt: its arguments tell another")
+    assert not (target.parent / "latest_checkpointed_iteration.txt").exists()
+
+
 def few_arguments(root: dict[str, Any]) -> None:
     """What Megatron's and its forks' unit tests save: a SimpleNamespace that names little."""
     kept = (
