@@ -9,7 +9,7 @@ import mmap
 import os
 import zlib
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -18,7 +18,7 @@ from . import archive, checksum
 from .errors import CopyError, problem
 from .folders import TemporaryFolder, copy_error, create_folder, remove_own
 from .types import Extent, Literal, Zeros
-from .workers import QUEUED_PER_WORKER, Workers, result_of
+from .workers import QUEUED_PER_WORKER, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -375,14 +375,14 @@ class Copier(Generic[Result]):
                 finishing[self._workers.submit(self._finish, *arguments)] = rank
             if not copying and not finishing:
                 return
-            wait({**copying, **finishing}, return_when=FIRST_COMPLETED)
+            self._workers.wait([*copying, *finishing])
             for copied in [future for future in copying if future.done()]:
                 rank, task = copying.pop(copied)
-                rank.ledger.enter(task, result_of(copied))
+                rank.ledger.enter(task, self._workers.result_of(copied))
                 rank.tasks_open -= 1
                 self._advance(task.length)
             for finished in [future for future in finishing if future.done()]:
-                result = result_of(finished)
+                result = self._workers.result_of(finished)
                 self._in_work.remove(finishing.pop(finished))
                 yield result
 

@@ -15,6 +15,7 @@ class Inline(Workers):
     def __init__(self, count: int = 2) -> None:
         self.count = count
         self.killed = False
+        self._dead_thread = None
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.killed = self.killed or kind is not None

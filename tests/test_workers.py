@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from pp_to_vpp.errors import CheckpointError, CopyError, VerificationError
-from pp_to_vpp.workers import QUEUED_PER_WORKER, Workers, result_of
+from pp_to_vpp.workers import QUEUED_PER_WORKER, Workers
 
 from .runs import environment
 
@@ -100,7 +102,7 @@ def test_few_jobs_wait_at_any_time() -> None:
 )
 def test_errors_arrive_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, Workers(1) as workers:
-        result_of(workers.submit(fail, error))
+        workers.result_of(workers.submit(fail, error))
     assert type(caught.value) is type(error)
     assert caught.value.args == error.args
     assert str(caught.value) == str(error)
@@ -115,7 +117,7 @@ def test_an_error_does_not_spoil_the_pool() -> None:
 
 def test_a_killed_worker_is_one_clear_error() -> None:
     with pytest.raises(CopyError, match=r"it was killed.*--resume"), Workers(2) as w:
-        result_of(w.submit(die))
+        w.result_of(w.submit(die))
 
 
 def test_tasks_after_a_killed_worker_get_the_same_error() -> None:
@@ -146,7 +148,7 @@ def test_an_error_of_the_parent_ends_the_workers() -> None:
     def work() -> None:
         nonlocal pid
         with Workers(1) as workers:
-            pid = result_of(workers.submit(pid_of))
+            pid = workers.result_of(workers.submit(pid_of))
             workers.submit(sleep_long)
             raise ZeroDivisionError
 
@@ -158,7 +160,7 @@ def test_an_error_of_the_parent_ends_the_workers() -> None:
 
 def test_leaving_in_peace_waits_for_the_workers() -> None:
     with Workers(1) as workers:
-        pid = result_of(workers.submit(pid_of))
+        pid = workers.result_of(workers.submit(pid_of))
         slow = workers.submit(time.sleep, 0.3)
     assert slow.done()
     assert not exists(pid)
@@ -166,7 +168,7 @@ def test_leaving_in_peace_waits_for_the_workers() -> None:
 
 def test_workers_leave_interruptions_to_their_parent() -> None:
     with Workers(1) as workers:
-        assert result_of(workers.submit(handlers)) == (True, True)
+        assert workers.result_of(workers.submit(handlers)) == (True, True)
 
 
 def test_workers_end_with_their_parent() -> None:
@@ -189,3 +191,26 @@ def test_workers_end_with_their_parent() -> None:
         assert exists(worker)
         parent.kill()
     assert wait_until_gone(worker)
+
+
+def test_a_pool_without_threads_is_an_error_not_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's own thread dies where the system gives it none to feed the queue with."""
+
+    def no_thread(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(multiprocessing.queues.Queue, "_start_thread", no_thread)
+    hook = threading.excepthook
+    reason = r"no more processes, threads or memory \(can't start new thread\).*--num-max"
+    with pytest.raises(CopyError, match=reason), Workers(1) as workers:
+        workers.result_of(workers.submit(pid_of))
+    assert threading.excepthook is hook
+
+
+def test_a_pool_without_processes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_process)
+    with pytest.raises(CopyError, match="no more processes"), Workers(1) as workers:
+        workers.submit(pid_of)
