@@ -11,9 +11,9 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from . import __version__
+from . import __version__, outputs
 from .errors import ConversionError, CopyError, problem
 
 if TYPE_CHECKING:
@@ -153,8 +153,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep rank folders that an earlier run of the same conversion finished",
     )
-    add("--report", type=Path, metavar="FILE", help="write a JSON report of what was done")
-    add("--log-file", type=Path, metavar="FILE", help="write the log to a file too")
+    for option, what in (
+        ("--report", "write a JSON report of what was done"),
+        ("--log-file", "write the log to a file too"),
+    ):
+        add(option, type=Path, metavar="FILE", help=f"{what}; - is standard output")
     return parser
 
 
@@ -164,20 +167,41 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments, _Arguments())
     _check(parser, given)
     signal.signal(signal.SIGTERM, _interrupt)
-    with _logging(given.log_file):
-        try:
-            content = _run(given)
-            if given.report is not None:
-                _write_report(given.report, content)
-        except ConversionError as error:
-            return _refuse(error)
-        except KeyboardInterrupt:
-            print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
-            return INTERRUPTED
-        except Exception:  # the last resort: an error of this program
-            traceback.print_exc()
-            print("pp_to_vpp: this is an error of the program, please report it", file=sys.stderr)
-            return ConversionError.exit_status
+    try:
+        with _log_and_plan(given):
+            return _guarded_run(given)
+    except ConversionError as error:  # of the log itself
+        return _refuse(error)
+
+
+@contextlib.contextmanager
+def _log_and_plan(given: _Arguments) -> Iterator[None]:
+    """Open the log; where standard output is asked for, the plan goes to standard error."""
+    with contextlib.ExitStack() as stack:
+        if outputs.STANDARD_OUTPUT in (given.report, given.log_file):
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        log: TextIO | None = None
+        if given.log_file is not None:
+            log = stack.enter_context(outputs.open_output(given.log_file, append=True))
+        stack.enter_context(_logging(log))
+        yield
+
+
+def _guarded_run(given: _Arguments) -> int:
+    """Run; the exit status of whatever happens."""
+    try:
+        content = _run(given)
+        if given.report is not None:
+            outputs.write_report(given.report, json.dumps(content, indent=1) + "\n")
+    except ConversionError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:  # the last resort: an error of this program
+        traceback.print_exc()
+        print("pp_to_vpp: this is an error of the program, please report it", file=sys.stderr)
+        return ConversionError.exit_status
     return 0
 
 
@@ -187,12 +211,6 @@ def _refuse(error: ConversionError) -> int:
         print(f"pp_to_vpp: error: {line}", file=sys.stderr)
         logging.getLogger("pp_to_vpp").error("%s", line)
     return error.exit_status
-
-
-def _write_report(path: Path, content: dict[str, object]) -> None:
-    from .folders import write_whole
-
-    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -225,25 +243,15 @@ def _check(parser: argparse.ArgumentParser, given: _Arguments) -> None:
             )
         if min(*first, *last) < 1:
             parser.error("layer splits are positive numbers")
+    folders = [d for d in (given.load_iteration_dir, given.save_iteration_dir) if d is not None]
     for option, path in (("--report", given.report), ("--log-file", given.log_file)):
-        reason = None if path is None else _why_unwritable(path)
+        reason = None if path is None else outputs.why_unwritable(path, folders)
         if reason is not None:
             parser.error(f"{option} {path}: cannot be written ({reason})")
 
 
-def _why_unwritable(path: Path) -> str | None:
-    """Found out before hours of copying; makes the folder that the file will be in."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return error.strerror
-    if path.is_dir():
-        return "it is a folder"
-    return None if os.access(path.parent, os.W_OK) else "its folder is not writable"
-
-
 @contextlib.contextmanager
-def _logging(path: Path | None) -> Iterator[None]:
+def _logging(log: TextIO | None) -> Iterator[None]:
     """Log to standard error, when nobody watches a bar there, and to a file if one is named."""
     logger = logging.getLogger("pp_to_vpp")
     logger.setLevel(logging.INFO)
@@ -254,8 +262,8 @@ def _logging(path: Path | None) -> Iterator[None]:
         console = logging.StreamHandler(sys.stderr)
         console.addFilter(lambda record: record.levelno == logging.INFO)
         handlers.append(console)
-    if path is not None:
-        handlers.append(logging.FileHandler(path))
+    if log is not None:
+        handlers.append(logging.StreamHandler(log))
     for handler in handlers:
         handler.setFormatter(form)
         logger.addHandler(handler)

@@ -1,0 +1,91 @@
+"""Where reports and logs go: beside a checkpoint, never into one, never over what is no plain file.
+
+``-`` is standard output.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+from .errors import CopyError
+from .folders import copy_error, write_whole
+
+STANDARD_OUTPUT = Path("-")
+
+
+def why_unwritable(path: Path, checkpoints: Iterable[Path]) -> str | None:
+    """Why a report or log cannot go there: found out before hours of copying.
+
+    Makes the folder that the file will be in.
+
+    Args:
+        path: as given.
+        checkpoints: iteration folders of source and target, which hold nothing but a checkpoint.
+    """
+    if path == STANDARD_OUTPUT:
+        return None
+    place = Path(os.path.realpath(path))
+    for folder in map(os.path.realpath, checkpoints):
+        if place.is_relative_to(folder):
+            return f"it lies in the checkpoint {folder}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror
+    if path.is_dir():
+        return "it is a folder"
+    if _is_special(path):
+        return None if os.access(path, os.W_OK) or not path.exists() else "it is not writable"
+    return None if os.access(path.parent, os.W_OK) else "its folder is not writable"
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a name is that of a link, a device, a pipe: to be written through, not replaced."""
+    try:
+        return path == STANDARD_OUTPUT or not stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def open_output(path: Path, *, append: bool) -> TextIO:
+    """Open what is there, or a new file, for writing; a pipe that nobody reads is no wait.
+
+    Raises:
+        CopyError: it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        if path == STANDARD_OUTPUT:
+            descriptor = os.dup(1)
+        else:
+            descriptor = os.open(path, flags | (os.O_APPEND if append else os.O_TRUNC), 0o666)
+            os.set_blocking(descriptor, True)
+    except OSError as error:
+        raise _output_error(path, error) from None
+    return os.fdopen(
+        descriptor, "a" if append else "w", encoding="utf-8", errors="backslashreplace"
+    )
+
+
+def write_report(path: Path, text: str) -> None:
+    """Write a report: a plain file as a whole or not at all, anything else through.
+
+    Raises:
+        CopyError: it cannot be written.
+    """
+    if not _is_special(path):
+        write_whole(path, text)
+        return
+    try:
+        with open_output(path, append=False) as file:
+            file.write(text)
+    except OSError as error:
+        raise _output_error(path, error) from None
+
+
+def _output_error(path: Path, error: OSError) -> CopyError:
+    return copy_error(path, "cannot be written", error)
