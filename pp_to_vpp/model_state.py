@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import naming
 from .chunks import METADATA, Module
 from .naming import Section
-from .pickling import Instance, Storage, adopt, as_mapping, fresh, ordered_dict, vocabulary
+from .pickling import Instance, Storage, fresh, ordered_dict
 from .types import Piece, Zeros
 
 if TYPE_CHECKING:
@@ -65,41 +63,13 @@ def fill(parts: Iterable[tuple[int, tuple[Piece, ...]]], length: int) -> tuple[P
     return tuple(filled)
 
 
-class Adopter:
-    """Makes values that come from another rank's file at home in the target rank's file."""
-
-    def __init__(self, family: Family, pp_rank: int) -> None:
-        own = family.ranks[pp_rank]
-        self._root = own.root
-        self._own = {item for content in own.contents for item in content.items}
-
-    @functools.cached_property
-    def _words(self) -> dict[str, str]:
-        return vocabulary(self._root)
-
-    def adopt(self, value: Any) -> Any:
-        """A copy that shares its strings with the target's file."""
-        if not isinstance(value, (dict, list, tuple, Instance)):
-            return value
-        return adopt(value, self._words)
-
-    def word(self, text: str) -> str:
-        """The object by which the target's file knows a string."""
-        return self._words.setdefault(text, text)
-
-    def adopt_from(self, item: Item, value: Any) -> Any:
-        """What belongs to an item: as it is if the item is of the same rank."""
-        return value if item in self._own else self.adopt(value)
-
-
 class StateDictWriter:
     """Builds the chunk dictionaries of one target rank over storages of its own."""
 
-    def __init__(self, family: Family, pp_rank: int, adopter: Adopter) -> None:
+    def __init__(self, family: Family, pp_rank: int) -> None:
         self._family = family
         self._device = _device_tag(family, pp_rank)
         self._copies: dict[Storage, Storage] = {}
-        self._adopter = adopter
 
     def chunk(self, target: TargetChunk, buffers: tuple[Buffer, ...] | None) -> Instance:
         """The OrderedDict of one chunk. With ``buffers`` its weights become views of them."""
@@ -130,7 +100,7 @@ class StateDictWriter:
         """The value without bytes it does not cover, on this rank's device."""
         tensor = item.tensor
         if tensor is None:
-            return self._adopter.adopt_from(item, item.value)
+            return item.value
         storage = tensor.storage
         location = self._device if storage.location.startswith("cuda") else storage.location
         if tensor.span != storage.numel:
@@ -179,11 +149,8 @@ def _sorted_modules(
 
 
 def _versions(module: Module) -> Any:
-    """A module's entry, its keys shared with all others as torch shares its literals."""
-    mapping = as_mapping(module.value)
-    if not isinstance(module.value, dict) or mapping is None:
-        return module.value
-    return {sys.intern(key) if type(key) is str else key: v for key, v in mapping.items()}
+    """A module's entry; each chunk has a dict of its own."""
+    return dict(module.value) if isinstance(module.value, dict) else module.value
 
 
 def _device_tag(family: Family, pp_rank: int) -> str:

@@ -7,12 +7,11 @@ only, and loading matched them by position; from 0.14 every rank has all groups.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, problem, show
-from .model_state import Adopter, TargetChunk, fill
+from .model_state import TargetChunk, fill
 from .naming import chunk_keys
 from .optimizer_chain import (
     GROUPS,
@@ -56,7 +55,6 @@ class TargetOptimizer:
     buffers: RankBuffers | None
     """None without the distributed optimizer."""
     overlaps_param_gather_with_step: bool
-    adopter: Adopter
 
     @property
     def own(self) -> RankInventory:
@@ -90,7 +88,7 @@ class TargetOptimizer:
             return {**root, OPTIMIZER: self.entry()}
         before = list(root).index(chunk_keys(root)[-1]) + 1
         items = list(root.items())
-        items.insert(before, (self.adopter.word(OPTIMIZER), self.entry()))
+        items.insert(before, (OPTIMIZER, self.entry()))
         return dict(items)
 
     def entry(self) -> Any:
@@ -126,7 +124,7 @@ class TargetOptimizer:
             places = zip(buffer.saved_starts, flat, strict=True)
             content = fill(((start * _FLOAT_BYTES, parts[name]) for start, parts in places), length)
             storage = Storage(FLOAT_STORAGE, _CPU, buffer.numel_unpadded, content)
-            tensors[sys.intern(name)] = flat_tensor(storage)
+            tensors[name] = flat_tensor(storage)
         keys = (rank.buffer_keys for rank in self.family.ranks.values())
         parameter_dtype, gradient_dtype = next(k[buffer.dtype] for k in keys if buffer.dtype in k)
         return {(parameter_dtype, gradient_dtype): {**tensors, NUMEL: buffer.numel_unpadded}}
@@ -157,8 +155,7 @@ class TargetOptimizer:
     def _template(self, part: OptimizerPart) -> OptimizerEntry:
         """The source entry to start from."""
         for entry in self._entries(part):
-            is_own = entry in self.own.entries
-            return entry if is_own else OptimizerEntry(self.adopter.adopt(entry.node))
+            return entry
         raise CheckpointError(
             problem(
                 self.own.files.model.path,
@@ -182,8 +179,7 @@ class TargetOptimizer:
         for entry in self._entries(part):
             for group in entry.groups:
                 if key_of_group(group) not in known:
-                    adopted = _sharing(self.adopter.adopt(group), known.values())
-                    known[key_of_group(group)] = adopted
+                    known[key_of_group(group)] = _sharing(group, known.values())
         missing = [key for key in keys if key not in known]
         if missing:
             raise CheckpointError(
@@ -217,11 +213,7 @@ class TargetOptimizer:
                 return group
             numbers = {key: value for key, value in group.items() if key == _PARAMS}
             others = {key: value for key, value in group.items() if key not in numbers}
-            return {
-                **others,
-                self.adopter.word(STEP): step,
-                **numbers,
-            }  # torch puts the numbers last
+            return {**others, STEP: step, **numbers}  # torch puts the numbers last
         if not has_step and self.family.rules.keeps_all_groups:
             return {key: value for key, value in group.items() if key != STEP}
         return group
@@ -274,10 +266,9 @@ class TargetOptimizer:
             mains.append([])
             for number, item, state in zip(numbers, items, plain, strict=True):
                 if state.state is not None:
-                    numbered[number] = self.adopter.adopt_from(item, state.state)
+                    numbered[number] = state.state
                 if state.main is not None:
-                    main = self.adopter.adopt_from(item, state.main)
-                    mains[-1].append(sharing_lists(main, lists[stages[item]]))
+                    mains[-1].append(sharing_lists(state.main, lists[stages[item]]))
             stepped = self._with_step(part, group, has_step=bool(items))
             numbered_groups.append(
                 {key: numbers if key == _PARAMS else value for key, value in stepped.items()}

@@ -10,6 +10,7 @@ would have chosen.
 from __future__ import annotations
 
 import io
+import operator
 import pickle
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
@@ -96,77 +97,6 @@ def as_mapping(node: object) -> dict[Any, Any] | None:
 def fresh(text: str) -> str:
     """An equal string that is another object: pickle writes it again instead of referring back."""
     return "".join(list(text))
-
-
-def vocabulary(graph: Any) -> dict[str, str]:
-    """The string objects that a graph uses as keys of dicts and arguments of calls, by value."""
-    words: dict[str, str] = {}
-    pending, seen = [graph], set()
-    while pending:
-        node = pending.pop()
-        if id(node) in seen or not isinstance(node, (dict, list, tuple, Instance)):
-            continue
-        seen.add(id(node))
-        if isinstance(node, dict):
-            parts = list(node.values())
-            used = list(node)
-        elif isinstance(node, Instance):
-            parts = [*node.entries.values(), *node.appended, *node.arguments, node.state]
-            used = list(node.arguments)
-        else:
-            parts, used = list(node), []
-        for word in used:
-            if type(word) is str:
-                words.setdefault(word, word)
-        pending += parts
-    return words
-
-
-def adopt(node: Any, words: dict[str, str]) -> Any:
-    """A copy of a node of another file that shares its strings with the graph of ``words``.
-
-    Python keeps one object of each string that stands in code, and pickle writes an object once:
-    so Megatron's file holds the keys of all dicts of a kind once, whichever rank they came from.
-
-    Raises:
-        pickle.PicklingError: an object holds itself, or the objects are nested too deeply.
-    """
-    copies: dict[int, Any] = {}
-    entered: set[int] = set()
-
-    def word(value: Any) -> Any:
-        return words.setdefault(value, value) if type(value) is str else copy(value)
-
-    def copy(value: Any) -> Any:
-        if not isinstance(value, (dict, list, tuple, Instance)):
-            return value
-        known = copies.get(id(value))
-        if known is not None:
-            return known
-        if id(value) in entered:
-            raise pickle.PicklingError("an object that holds itself")
-        entered.add(id(value))
-        made: Any
-        if isinstance(value, dict):
-            made = {word(key): copy(part) for key, part in value.items()}
-        elif isinstance(value, (list, tuple)):
-            made = type(value)(copy(part) for part in value)
-        else:
-            made = Instance(
-                factory=value.factory,
-                arguments=tuple(word(part) for part in value.arguments),
-                by_new=value.by_new,
-                entries={key: copy(part) for key, part in value.entries.items()},
-                appended=[copy(part) for part in value.appended],
-                state=copy(value.state),
-            )
-        copies[id(value)] = made
-        return made
-
-    try:
-        return copy(node)
-    except RecursionError:
-        raise pickle.PicklingError("the objects are nested too deeply") from None
 
 
 class _Bytes:
@@ -323,11 +253,16 @@ def load(data: bytes, make_storage: Callable[[Global, str, str, int], Storage]) 
 
 
 class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot import
-    """Writes a graph of ``load`` back, opcode for opcode."""
+    """Writes a graph of ``load`` back, opcode for opcode, whichever files its parts came from.
+
+    Python keeps one object of each string that stands in code, and pickle writes an object once:
+    so Megatron's files hold the keys of plain dicts and the arguments of calls once, whichever rank
+    they came from.
+    """
 
     dispatch: ClassVar[dict[type, Callable[..., None]]] = {
         kind: pickle._Pickler.dispatch[kind]
-        for kind in (type(None), bool, int, float, str, tuple, list, dict)
+        for kind in (type(None), bool, int, float, str, tuple, list)
     }
     memo: dict[int, Any]
 
@@ -335,6 +270,10 @@ class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot im
         super().__init__(file, _PROTOCOL)
         self.storages: dict[Storage, str] = {}
         self._globals: dict[Global, Global] = {}
+        self._words: dict[str, str] = {}
+
+    def _word(self, value: Any) -> Any:
+        return self._words.setdefault(value, value) if type(value) is str else value
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, Storage):
@@ -362,7 +301,8 @@ class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot im
     def _save_instance(self, obj: Instance) -> None:
         me = cast("Any", self)
         me.save(obj.factory)
-        me.save(obj.arguments)
+        words = tuple(map(self._word, obj.arguments))
+        me.save(obj.arguments if all(map(operator.is_, words, obj.arguments)) else words)
         if id(obj) in self.memo:
             raise pickle.PicklingError("an object that is made of itself")
         me.write(pickle.NEWOBJ if obj.by_new else pickle.REDUCE)
@@ -373,6 +313,13 @@ class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot im
             me.save(obj.state)
             me.write(pickle.BUILD)
 
+    def _save_dict(self, obj: dict[Any, Any]) -> None:
+        me = cast("Any", self)
+        me.write(pickle.EMPTY_DICT)
+        me.memoize(obj)
+        me._batch_setitems((self._word(key), value) for key, value in obj.items())
+
+    dispatch[dict] = _save_dict
     dispatch[Global] = _save_global
     dispatch[Instance] = _save_instance
 

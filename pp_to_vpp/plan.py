@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import states, torch_file
 from .arguments import patch_arguments
 from .errors import CheckpointError, problem
-from .model_state import Adopter, StateDictWriter, replace_chunks, target_chunk
+from .model_state import StateDictWriter, replace_chunks, target_chunk
 from .optimizer_state import TargetOptimizer
 from .plain_states import PlainState
 from .states import OptimizerKind
@@ -105,8 +105,7 @@ def _plan_rank(
             family.rules,
             overlaps_param_gather_with_step=overlaps,
         )
-    adopter = Adopter(family, pp_rank)
-    writer = StateDictWriter(family, pp_rank, adopter)
+    writer = StateDictWriter(family, pp_rank)
     views = buffers.by_stage if buffers is not None and family.shares_storages else ()
     nodes = [writer.chunk(chunk, view) for chunk, view in itertools.zip_longest(chunks, views)]
     root = replace_chunks(own.root, nodes)
@@ -115,7 +114,7 @@ def _plan_rank(
     )
     flat: Any = None
     if family.kind is not OptimizerKind.NONE:
-        optimizer = TargetOptimizer(family, ranks, chunks, buffers, overlaps, adopter)
+        optimizer = TargetOptimizer(family, ranks, chunks, buffers, overlaps)
         root = optimizer.placed_entry(root)
         flat = optimizer.flat_root() if family.kind is OptimizerKind.DISTRIBUTED else None
     roots = {MODEL_FILE: (root, own.files.model)}

@@ -227,7 +227,7 @@ def _is_same(one: Any, other: Any) -> bool:
 def _frozen(value: Any) -> bytes | None:
     """A value as bytes, for comparison; the contents of its storages are not part of them."""
     try:
-        return pickling.dump(pickling.adopt(value, {}))[0]
+        return pickling.dump(value)[0]
     except pickle.PicklingError:
         return None
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pp_to_vpp import model_state, states
 from pp_to_vpp.inventory import Family
-from pp_to_vpp.model_state import Adopter, StateDictWriter, fill, replace_chunks, target_chunk
+from pp_to_vpp.model_state import StateDictWriter, fill, replace_chunks, target_chunk
 from pp_to_vpp.naming import chunk_keys
 from pp_to_vpp.pickling import Global, Instance, Storage, as_mapping, ordered_dict
 from pp_to_vpp.tensors import TensorRef, as_tensor, flat_tensor
@@ -50,7 +50,7 @@ def chunk_nodes(of: Family, pp_rank: int) -> list[Any]:
 def written(of: Family, target: Any, pp_rank: int) -> list[Instance]:
     """The chunks that are to be written for a rank."""
     chunks = [target_chunk(of, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
-    writer = StateDictWriter(of, pp_rank, Adopter(of, pp_rank))
+    writer = StateDictWriter(of, pp_rank)
     if not of.shares_storages:
         return [writer.chunk(chunk, None) for chunk in chunks]
     buffers = states.rank_buffers(
@@ -208,23 +208,6 @@ def test_chunks_stand_where_chunks_stood(count: int, old: int) -> None:
     assert list(found) == ["args", "version", *names, "optimizer", "rng"]
     assert [found[name] for name in names] == chunks
     assert list(root) == ["args", "version", *keys, "optimizer", "rng"]
-
-
-def test_adopted_values_are_equal_and_share_the_words_of_the_file() -> None:
-    of = family(DENSE, "source")
-    adopter = Adopter(of, 0)
-    name = next(key for key in of.ranks[0].root if isinstance(key, str))
-    word = "".join(list(name))  # equal, another object
-    assert word is not name
-    (found,) = adopter.adopt({word: [1, "new"]})
-    assert found is name
-    assert adopter.adopt({word: [1, "new"]}) == {name: [1, "new"]}
-    assert adopter.adopt(5) == 5
-    own, other = of.ranks[0].contents[0].items[3], of.ranks[1].contents[0].items[3]
-    value = {word: 1}
-    assert adopter.adopt_from(own, value) is value
-    assert adopter.adopt_from(other, value) is not value
-    assert adopter.adopt_from(other, value) == value
 
 
 def test_zeros_are_only_where_nobody_is() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.inventory import Family, RankInventory
-from pp_to_vpp.model_state import Adopter, TargetChunk, target_chunk
+from pp_to_vpp.model_state import TargetChunk, target_chunk
 from pp_to_vpp.optimizer_chain import GROUPS, OPTIMIZER, part_entries, read_entries
 from pp_to_vpp.optimizer_state import TargetOptimizer
 from pp_to_vpp.param_groups import key_of_group
@@ -36,7 +36,7 @@ def optimizer_of(of: Family, target: TargetSpec, pp_rank: int) -> TargetOptimize
             held, of.arguments, of.rules, overlaps_param_gather_with_step=overlaps
         )
     ranks = of.ranks_for(target.layout, pp_rank)
-    return TargetOptimizer(of, ranks, chunks, buffers, overlaps, Adopter(of, pp_rank))
+    return TargetOptimizer(of, ranks, chunks, buffers, overlaps)
 
 
 WITH_OPTIMIZER = [

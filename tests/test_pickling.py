@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp import pickling
-from pp_to_vpp.pickling import Global, Instance, Storage
+from pp_to_vpp.pickling import Global, Instance, Storage, fresh, ordered_dict
 
 from .pairs import rank_files
 
@@ -230,11 +230,17 @@ def test_a_storage_described_in_two_ways_is_refused() -> None:
         pickling.load(data, make_storage)
 
 
-def test_adopted_values_share_their_strings_with_the_file() -> None:
-    key = "".join(["exp", "_avg"])
-    own = {"state": {key: [1]}, "name": "exp_avg"}
-    other = pickling.load(pickle.dumps({"exp_avg": [2]}, protocol=2), no_storage)
-    adopted = pickling.adopt(other, pickling.vocabulary(own))
-    assert adopted == {"exp_avg": [2]}
-    assert next(iter(adopted)) is key
-    assert adopted["exp_avg"] is not other["exp_avg"]
+def test_keys_and_words_of_calls_are_written_once_whichever_file_they_came_from() -> None:
+    """As Python itself shares the strings that stand in code; values and ordered keys are not."""
+
+    def call(word: str) -> Instance:
+        return Instance(Global("somewhere", "Kind"), (word, 1))
+
+    graph = [{fresh("exp_avg"): fresh("zz")}, {fresh("exp_avg"): fresh("zz")}]
+    data, _ = pickling.dump([*graph, call(fresh("mode")), call(fresh("mode"))])
+    assert (data.count(b"exp_avg"), data.count(b"mode"), data.count(b"zz")) == (1, 1, 2)
+    named, _ = pickling.dump([ordered_dict({fresh("key"): n}) for n in range(2)])
+    assert named.count(b"key") == 2
+    found = pickling.load(data, no_storage)
+    assert found[:2] == graph
+    assert found[2].arguments == ("mode", 1)
