@@ -8,11 +8,9 @@ has its 64-bit form (PyTorch ``caffe2/serialize/inline_container.cc`` over miniz
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 ALIGNMENT = 64
 """Bytes; newer files state their own in the record ``.storage_alignment``."""

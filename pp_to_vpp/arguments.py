@@ -8,19 +8,15 @@ meaning that the version had.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import CheckpointError, problem, show
-from .layout import Placement
+from .layout import PipelineLayout, Placement
 from .naming import chunk_keys
 from .pickling import Global, Instance
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from .layout import PipelineLayout
-    from .rules import Rules
+from .rules import Rules
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""

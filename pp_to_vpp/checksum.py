@@ -7,13 +7,10 @@ are reflected as in zlib: the most significant bit of an int is the coefficient 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .types import Extent
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31

@@ -7,19 +7,16 @@ of registration, with the module versions of torch in its attribute ``_metadata`
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import naming
 from .errors import CheckpointError, problem, show
+from .layout import ModelChunk, PipelineLayout
 from .naming import Section
 from .pickling import as_mapping
 from .tensors import TensorError, TensorRef, as_tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from .layout import ModelChunk, PipelineLayout
 
 METADATA = "_metadata"
 

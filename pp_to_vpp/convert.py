@@ -7,9 +7,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import checksum, finishing, folders, planning, reader, request, verifier
 from .copier import Copier, FamilyCopy
@@ -18,16 +18,12 @@ from .finishing import FinishContext, KeptJob, RankDone
 from .layout import PipelineLayout
 from .plan import RankPlan
 from .planning import PlanJob, PlannedFamily
+from .reader import Survey
 from .request import Depth, Options, TargetSpec
+from .rules import Rules
 from .types import Extent, RankId
 from .verifier import Side, VerifyJob
 from .workers import Workers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from .reader import Survey
-    from .rules import Rules
 
 log = logging.getLogger("pp_to_vpp")
 

@@ -9,23 +9,19 @@ import mmap
 import os
 import zlib
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from . import archive, checksum
+from .checksum import Derivation
 from .errors import CopyError, problem
 from .folders import TemporaryFolder, copy_error, create_folder, remove_own
-from .types import Extent, Literal, Zeros
+from .plan import FilePlan, RankPlan
+from .types import Extent, Literal, Piece, Zeros
 from .workers import QUEUED_PER_WORKER, Workers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-    from .checksum import Derivation
-    from .plan import FilePlan, RankPlan
-    from .types import Piece
 
 _TASK_BYTES = 64 << 20
 _TASK_MOVES = 512

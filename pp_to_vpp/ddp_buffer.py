@@ -10,16 +10,12 @@ buffer with the padding of bucket ends taken out, the holes inside buckets kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from .arguments import SavedArguments
 from .errors import LayoutError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .arguments import SavedArguments
-    from .rules import Rules
+from .rules import Rules
 
 _PARAMETER_ALIGNMENT = 64
 """Elements: 128 bytes at 16 bits."""

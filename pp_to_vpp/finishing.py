@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import archive, copier, folders, reader, verifier
 from .archive import ArchiveError
 from .errors import CopyError, UsageError, problem
+from .folders import TemporaryFolder
+from .layout import PipelineLayout
+from .plan import FilePlan, RankPlan
+from .reader import SourceFile
 from .request import Depth
+from .rules import Rules
 from .types import Literal, RankId
 from .verifier import Digests, Side, VerifyJob
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from .folders import TemporaryFolder
-    from .layout import PipelineLayout
-    from .plan import FilePlan, RankPlan
-    from .reader import SourceFile
-    from .rules import Rules
 
 
 @dataclass(frozen=True, slots=True)

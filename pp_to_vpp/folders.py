@@ -13,16 +13,12 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import CopyError, UsageError, problem
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from .plan import RankPlan
+from .plan import RankPlan
 
 _FRESH_SECONDS = 15 * 60
 """A temporary folder of another host that changed within this time is taken to be alive."""

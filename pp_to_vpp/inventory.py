@@ -7,13 +7,16 @@ ones. Values are compared by whoever can read files, from the ``samples``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import states
-from .arguments import read_arguments
+from .arguments import SavedArguments, read_arguments
 from .chunks import ChunkContents, Item, read_chunks
 from .errors import CheckpointError, LayoutError, problem, show
+from .layout import PipelineLayout
+from .naming import Section
 from .optimizer_chain import (
     OPTIMIZER,
     OptimizerEntry,
@@ -28,16 +31,8 @@ from .pickling import as_mapping
 from .plain_states import PlainState, read_plain_states
 from .rules import Rules, candidates
 from .states import FlatState, OptimizerKind, RankBuffers, Unexplained
-from .types import Extent
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from .arguments import SavedArguments
-    from .layout import PipelineLayout
-    from .naming import Section
-    from .torch_file import TorchFile
-    from .types import Piece, RankId
+from .torch_file import TorchFile
+from .types import Extent, Piece, RankId
 
 _CHECKPOINT_VERSION = 3.0
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import naming
-from .chunks import METADATA, Module
+from .chunks import METADATA, Item, Module
+from .ddp_buffer import Buffer
+from .inventory import Family
+from .layout import ModelChunk
 from .naming import Section
 from .pickling import Instance, Storage, fresh, ordered_dict
 from .types import Piece, Zeros
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from .chunks import Item
-    from .ddp_buffer import Buffer
-    from .inventory import Family
-    from .layout import ModelChunk
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,19 +8,15 @@ Adam for all other parameters (``_get_megatron_emerging_optimizer``, 0.18 and la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .arguments import SavedArguments
+from .chunks import Item
 from .errors import CheckpointError, problem, show
 from .param_groups import GroupKey, is_layer_matrix, key_of_group, key_of_item
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .arguments import SavedArguments
-    from .chunks import Item
-    from .rules import Rules
+from .rules import Rules
 
 OPTIMIZER = "optimizer"
 """Key of the entries in ``model_optim_rng.pt``, and of the torch optimizer in each."""

@@ -7,10 +7,14 @@ only, and loading matched them by position; from 0.14 every rank has all groups.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .chunks import Item
+from .ddp_buffer import Buffer
 from .errors import CheckpointError, problem, show
+from .inventory import Family, RankInventory
 from .model_state import TargetChunk, fill
 from .naming import chunk_keys
 from .optimizer_chain import (
@@ -27,16 +31,8 @@ from .optimizer_chain import (
 from .param_groups import STEP, GroupKey, key_of_group
 from .pickling import Storage
 from .plain_states import PlainState
-from .states import COALESCED, NUMEL, FlatState, OptimizerKind
+from .states import COALESCED, NUMEL, FlatState, OptimizerKind, RankBuffers
 from .tensors import FLOAT_STORAGE, flat_tensor, sharing_lists
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-
-    from .chunks import Item
-    from .ddp_buffer import Buffer
-    from .inventory import Family, RankInventory
-    from .states import RankBuffers
 
 _FLOAT_BYTES = 4
 _CPU = "cpu"

@@ -7,18 +7,15 @@ decoupled learning rates make further groups (optimizer/__init__.py ``_get_param
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import naming
+from .arguments import SavedArguments
+from .chunks import Item
 from .naming import Section
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from .arguments import SavedArguments
-    from .chunks import Item
-    from .rules import Rules
+from .rules import Rules
 
 STEP = "step"
 """Count of optimizer steps, kept in each group by the fused optimizers."""

@@ -12,13 +12,11 @@ from __future__ import annotations
 import io
 import operator
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .types import Piece
+from .types import Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,24 +7,19 @@ weights of each group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .arguments import SavedArguments
+from .chunks import ChunkContents, Item
 from .errors import CheckpointError, problem, show
-from .optimizer_chain import MAINS, STATE, items_by_group
+from .optimizer_chain import MAINS, STATE, OptimizerEntry, OptimizerPart, items_by_group
 from .param_groups import key_of_group
+from .rules import Rules
 from .states import Unexplained
-from .tensors import TensorError, unwrap_tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from .arguments import SavedArguments
-    from .chunks import ChunkContents, Item
-    from .optimizer_chain import OptimizerEntry, OptimizerPart
-    from .rules import Rules
-    from .tensors import TensorRef
-    from .types import Piece
+from .tensors import TensorError, TensorRef, unwrap_tensor
+from .types import Piece
 
 _SIXTEEN_BIT = ("bfloat16", "float16")
 

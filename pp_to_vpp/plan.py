@@ -9,27 +9,22 @@ from __future__ import annotations
 import bisect
 import itertools
 import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import states, torch_file
+from .archive import ArchiveLayout
 from .arguments import patch_arguments
 from .errors import CheckpointError, problem
+from .inventory import Family
 from .model_state import StateDictWriter, replace_chunks, target_chunk
 from .optimizer_state import TargetOptimizer
 from .plain_states import PlainState
-from .states import OptimizerKind
+from .request import TargetSpec
+from .states import OptimizerKind, RankBuffers
 from .torch_file import FileFormatError
-from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from .archive import ArchiveLayout
-    from .inventory import Family
-    from .request import TargetSpec
-    from .states import RankBuffers
-    from .types import RankId
+from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece, RankId
 
 
 @dataclass(frozen=True, slots=True)

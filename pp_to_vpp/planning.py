@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from . import plan, reader
 from .errors import CheckpointError, ConversionError, problem, show
+from .inventory import Family, RankFiles
+from .layout import PipelineLayout
 from .plan import FilePlan, RankPlan
+from .reader import SourceFile
 from .request import TargetSpec
+from .rules import Rules
 from .states import OptimizerKind
 from .types import OPTIMIZER_FILE, Extent, RankId
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from .inventory import Family, RankFiles
-    from .layout import PipelineLayout
-    from .reader import SourceFile
-    from .rules import Rules
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,26 +10,20 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from . import archive, rounding, torch_file
-from .archive import ArchiveError
+from .archive import ArchiveError, Record
 from .arguments import SavedArguments, read_arguments
 from .errors import CheckpointError, problem
 from .inventory import Family, RankFiles, Sample, read_family, samples
 from .pickling import as_mapping
 from .torch_file import FileFormatError, TorchFile
-from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, RankId
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
-
-    from .archive import Record
-    from .types import Piece
+from .types import MODEL_FILE, OPTIMIZER_FILE, Extent, Piece, RankId
 
 _RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")

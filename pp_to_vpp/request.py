@@ -5,14 +5,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .arguments import SavedArguments
 from .errors import LayoutError, UsageError, problem
 from .layout import PipelineLayout, Placement, parse_layout
 from .rules import candidates
-
-if TYPE_CHECKING:
-    from .arguments import SavedArguments
 
 
 class Depth(enum.Enum):

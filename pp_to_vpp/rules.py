@@ -8,11 +8,8 @@ first guess. Where the files of the source prove a guess wrong, the other value 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
 
 
 @dataclass(frozen=True, slots=True)

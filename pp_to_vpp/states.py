@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import ddp_buffer, naming
+from .arguments import SavedArguments
+from .chunks import ChunkContents, Item
 from .ddp_buffer import Buffer, BufferParameter
 from .errors import CheckpointError, problem, show
+from .layout import ModelChunk
 from .naming import Section
-from .optimizer_chain import part_entries, unknown_entry
+from .optimizer_chain import OptimizerPart, part_entries, unknown_entry
 from .param_groups import in_expert_buffer
 from .pickling import Global
+from .rules import Rules
 from .tensors import TensorError, TensorRef, as_tensor
 from .types import Piece, cut_pieces
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from .arguments import SavedArguments
-    from .chunks import ChunkContents, Item
-    from .layout import ModelChunk
-    from .optimizer_chain import OptimizerPart
-    from .rules import Rules
 
 COALESCED = "buckets_coalesced"
 NUMEL = "numel_unpadded"

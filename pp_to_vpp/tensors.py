@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .pickling import Global, Instance, Storage
-from .types import cut_pieces
-
-if TYPE_CHECKING:
-    from .types import Piece
+from .types import Piece, cut_pieces
 
 ITEM_BYTES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,

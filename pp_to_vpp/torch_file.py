@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import pickle
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import archive, pickling
+from .archive import ArchiveLayout, Record
 from .pickling import Global, Storage
 from .tensors import ITEM_BYTES
 from .types import Extent, Literal, Piece, join_pieces
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from .archive import ArchiveLayout, Record
 
 _PICKLE = "data.pkl"
 _DATA = "data/"

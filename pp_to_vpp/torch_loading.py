@@ -8,16 +8,13 @@ from __future__ import annotations
 import pickle
 import types
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from .pickling import as_mapping
 from .tensors import TensorRef, unwrap_tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from .torch_file import TorchFile
-    from .types import Piece
+from .torch_file import TorchFile
+from .types import Piece
 
 _COMPARED = 16
 """Elements."""

@@ -12,13 +12,16 @@ import hashlib
 import os
 import pickle
 import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import archive, pickling, rounding, torch_file, torch_loading
 from .arguments import namespace_values
+from .chunks import Item
 from .errors import ConversionError, VerificationError, problem, show
-from .inventory import Family, Sample, layout_of, read_family, samples
+from .inventory import Family, RankFiles, Sample, layout_of, read_family, samples
+from .layout import PipelineLayout
 from .naming import chunk_keys
 from .optimizer_chain import OPTIMIZER, has_optimizer, items_by_group
 from .param_groups import STEP, key_of_group
@@ -32,19 +35,10 @@ from .reader import (
     read_source_rank,
 )
 from .request import Depth
+from .rules import Rules
 from .states import FlatState, OptimizerKind
-from .torch_file import FileFormatError
-from .types import Extent
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from .chunks import Item
-    from .inventory import RankFiles
-    from .layout import PipelineLayout
-    from .rules import Rules
-    from .torch_file import TorchFile
-    from .types import Piece, RankId
+from .torch_file import FileFormatError, TorchFile
+from .types import Extent, Piece, RankId
 
 _UNLIKE_MAIN = "{} is not its main parameter rounded to 16 bits"
 _CURE = "do not train from it: remove the folder and convert again"

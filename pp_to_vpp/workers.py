@@ -11,14 +11,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from .errors import CopyError, problem
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
 
 QUEUED_PER_WORKER = 3
 """Tasks in hand: enough that nobody waits, few enough that memory stays constant."""
