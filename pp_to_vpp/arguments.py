@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import CheckpointError, problem, show
+from .errors import AS_SAVED, FROM_MEGATRON, NOT_CONVERTED, ONE_SAVE, CheckpointError, problem, show
 from .layout import PipelineLayout, Placement
 from .naming import chunk_keys
 from .pickling import Global, Instance
@@ -99,7 +99,7 @@ class _Reader:
             return default
         if is_right(value):
             return value
-        cure = "the arguments are damaged or not Megatron's: use a checkpoint that Megatron saved"
+        cure = AS_SAVED
         self.problems.append(
             problem(
                 self.where, f"args.{name} is no {kind}", expected=kind, found=show(value), cure=cure
@@ -146,14 +146,12 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
         and all(isinstance(name, str) for name in node.state)
     ):
         return node.state
-    raise CheckpointError(
-        problem(
-            where,
-            "no training arguments",
-            expected="'args', a namespace",
-            found=show(node),
-            cure="use a checkpoint that Megatron-LM saved with --ckpt-format torch",
-        )
+    raise CheckpointError.of(
+        where,
+        "no training arguments",
+        expected="'args', a namespace",
+        found=show(node),
+        cure=FROM_MEGATRON,
     )
 
 
@@ -186,11 +184,7 @@ _UNSUPPORTED = (
 def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
     """What the arguments tell that cannot be converted."""
     return [
-        problem(
-            where,
-            f"args.{name} is {show(values[name])}: {meaning}",
-            cure="it cannot be converted exactly; see 'What is refused' in the README",
-        )
+        problem(where, f"args.{name} is {show(values[name])}: {meaning}", cure=NOT_CONVERTED)
         for name, is_on, meaning in _UNSUPPORTED
         if values.get(name) is not None and is_on(values[name])
     ]
@@ -250,7 +244,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
             problem(
                 where,
                 "args.optimizer is 'sgd' with the distributed optimizer, which takes Adam alone",
-                cure="the arguments are damaged or not Megatron's: use those of one save",
+                cure=ONE_SAVE,
             )
         )
     if values.get("num_experts") and arguments.tp_size % arguments.etp_size:

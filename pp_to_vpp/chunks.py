@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import naming
-from .errors import CheckpointError, problem, show
+from .errors import ANOTHER_COPY, AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, problem, show
 from .layout import ModelChunk, PipelineLayout
 from .naming import Section
 from .pickling import as_mapping
@@ -90,14 +90,12 @@ def read_chunks(
         tuple(f"model{v}" for v in range(layout.vp_size)) if layout.vp_size > 1 else ("model",)
     )
     if keys != expected:
-        raise CheckpointError(
-            problem(
-                where,
-                "its model chunks are not those its arguments tell",
-                expected=", ".join(expected),
-                found=", ".join(keys[:8]) or "none",
-                cure="the file is damaged or was rewritten: use the one that Megatron saved",
-            )
+        raise CheckpointError.of(
+            where,
+            "its model chunks are not those its arguments tell",
+            expected=", ".join(expected),
+            found=", ".join(keys[:8]) or "none",
+            cure=AS_SAVED,
         )
     contents = []
     for key, chunk in zip(keys, layout.rank_chunks(pp_rank), strict=True):
@@ -108,24 +106,20 @@ def read_chunks(
 def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
     mapping = as_mapping(node)
     if mapping is None or not all(isinstance(key, str) for key in mapping):
-        raise CheckpointError(
-            problem(
-                where,
-                "a model chunk is no state dict",
-                expected="names and tensors",
-                found=show(node),
-                cure="legacy models (--use-legacy-models) are not supported: convert them to "
-                "Megatron-Core models first",
-            )
+        raise CheckpointError.of(
+            where,
+            "a model chunk is no state dict",
+            expected="names and tensors",
+            found=show(node),
+            cure="legacy models (--use-legacy-models) are not supported: convert them to "
+            "Megatron-Core models first",
         )
     stacks = {place[0] for key in mapping if (place := naming.split_layer(key))}
     if len(stacks) > 1:
-        raise CheckpointError(
-            problem(
-                where,
-                "it has encoder and decoder layers",
-                cure="encoder-decoder models cannot run with virtual pipeline stages",
-            )
+        raise CheckpointError.of(
+            where,
+            "it has encoder and decoder layers",
+            cure="encoder-decoder models cannot run with virtual pipeline stages",
         )
     stack = stacks.pop() if stacks else "decoder"
     _check_layers(mapping, chunk, where)
@@ -137,18 +131,16 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
     held = {item.section for item in items} | {Section.FINAL_NORM}  # a model may have no such norm
     missing = [section for section in chunk.sections if section not in held]
     if missing:
-        raise CheckpointError(
-            problem(
-                where,
-                f"the pipeline layout puts {missing[0].name.lower()} here, but no key does",
-                cure="the file is incomplete, or its arguments are not its own",
-            )
+        raise CheckpointError.of(
+            where,
+            f"the pipeline layout puts {missing[0].name.lower()} here, but no key does",
+            cure=AS_SAVED,
         )
     state = node.state if not isinstance(node, dict) and isinstance(node.state, dict) else {}
     metadata = as_mapping(state.get(METADATA))
     if metadata is not None and not all(isinstance(path, str) for path in metadata):
-        raise CheckpointError(
-            problem(where, "its _metadata has keys that are no names", cure="the file is damaged")
+        raise CheckpointError.of(
+            where, "its _metadata has keys that are no names", cure=ANOTHER_COPY
         )
     modules = None if metadata is None else tuple(_place_modules(metadata, mapping, chunk))
     return ChunkContents(chunk, stack, items, modules)
@@ -157,14 +149,12 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
 def _check_layers(mapping: Iterable[str], chunk: ModelChunk, where: str) -> None:
     found = sorted({place[1] for key in mapping if (place := naming.split_layer(key))})
     if found != list(range(len(chunk.layers))):
-        raise CheckpointError(
-            problem(
-                where,
-                "its layers are not those its arguments tell",
-                expected=f"{len(chunk.layers)} layers",
-                found=f"{len(found)} ({', '.join(map(str, found[:6]))}...)" if found else "none",
-                cure="the file is damaged, or its arguments are not its own",
-            )
+        raise CheckpointError.of(
+            where,
+            "its layers are not those its arguments tell",
+            expected=f"{len(chunk.layers)} layers",
+            found=f"{len(found)} ({', '.join(map(str, found[:6]))}...)" if found else "none",
+            cure=AS_SAVED,
         )
 
 
@@ -187,7 +177,7 @@ def _place_keys(
                 problem(
                     where,
                     f"no rule says which chunk key {show(key)} belongs to",
-                    cure="ask for support of it: guessing could lose it",
+                    cure=ASK_FOR_SUPPORT,
                 )
             )
             continue
@@ -197,7 +187,7 @@ def _place_keys(
                     where,
                     f"key {show(key)} stands after keys of {previous.name.lower()}",
                     expected="the order in which Megatron registers modules",
-                    cure="the file was rewritten: use the one that Megatron saved",
+                    cure=AS_SAVED,
                 )
             )
         previous = section
@@ -232,19 +222,15 @@ def _make_item(
     try:
         tensor = as_tensor(value)
     except TensorError as error:
-        raise CheckpointError(
-            problem(where, f"{name} is {error}", cure="the file is damaged: use another copy")
-        ) from None
+        raise CheckpointError.of(where, f"{name} is {error}", cure=ANOTHER_COPY) from None
     is_parameter = naming.is_parameter(rest)
     if is_parameter and (tensor is None or not tensor.is_contiguous):
-        raise CheckpointError(
-            problem(
-                where,
-                f"{name} is no plain tensor",
-                found=show(value) if tensor is None else "a transposed view",
-                cure="weights stored natively in fp8 or as tensor subclasses are not supported: "
-                "save without --fp8-param-gather",
-            )
+        raise CheckpointError.of(
+            where,
+            f"{name} is no plain tensor",
+            found=show(value) if tensor is None else "a transposed view",
+            cure="weights stored natively in fp8 or as tensor subclasses are not supported: "
+            "save without --fp8-param-gather",
         )
     return Item(section, layer, name, rest, value, tensor, is_parameter)
 

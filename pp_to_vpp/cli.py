@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from . import __version__, outputs
-from .errors import ConversionError, CopyError, problem
+from .errors import ConversionError, CopyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -370,7 +370,7 @@ def _say(text: str) -> None:
         if not isinstance(error, BrokenPipeError):
             cure = "what was copied is whole: send the output elsewhere and use --resume"
             text = f"cannot be written ({error.strerror})"
-            raise CopyError(problem("standard output", text, cure=cure)) from None
+            raise CopyError.of("standard output", text, cure=cure) from None
 
 
 def _print_plan(prepared: Prepared) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import checksum, finishing, folders, planning, reader, request, verifier
 from .copier import Copier, FamilyCopy
-from .errors import CheckpointError, CopyError, UsageError, VerificationError, problem
+from .errors import ANOTHER_COPY, CheckpointError, CopyError, UsageError, VerificationError, problem
 from .finishing import FinishContext, KeptJob, RankDone
 from .layout import PipelineLayout
 from .plan import RankPlan
@@ -154,13 +154,11 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     """
     began = time.monotonic()
     if options.save_dir is None or not options.save_dir.exists():
-        raise UsageError(
-            problem(
-                options.save_dir,
-                "there is nothing to verify",
-                cure="to convert, give --target-virtual-pipeline-model-parallel-size or "
-                "--target-pipeline-model-parallel-layout",
-            )
+        raise UsageError.of(
+            options.save_dir,
+            "there is nothing to verify",
+            cure="to convert, give --target-virtual-pipeline-model-parallel-size or "
+            "--target-pipeline-model-parallel-layout",
         )
     source = reader.survey(str(options.load_dir))
     request.wanted_ranks(options, source.arguments)
@@ -216,12 +214,10 @@ def _survey_target(save_dir: Path, source: Survey) -> Survey:
         raise VerificationError(*error.problems) from None
     if target.ranks != source.ranks:
         odd = min(set(target.ranks) ^ set(source.ranks))
-        raise VerificationError(
-            problem(
-                save_dir / odd.folder,
-                "source and target do not have the same rank folders",
-                cure="convert again",
-            )
+        raise VerificationError.of(
+            save_dir / odd.folder,
+            "source and target do not have the same rank folders",
+            cure="convert again",
         )
     return target
 
@@ -279,13 +275,11 @@ def _existing(options: Options, save_dir: Path, plans: Sequence[RankPlan]) -> se
     """
     there = [plan.rank for plan in plans if _is_filled(save_dir / plan.rank.folder)]
     if there and not options.resume:
-        raise UsageError(
-            problem(
-                save_dir / there[0].folder,
-                f"the target exists already ({len(there)} of {len(plans)} rank folders)",
-                cure="use --resume to keep what an earlier run of this conversion finished, or "
-                "remove it",
-            )
+        raise UsageError.of(
+            save_dir / there[0].folder,
+            f"the target exists already ({len(there)} of {len(plans)} rank folders)",
+            cure="use --resume to keep what an earlier run of this conversion finished, or "
+            "remove it",
         )
     folders.clear_leftovers(save_dir, [plan.rank.folder for plan in plans])
     return set(there)
@@ -303,15 +297,13 @@ def _check_target(workers: Workers, save_dir: Path, prepared: Prepared, rules: R
     jobs = [(str(save_dir), rank, rules) for rank in others]
     for rank, found in zip(others, workers.map(verifier.told_layout, jobs), strict=True):
         if found != prepared.target.layout:
-            raise UsageError(
-                problem(
-                    save_dir / rank.folder,
-                    "another conversion wrote this folder of the target",
-                    expected=prepared.target.layout,
-                    found=found,
-                    cure="give every run of one conversion the same options, or another "
-                    "--save-iteration-dir",
-                )
+            raise UsageError.of(
+                save_dir / rank.folder,
+                "another conversion wrote this folder of the target",
+                expected=prepared.target.layout,
+                found=found,
+                cure="give every run of one conversion the same options, or another "
+                "--save-iteration-dir",
             )
 
 
@@ -330,14 +322,12 @@ def _check_space(save_dir: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise CopyError(
-            problem(
-                save_dir,
-                "too little free space",
-                expected=f"{needed} bytes",
-                found=f"{free} bytes free",
-                cure="free some, or choose another file system",
-            )
+        raise CopyError.of(
+            save_dir,
+            "too little free space",
+            expected=f"{needed} bytes",
+            found=f"{free} bytes free",
+            cure="free some, or choose another file system",
         )
 
 
@@ -411,10 +401,7 @@ def _digest(
     jobs = [(survey.path, rank) for rank in survey.ranks]
     for (_, rank), digests in zip(jobs, workers.map(finishing.digest_rank, jobs), strict=True):
         found.setdefault(rank.family, {}).update(digests.by_label)
-        damaged += (
-            problem(path, text, cure="use another copy of this file")
-            for path, text in digests.damaged
-        )
+        damaged += (problem(path, text, cure=ANOTHER_COPY) for path, text in digests.damaged)
     if damaged:
         raise CheckpointError(*damaged)
     return found

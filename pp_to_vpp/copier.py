@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from . import archive, checksum
 from .checksum import Derivation
-from .errors import CopyError, problem
+from .errors import AT_REST, CopyError
 from .folders import TemporaryFolder, copy_error, create_folder, remove_own
 from .plan import FilePlan, RankPlan
 from .types import Extent, Literal, Piece, Zeros
@@ -144,13 +144,7 @@ def _copy_with_checksum(
 
 
 def _source_ended(extent: Extent) -> CopyError:
-    return CopyError(
-        problem(
-            extent.path,
-            "it became shorter while it was copied",
-            cure="nothing may write to the source: run again when it is at rest",
-        )
-    )
+    return CopyError.of(extent.path, "it became shorter while it was copied", cure=AT_REST)
 
 
 def _copy_in_kernel(source: int, target: int, extent: Extent, offset: int, path: str) -> None:

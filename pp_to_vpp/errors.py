@@ -12,7 +12,21 @@ An error carries one line per problem, so a user sees all of them at once.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+_Kind = TypeVar("_Kind", bound="ConversionError")
+
+# What to do, where several refusals ask for the same.
+ONE_SAVE = "use the folders of one save, with all their files"
+ANOTHER_COPY = "the file is damaged: use another copy of it"
+AS_SAVED = "the file is damaged or was rewritten: use the one that Megatron saved"
+FROM_MEGATRON = "use an iteration folder that Megatron-LM saved with --ckpt-format torch"
+NOT_CONVERTED = "it cannot be converted exactly; see 'What is refused' in the README"
+ASK_FOR_SUPPORT = "it could change the layout, so it is not converted: ask for support of it"
+COPY_MISSING = "copy what is missing from where the checkpoint was saved"
+PUT_FILE_THERE = "put the file itself there"
+AT_REST = "nothing may write to the source: run again when it is at rest"
+NOTHING_TO_CONVERT = "virtual stages need pipeline parallelism: there is nothing to convert"
 
 
 class ConversionError(Exception):
@@ -26,6 +40,19 @@ class ConversionError(Exception):
 
     def __init__(self, *problems: str) -> None:
         super().__init__(*problems)
+
+    @classmethod
+    def of(
+        cls: type[_Kind],
+        where: object,
+        what: str,
+        *,
+        expected: object = None,
+        found: object = None,
+        cure: str,
+    ) -> _Kind:
+        """An error of one problem (see ``problem``)."""
+        return cls(problem(where, what, expected=expected, found=found, cure=cure))
 
     @property
     def problems(self) -> tuple[str, ...]:

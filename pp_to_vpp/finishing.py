@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import archive, copier, folders, reader, verifier
 from .archive import ArchiveError
-from .errors import CopyError, UsageError, problem
+from .errors import AT_REST, CopyError, UsageError
 from .folders import TemporaryFolder
 from .layout import PipelineLayout
 from .plan import FilePlan, RankPlan
@@ -94,14 +94,12 @@ def _check_unchanged(sources: Iterable[SourceFile], paths: Sequence[str]) -> Non
     before = {source.path: source for source in sources}
     for now in reader.source_files(paths):
         if now != before[now.path]:
-            raise CopyError(
-                problem(
-                    now.path,
-                    "the source changed during the run",
-                    expected=f"{before[now.path].length} bytes, unchanged since the run began",
-                    found=f"{now.length} bytes",
-                    cure="run again when nothing writes to it",
-                )
+            raise CopyError.of(
+                now.path,
+                "the source changed during the run",
+                expected=f"{before[now.path].length} bytes, unchanged since the run began",
+                found=f"{now.length} bytes",
+                cure=AT_REST,
             )
 
 
@@ -144,12 +142,10 @@ def check_kept(job: KeptJob) -> RankDone:
         if not _is_as_planned(folder / file.name, file):
             differing = file.name
     if differing:
-        raise UsageError(
-            problem(
-                folder,
-                f"it is not what this conversion writes ({differing})",
-                cure="remove the folder, then run again with --resume",
-            )
+        raise UsageError.of(
+            folder,
+            f"it is not what this conversion writes ({differing})",
+            cure="remove the folder, then run again with --resume",
         )
     _verify(job.context, job.save_dir, job.plan.rank, None)
     files = tuple(WrittenFile(file.name, file.length, None) for file in job.plan.files)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CopyError, UsageError, problem
+from .errors import CopyError, UsageError
 from .plan import RankPlan
 
 _FRESH_SECONDS = 15 * 60
@@ -30,7 +30,7 @@ def copy_error(path: str | Path, what: str, error: OSError) -> CopyError:
     cure = "check the file system, then run again with --resume"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         cure = "free some space, then run again with --resume"
-    return CopyError(problem(path, f"{what} ({error.strerror})", cure=cure))
+    return CopyError.of(path, f"{what} ({error.strerror})", cure=cure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +80,10 @@ def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> None:
             if folder not in wanted:
                 continue
             if mark != "dead" and _is_alive(save_dir / name, mark):
-                raise UsageError(
-                    problem(
-                        save_dir / name,
-                        "another run is writing this rank folder now",
-                        cure="wait for it, or end it; give each run other "
-                        "--pipeline-ranks-to-process",
-                    )
+                raise UsageError.of(
+                    save_dir / name,
+                    "another run is writing this rank folder now",
+                    cure="wait for it, or end it; give each run other --pipeline-ranks-to-process",
                 )
             dead = save_dir / f"{_PREFIX}{folder}.dead"
             with contextlib.suppress(FileNotFoundError):  # removed by a run that does the same

@@ -14,7 +14,7 @@ from typing import Any
 from . import states
 from .arguments import SavedArguments, read_arguments
 from .chunks import ChunkContents, Item, read_chunks
-from .errors import CheckpointError, LayoutError, problem, show
+from .errors import COPY_MISSING, FROM_MEGATRON, ONE_SAVE, CheckpointError, LayoutError, show
 from .layout import PipelineLayout
 from .naming import Section
 from .optimizer_chain import (
@@ -197,38 +197,32 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
     if isinstance(failures[0], CheckpointError):
         raise failures[0]
     mismatches = dict.fromkeys(str(failure) for failure in failures)
-    raise CheckpointError(
-        problem(
-            where,
-            "no known layout of Megatron's buffers explains this family of ranks "
-            f"({'; or '.join(list(mismatches)[:3])}; {len(failures)} ways tried)",
-            cure="frozen parameters, unknown buffers and rewritten files cannot be converted "
-            "exactly: convert a checkpoint that Megatron itself saved, without them",
-        )
+    raise CheckpointError.of(
+        where,
+        "no known layout of Megatron's buffers explains this family of ranks "
+        f"({'; or '.join(list(mismatches)[:3])}; {len(failures)} ways tried)",
+        cure="frozen parameters, unknown buffers and rewritten files cannot be converted "
+        "exactly: convert a checkpoint that Megatron itself saved, without them",
     )
 
 
 def _root(files: RankFiles) -> Mapping[Any, Any]:
     root = as_mapping(files.model.root)
     if root is None:
-        raise CheckpointError(
-            problem(
-                files.model.path,
-                "it is no dictionary",
-                found=show(files.model.root),
-                cure="use a checkpoint that Megatron-LM saved with --ckpt-format torch",
-            )
+        raise CheckpointError.of(
+            files.model.path,
+            "it is no dictionary",
+            found=show(files.model.root),
+            cure=FROM_MEGATRON,
         )
     version = root.get("checkpoint_version")
     if version != _CHECKPOINT_VERSION or not isinstance(version, float):
-        raise CheckpointError(
-            problem(
-                files.model.path,
-                "unsupported checkpoint version",
-                expected=_CHECKPOINT_VERSION,
-                found=show(version),
-                cure="load and save it once with Megatron-Core 0.8 or later",
-            )
+        raise CheckpointError.of(
+            files.model.path,
+            "unsupported checkpoint version",
+            expected=_CHECKPOINT_VERSION,
+            found=show(version),
+            cure="load and save it once with Megatron-Core 0.8 or later",
         )
     return root
 
@@ -257,12 +251,8 @@ def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rule
         own_kind = kinds[pp_rank]
         rank, rank_states = _read_rank(rank_files, pp_rank, layout, arguments, rules, own_kind)
         if own_kind is not kind and has_optimizer(rank.parameters, rules):
-            raise CheckpointError(
-                problem(
-                    rank_files.model.path,
-                    f"its siblings hold {kind.value}, it does not",
-                    cure="the folder is incomplete: use the files of one save",
-                )
+            raise CheckpointError.of(
+                rank_files.model.path, f"its siblings hold {kind.value}, it does not", cure=ONE_SAVE
             )
         ranks[pp_rank] = rank
         found |= rank_states
@@ -292,14 +282,12 @@ def _check_arguments(files: RankFiles, first: SavedArguments) -> None:
     if own != first:
         names = [field.name for field in fields(own)]
         odd = next(name for name in names if getattr(own, name) != getattr(first, name))
-        raise CheckpointError(
-            problem(
-                where,
-                f"its arguments are not those of its siblings ({odd})",
-                expected=getattr(first, odd),
-                found=getattr(own, odd),
-                cure="use the files of one save",
-            )
+        raise CheckpointError.of(
+            where,
+            f"its arguments are not those of its siblings ({odd})",
+            expected=getattr(first, odd),
+            found=getattr(own, odd),
+            cure=ONE_SAVE,
         )
 
 
@@ -318,12 +306,8 @@ def _check_parts(family: Family) -> None:
             or any(family.holds_state(is_expert=part.is_expert) for part in rank.parts)
         )
         if needs_file and rank.files.optimizer is None:
-            raise CheckpointError(
-                problem(
-                    where,
-                    "distrib_optim.pt beside it is missing",
-                    cure="the optimizer state is lost without it: copy the folder again",
-                )
+            raise CheckpointError.of(
+                where, "distrib_optim.pt beside it is missing", cure=COPY_MISSING
             )
 
 
@@ -333,12 +317,10 @@ def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKin
             return OptimizerKind.DISTRIBUTED
         return OptimizerKind.PLAIN
     if files.optimizer is not None:
-        raise CheckpointError(
-            problem(
-                files.model.path,
-                "it has no 'optimizer' entry although distrib_optim.pt is there",
-                cure="use files of one save; to convert weights only, remove distrib_optim.pt",
-            )
+        raise CheckpointError.of(
+            files.model.path,
+            "it has no 'optimizer' entry although distrib_optim.pt is there",
+            cure="use files of one save; to convert weights only, remove distrib_optim.pt",
         )
     return OptimizerKind.NONE
 

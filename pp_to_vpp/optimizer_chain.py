@@ -14,7 +14,7 @@ from typing import Any
 
 from .arguments import SavedArguments
 from .chunks import Item
-from .errors import CheckpointError, problem, show
+from .errors import AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, show
 from .param_groups import GroupKey, is_layer_matrix, key_of_group, key_of_item
 from .rules import Rules
 
@@ -136,13 +136,8 @@ def part_entries(node: Any, where: str) -> list[Any]:
         return node
     if isinstance(node, Mapping):
         return [node]
-    raise CheckpointError(
-        problem(
-            where,
-            "an optimizer entry is neither a dict nor a list",
-            found=show(node),
-            cure="the file is damaged or of another optimizer: use one that Megatron saved",
-        )
+    raise CheckpointError.of(
+        where, "an optimizer entry is neither a dict nor a list", found=show(node), cure=AS_SAVED
     )
 
 
@@ -170,5 +165,5 @@ def _read_entry(node: Any, where: str) -> OptimizerEntry:
 
 def unknown_entry(where: str, odd: Any) -> CheckpointError:
     """The refusal of what could change the layout."""
-    cure = "it could change the layout, so it is not converted: ask for support of it"
-    return CheckpointError(problem(where, f"unknown optimizer entry {show(odd)}", cure=cure))
+    cure = ASK_FOR_SUPPORT
+    return CheckpointError.of(where, f"unknown optimizer entry {show(odd)}", cure=cure)

@@ -13,7 +13,7 @@ from typing import Any
 
 from .chunks import Item
 from .ddp_buffer import Buffer
-from .errors import CheckpointError, problem, show
+from .errors import ONE_SAVE, CheckpointError, show
 from .inventory import Family, RankInventory
 from .model_state import TargetChunk, fill
 from .naming import chunk_keys
@@ -152,12 +152,10 @@ class TargetOptimizer:
         """The source entry to start from."""
         for entry in self._entries(part):
             return entry
-        raise CheckpointError(
-            problem(
-                self.own.files.model.path,
-                "no rank of its family has param groups for what this rank gets",
-                cure="the 'optimizer' entries are damaged: use the files of one save",
-            )
+        raise CheckpointError.of(
+            self.own.files.model.path,
+            "no rank of its family has param groups for what this rank gets",
+            cure=ONE_SAVE,
         )
 
     def _groups(
@@ -178,13 +176,11 @@ class TargetOptimizer:
                     known[key_of_group(group)] = _sharing(group, known.values())
         missing = [key for key in keys if key not in known]
         if missing:
-            raise CheckpointError(
-                problem(
-                    self.own.files.model.path,
-                    f"no param group for {missing[0]}",
-                    cure="the run used a weight-decay or learning-rate rule of its own: it cannot "
-                    "be converted exactly",
-                )
+            raise CheckpointError.of(
+                self.own.files.model.path,
+                f"no param group for {missing[0]}",
+                cure="the run used a weight-decay or learning-rate rule of its own: it cannot "
+                "be converted exactly",
             )
         groups = [known[key] for key in keys]
         if self.family.rules.keeps_all_groups:
@@ -218,12 +214,10 @@ class TargetOptimizer:
         """All groups that hold parameters have gone the same steps."""
         steps = {show(group.get(STEP)) for group in groups if key_of_group(group) in held}
         if len(steps) > 1:
-            raise CheckpointError(
-                problem(
-                    self.own.files.model.path,
-                    f"param groups have different step counts: {', '.join(sorted(steps))}",
-                    cure="the 'optimizer' entries are damaged: use the files of one save",
-                )
+            raise CheckpointError.of(
+                self.own.files.model.path,
+                f"param groups have different step counts: {', '.join(sorted(steps))}",
+                cure=ONE_SAVE,
             )
 
     def _step(self, part: OptimizerPart) -> Any:

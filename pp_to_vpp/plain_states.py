@@ -13,7 +13,7 @@ from typing import Any
 
 from .arguments import SavedArguments
 from .chunks import ChunkContents, Item
-from .errors import CheckpointError, problem, show
+from .errors import NOT_CONVERTED, CheckpointError, show
 from .optimizer_chain import MAINS, STATE, OptimizerEntry, OptimizerPart, items_by_group
 from .param_groups import key_of_group
 from .rules import Rules
@@ -106,14 +106,12 @@ def _plain_entry(entry: OptimizerEntry, where: str) -> tuple[Mapping[Any, Any], 
     states, mains = entry.inner.get(STATE), entry.node.get(MAINS)
     if isinstance(states, dict) and (mains is None or isinstance(mains, list)):
         return states, mains
-    raise CheckpointError(
-        problem(
-            where,
-            "the optimizer entry is of an unknown kind",
-            expected="'state' and 'param_groups' of a torch optimizer",
-            found=show(entry.node),
-            cure="only Adam-like optimizers can be converted (not Muon, not layer-wise ones)",
-        )
+    raise CheckpointError.of(
+        where,
+        "the optimizer entry is of an unknown kind",
+        expected="'state' and 'param_groups' of a torch optimizer",
+        found=show(entry.node),
+        cure=NOT_CONVERTED,
     )
 
 

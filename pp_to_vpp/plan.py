@@ -16,7 +16,7 @@ from typing import Any
 from . import states, torch_file
 from .archive import ArchiveLayout
 from .arguments import patch_arguments
-from .errors import CheckpointError, problem
+from .errors import ASK_FOR_SUPPORT, CheckpointError
 from .inventory import Family
 from .model_state import StateDictWriter, replace_chunks, target_chunk
 from .optimizer_state import TargetOptimizer
@@ -81,8 +81,8 @@ def plan_rank(
         return _plan_rank(family, target, pp_rank, others)
     except (FileFormatError, pickle.PicklingError) as error:
         where = family.ranks[pp_rank].files.model.path
-        cure = "the checkpoint holds objects that cannot be kept: ask for support of them"
-        raise CheckpointError(problem(where, str(error), cure=cure)) from None
+        cure = ASK_FOR_SUPPORT
+        raise CheckpointError.of(where, str(error), cure=cure) from None
 
 
 def _plan_rank(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from . import plan, reader
-from .errors import CheckpointError, ConversionError, problem, show
+from .errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem, show
 from .inventory import Family, RankFiles
 from .layout import PipelineLayout
 from .plan import FilePlan, RankPlan
@@ -69,12 +69,10 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         plans.append(plan.plan_rank(family, target, pp_rank, others))
         left += ignored
     for path, offset in plan.used_twice(plans):
-        raise CheckpointError(
-            problem(
-                path,
-                f"two objects of the checkpoint share its bytes at {offset}",
-                cure="Megatron saves no such file: use another copy of it",
-            )
+        raise CheckpointError.of(
+            path,
+            f"two objects of the checkpoint share its bytes at {offset}",
+            cure="Megatron saves no such file: use another copy of it",
         )
     paths = sorted({path for rank in plans for path in rank.source_paths()})
     sources = reader.source_files(paths)
@@ -124,14 +122,12 @@ def _read_rank(job: PlanJob, pp_rank: int) -> RankFiles:
     """One rank's files, of the iteration of all others."""
     files = reader.read_source_rank(job.iteration_dir, job.ranks[pp_rank])
     if files.iteration != job.iteration:
-        raise CheckpointError(
-            problem(
-                files.model.path,
-                "it was saved at another iteration than the checkpoint's first rank",
-                expected=f"iteration {show(job.iteration)}",
-                found=f"iteration {show(files.iteration)}",
-                cure="folders of two saves lie in one: copy all folders of one save",
-            )
+        raise CheckpointError.of(
+            files.model.path,
+            "it was saved at another iteration than the checkpoint's first rank",
+            expected=f"iteration {show(job.iteration)}",
+            found=f"iteration {show(files.iteration)}",
+            cure=ONE_SAVE,
         )
     return files
 
@@ -177,13 +173,11 @@ def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> Non
     first = planned[0]
     for family in planned:
         if (family.rules, family.kind) != (first.rules, first.kind):
-            raise CheckpointError(
-                problem(
-                    iteration_dir,
-                    "its families of ranks were written in different ways "
-                    f"({family.ranks[0].rank.folder} and {first.ranks[0].rank.folder})",
-                    cure="the folders must be of one save: copy them again",
-                )
+            raise CheckpointError.of(
+                iteration_dir,
+                "its families of ranks were written in different ways "
+                f"({family.ranks[0].rank.folder} and {first.ranks[0].rank.folder})",
+                cure=ONE_SAVE,
             )
     is_held: dict[str, bool] = {}
     for family in planned:
@@ -194,7 +188,7 @@ def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> Non
             iteration_dir,
             f"no {OPTIMIZER_FILE} holds the {name}",
             expected="one in the folders of its ranks",
-            cure="copy the missing files",
+            cure=COPY_MISSING,
         )
         for name, somewhere in is_held.items()
         if not somewhere

@@ -19,7 +19,17 @@ from typing import BinaryIO
 from . import archive, rounding, torch_file
 from .archive import ArchiveError, Record
 from .arguments import SavedArguments, read_arguments
-from .errors import CheckpointError, problem
+from .errors import (
+    ANOTHER_COPY,
+    COPY_MISSING,
+    FROM_MEGATRON,
+    NOT_CONVERTED,
+    NOTHING_TO_CONVERT,
+    ONE_SAVE,
+    PUT_FILE_THERE,
+    CheckpointError,
+    problem,
+)
 from .inventory import Family, RankFiles, Sample, read_family, samples
 from .pickling import as_mapping
 from .torch_file import FileFormatError, TorchFile
@@ -75,8 +85,8 @@ def survey(iteration_dir: str) -> Survey:
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
-        raise CheckpointError(
-            problem(path, f"cannot be listed ({error.strerror})", cure="check --load-iteration-dir")
+        raise CheckpointError.of(
+            path, f"cannot be listed ({error.strerror})", cure="check --load-iteration-dir"
         ) from None
     ranks = {rank: name for name in names if (rank := RankId.parse(name)) is not None}
     odd = [name for name in names if _RANK_LIKE.fullmatch(name) and RankId.parse(name) is None]
@@ -98,13 +108,13 @@ def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
         cure = "Megatron reshards those by itself when it loads them: no conversion is needed"
     elif odd:
         what = f"its rank folders ({odd[0]}) name no pipeline rank: it was saved with PP 1"
-        cure = "virtual stages need pipeline parallelism: there is nothing to convert"
+        cure = NOTHING_TO_CONVERT
     elif any(name.startswith(("iter_", "release")) for name in names):
         what = "this is the checkpoint's root"
         cure = "give one of its iteration folders, such as iter_0001000"
     else:
         what = "it holds no rank folders"
-        cure = "give the iter_* folder that Megatron-LM saved with --ckpt-format torch"
+        cure = FROM_MEGATRON
     return problem(
         path, what, expected=expected, found=", ".join(list(names)[:5]) or "nothing", cure=cure
     )
@@ -116,9 +126,7 @@ def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> 
     if arguments.pp_size < 2:
         problems.append(
             problem(
-                path,
-                "it was saved with pipeline_model_parallel_size 1",
-                cure="virtual stages need pipeline parallelism: there is nothing to convert",
+                path, "it was saved with pipeline_model_parallel_size 1", cure=NOTHING_TO_CONVERT
             )
         )
     if any((rank.ep_rank is None) != (arguments.ep_size == 1) for rank in ranks):
@@ -128,7 +136,7 @@ def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> 
                 "its folder names do not fit expert_model_parallel_size",
                 expected=f"{'two' if arguments.ep_size == 1 else 'three'} numbers in each name",
                 found=ranks[0].folder,
-                cure="the folders and the arguments in them must be of one save",
+                cure=ONE_SAVE,
             )
         )
     problems = problems or _odd_sizes(path, ranks, arguments)
@@ -155,7 +163,7 @@ def _odd_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> li
                     f"its folders do not fit {kind}_model_parallel_size",
                     expected=f"ranks 0 to {size - 1}",
                     found=f"{len(numbers)} of them{is_missing}",
-                    cure="copy the missing folders, or remove those of another save",
+                    cure=COPY_MISSING,
                 )
             )
     return problems
@@ -177,7 +185,7 @@ def _missing(path: Path, ranks: list[RankId], arguments: SavedArguments) -> Iter
             yield problem(
                 path / folders[0].folder,
                 "this rank folder and its siblings are missing",
-                cure="copy the missing folders",
+                cure=COPY_MISSING,
             )
             continue
         for rank in folders:
@@ -186,7 +194,7 @@ def _missing(path: Path, ranks: list[RankId], arguments: SavedArguments) -> Iter
                     path / rank.folder,
                     "this rank folder is missing",
                     expected=f"{arguments.pp_size} pipeline ranks of each family",
-                    cure="layers move between all of them: copy the missing folder",
+                    cure=COPY_MISSING,
                 )
 
 
@@ -200,21 +208,17 @@ def open_source(path: Path) -> Iterator[BinaryIO]:
     try:
         root = os.path.realpath(path.parent.parent)
         if not os.path.realpath(path).startswith(root + os.sep):
-            raise CheckpointError(
-                problem(
-                    path, "it is a link out of the checkpoint", cure="put the file itself there"
-                )
+            raise CheckpointError.of(
+                path, "it is a link out of the checkpoint", cure=PUT_FILE_THERE
             )
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise CheckpointError(
-                    problem(path, "it is no regular file", cure="put the file itself there")
-                )
+                raise CheckpointError.of(path, "it is no regular file", cure=PUT_FILE_THERE)
             yield file
     except OSError as error:
-        raise CheckpointError(
-            problem(path, f"cannot be read ({error.strerror})", cure="check the file and its mode")
+        raise CheckpointError.of(
+            path, f"cannot be read ({error.strerror})", cure="check the file and its mode"
         ) from None
 
 
@@ -233,17 +237,15 @@ def read_torch_file(path: Path) -> TorchFile:
             stem, records = archive.read_records(file)
             return torch_file.decode(str(path), stem, records, read)
         except (ArchiveError, FileFormatError) as error:
-            raise CheckpointError(
-                problem(
-                    path,
-                    str(error),
-                    expected="a file that torch.save wrote for Megatron-LM",
-                    cure="the file is damaged or of another kind: use another copy of it",
-                )
+            raise CheckpointError.of(
+                path,
+                str(error),
+                expected="a file that torch.save wrote for Megatron-LM",
+                cure=ANOTHER_COPY,
             ) from None
         except MemoryError:
-            raise CheckpointError(
-                problem(path, "its description does not fit into memory", cure="use another copy")
+            raise CheckpointError.of(
+                path, "its description does not fit into memory", cure=ANOTHER_COPY
             ) from None
 
 
@@ -285,12 +287,10 @@ def other_files(
         if name in (MODEL_FILE, OPTIMIZER_FILE):
             continue
         if _REFUSED_FILES.fullmatch(name):
-            raise CheckpointError(
-                problem(
-                    path / name,
-                    "a file of an optimizer or of an old format that is kept per rank",
-                    cure="it cannot be converted exactly; see 'What is refused' in the README",
-                )
+            raise CheckpointError.of(
+                path / name,
+                "a file of an optimizer or of an old format that is kept per rank",
+                cure=NOT_CONVERTED,
             )
         if _KEPT_AS_THEY_ARE.fullmatch(name):
             with open_source(path / name) as file:
@@ -324,13 +324,11 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
         if way is not None:
             return family, way
         worst = worst or differing
-    raise CheckpointError(
-        problem(
-            worst[0].main_path,
-            f"{len(worst)} weights are not their main parameters rounded, {worst[0].name} first",
-            expected="16-bit weights that follow from the fp32 main parameters",
-            cure="weights and optimizer state are damaged or not of one save: use those of one",
-        )
+    raise CheckpointError.of(
+        worst[0].main_path,
+        f"{len(worst)} weights are not their main parameters rounded, {worst[0].name} first",
+        expected="16-bit weights that follow from the fp32 main parameters",
+        cure=ONE_SAVE,
     )
 
 
@@ -386,11 +384,11 @@ class SampleReader:
         try:
             data = os.pread(self._descriptors[path], length, offset)
         except OSError as error:
-            raise CheckpointError(
-                problem(path, f"cannot be read ({error.strerror})", cure="check the file system")
+            raise CheckpointError.of(
+                path, f"cannot be read ({error.strerror})", cure="check the file system"
             ) from None
         if len(data) != length:
-            raise CheckpointError(problem(path, "it is cut off", cure="use another copy of it"))
+            raise CheckpointError.of(path, "it is cut off", cure=ANOTHER_COPY)
         return data
 
     def ends(self, pieces: tuple[Piece, ...], item_bytes: int) -> bytes:

@@ -117,21 +117,17 @@ def target_spec(options: Options, arguments: SavedArguments) -> TargetSpec:
     layout, overlaps = place(placement), options.overlaps_param_gather_with_step
     own = (place(arguments.placement), arguments.overlaps_param_gather_with_step)
     if (layout, overlaps) == own:
-        raise LayoutError(
-            problem(
-                options.load_dir,
-                "the source already has the layout that is asked for",
-                found=f"virtual pipeline size {layout.vp_size} with the same layers per chunk",
-                cure="there is nothing to convert; ask for another layout",
-            )
+        raise LayoutError.of(
+            options.load_dir,
+            "the source already has the layout that is asked for",
+            found=f"virtual pipeline size {layout.vp_size} with the same layers per chunk",
+            cure="there is nothing to convert; ask for another layout",
         )
     if overlaps and layout.vp_size == 1:
-        raise LayoutError(
-            problem(
-                "--target-overlap-param-gather-with-optimizer-step",
-                "Megatron allows it with virtual pipeline stages only",
-                cure="leave it out",
-            )
+        raise LayoutError.of(
+            "--target-overlap-param-gather-with-optimizer-step",
+            "Megatron allows it with virtual pipeline stages only",
+            cure="leave it out",
         )
     return TargetSpec(placement, layout, overlaps)
 
@@ -143,14 +139,12 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
         stages = len(parse_layout(options.target_layout))
         vp_size = max(1, stages // arguments.pp_size)
         if given is not None and given != vp_size:
-            raise LayoutError(
-                problem(
-                    "--target-virtual-pipeline-model-parallel-size",
-                    "disagrees with the layout string",
-                    expected=f"{stages} stages / {arguments.pp_size} ranks = {vp_size}",
-                    found=given,
-                    cure="leave it out, or correct the string",
-                )
+            raise LayoutError.of(
+                "--target-virtual-pipeline-model-parallel-size",
+                "disagrees with the layout string",
+                expected=f"{stages} stages / {arguments.pp_size} ranks = {vp_size}",
+                found=given,
+                cure="leave it out, or correct the string",
             )
         return Placement(vp_size=vp_size, layout=options.target_layout)
     vp_size = given or 1

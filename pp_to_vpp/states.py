@@ -17,7 +17,7 @@ from . import ddp_buffer, naming
 from .arguments import SavedArguments
 from .chunks import ChunkContents, Item
 from .ddp_buffer import Buffer, BufferParameter
-from .errors import CheckpointError, problem, show
+from .errors import ANOTHER_COPY, NOT_CONVERTED, ONE_SAVE, CheckpointError, show
 from .layout import ModelChunk
 from .naming import Section
 from .optimizer_chain import OptimizerPart, part_entries, unknown_entry
@@ -199,14 +199,12 @@ def read_flat_states(
     """
     entries = part_entries(root, where)
     if len(entries) != len(parts):
-        raise CheckpointError(
-            problem(
-                where,
-                "it holds another number of optimizers than the rank's 'optimizer' entry",
-                expected=len(parts),
-                found=len(entries),
-                cure="the two files do not belong together: use those of one save",
-            )
+        raise CheckpointError.of(
+            where,
+            "it holds another number of optimizers than the rank's 'optimizer' entry",
+            expected=len(parts),
+            found=len(entries),
+            cure=ONE_SAVE,
         )
     by_name: dict[str, FlatState] = {}
     keys: dict[str, Any] = {}
@@ -233,7 +231,7 @@ def _checked_part(
             what = "its buffers are stored per bucket, as Megatron 0.6 does"
         else:
             what = "it is not the coalesced format of Megatron 0.7 and later"
-        raise CheckpointError(problem(where, what, cure=_LEGACY_CURE))
+        raise CheckpointError.of(where, what, cure=_LEGACY_CURE)
     indices = [key for key in entry if key != COALESCED]
     if any(type(index) is not int for index in indices):
         raise unknown_entry(where, next(key for key in indices if type(key) is not int))
@@ -248,22 +246,18 @@ def _checked_part(
 
 def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[str, TensorRef]]:
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise CheckpointError(
-            problem(where, "a buffer without exactly one dtype", cure="the file is damaged")
-        )
+        raise CheckpointError.of(where, "a buffer without exactly one dtype", cure=ANOTHER_COPY)
     ((key, states),) = entry.items()
     if not (
         isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, Global) for part in key)
     ):
-        raise CheckpointError(
-            problem(where, "its key is no (parameter dtype, gradient dtype)", cure=_LEGACY_CURE)
+        raise CheckpointError.of(
+            where, "its key is no (parameter dtype, gradient dtype)", cure=_LEGACY_CURE
         )
     if key[0].name != buffer.dtype:
         raise Unexplained(f"dtype {key[0].name} in the file, {buffer.dtype} computed")
     if not isinstance(states, dict) or PARAM not in states or NUMEL not in states:
-        raise CheckpointError(
-            problem(where, f"without '{PARAM}' or '{NUMEL}'", cure="the file is damaged")
-        )
+        raise CheckpointError.of(where, f"without '{PARAM}' or '{NUMEL}'", cure=ANOTHER_COPY)
     if states[NUMEL] != buffer.numel_unpadded:
         raise Unexplained(
             f"{show(states[NUMEL])} elements found, {buffer.numel_unpadded} computed ({where})"
@@ -275,9 +269,7 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
         try:
             tensor = as_tensor(value)
         except TensorError as error:
-            raise CheckpointError(
-                problem(where, f"{show(name)} is {error}", cure="the file is damaged")
-            ) from None
+            raise CheckpointError.of(where, f"{show(name)} is {error}", cure=ANOTHER_COPY) from None
         if (
             not isinstance(name, str)
             or tensor is None
@@ -285,14 +277,12 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
             or tensor.shape != (buffer.numel_unpadded,)
             or not tensor.is_contiguous
         ):
-            raise CheckpointError(
-                problem(
-                    where,
-                    f"state {show(name)} is unknown",
-                    expected=f"a flat float32 tensor of {buffer.numel_unpadded}",
-                    found=show(value) if tensor is None else f"{tensor.dtype} {tensor.shape}",
-                    cure="this optimizer cannot be converted exactly",
-                )
+            raise CheckpointError.of(
+                where,
+                f"state {show(name)} is unknown",
+                expected=f"a flat float32 tensor of {buffer.numel_unpadded}",
+                found=show(value) if tensor is None else f"{tensor.dtype} {tensor.shape}",
+                cure=NOT_CONVERTED,
             )
         tensors[name] = tensor
     return key, tensors

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from .errors import CopyError, problem
+from .errors import CopyError
 
 QUEUED_PER_WORKER = 3
 """Tasks in hand: enough that nobody waits, few enough that memory stays constant."""
@@ -134,22 +134,18 @@ class Workers:
 
 
 def _no_more(reason: object) -> CopyError:
-    return CopyError(
-        problem(
-            "worker processes",
-            f"the system gives this program no more processes, threads or memory ({reason})",
-            cure="use fewer with --num-max-processing-processes, or raise the limit (ulimit -a); "
-            "then run again with --resume",
-        )
+    return CopyError.of(
+        "worker processes",
+        f"the system gives this program no more processes, threads or memory ({reason})",
+        cure="use fewer with --num-max-processing-processes, or raise the limit (ulimit -a); "
+        "then run again with --resume",
     )
 
 
 def _worker_died() -> CopyError:
-    return CopyError(
-        problem(
-            "worker process",
-            "it was killed",
-            cure="if the kernel ran out of memory, use fewer with --num-max-processing-processes; "
-            "then run again with --resume",
-        )
+    return CopyError.of(
+        "worker process",
+        "it was killed",
+        cure="if the kernel ran out of memory, use fewer with --num-max-processing-processes; "
+        "then run again with --resume",
     )
