@@ -182,7 +182,7 @@ def with_rules(**changed: bool) -> Rules:
 
 
 def test_alignment_holes_are_saved() -> None:
-    """FORMAT trap 1."""
+    """FORMAT 9.1."""
     (buffer,) = chunk_buffers(dense(10, 5), NEW, policy())
     assert (buffer.saved_starts, buffer.numel_unpadded) == ((64, 0), 74)
     (old,) = chunk_buffers(dense(10, 5), with_rules(aligns_parameters=False), policy())
@@ -190,14 +190,14 @@ def test_alignment_holes_are_saved() -> None:
 
 
 def test_buckets_change_sizes() -> None:
-    """FORMAT trap 2."""
+    """FORMAT 9.2."""
     (buffer,) = chunk_buffers(dense(10, 5), NEW, policy(bucket_size=5))
     assert (buffer.saved_starts, buffer.numel_unpadded) == ((5, 0), 15)
     assert buffer.starts == (128, 0)
 
 
 def test_shared_embeddings_are_asymmetric() -> None:
-    """FORMAT trap 3."""
+    """FORMAT 9.3."""
     (last,) = chunk_buffers(dense(100, 1000, shared=1), NEW, policy())
     assert (last.saved_starts, last.numel_unpadded) == ((1000, 0), 1100)
     (first,) = chunk_buffers(dense(1000, 100, shared=0), NEW, policy())

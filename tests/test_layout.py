@@ -134,7 +134,7 @@ def test_zero_layer_chunks_are_allowed() -> None:
 
 
 def test_the_final_norm_follows_the_layers_with_mtp() -> None:
-    """FORMAT trap 18."""
+    """FORMAT 9.18."""
     text = "Ett|tt|tt|t|m|L"
     layout = Placement(2, layout=text).place(7, 3, mtp_num_layers=1, mtp_may_stand_alone=True)
     assert layout.chunk(0, 1).sections == (Section.FINAL_NORM,)

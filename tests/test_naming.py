@@ -25,7 +25,7 @@ def test_layer_keys_come_back(stack: str, index: int, rest: str) -> None:
         ("decoder.layers.3.mlp.linear_fc1.weight", ("decoder", 3, ".mlp.linear_fc1.weight")),
         ("decoder.layers.3", ("decoder", 3, "")),
         ("encoder.layers.10.x.layers.2.y", ("encoder", 10, ".x.layers.2.y")),
-        ("mtp.layers.0.transformer_layer.mlp.weight", None),  # FORMAT trap 9
+        ("mtp.layers.0.transformer_layer.mlp.weight", None),  # FORMAT 9.9
         ("decoder.layers", None),
         ("decoder.layers.x.weight", None),
         ("decoder.layers.1²", None),
@@ -77,7 +77,7 @@ def test_parameters(key: str, is_parameter: bool) -> None:
         (".mlp.experts.local_experts.3.linear_fc1.weight", True),
         (".mlp.experts.linear_fc1.weight10", True),
         ("mtp.layers.0.mtp_model_layer.mlp.experts.weight1", True),
-        (".mlp.shared_experts.linear_fc1.weight", False),  # FORMAT trap 8
+        (".mlp.shared_experts.linear_fc1.weight", False),  # FORMAT 9.8
         (".mlp.router.weight", False),
     ],
 )
