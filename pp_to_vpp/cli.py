@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from .convert import Outcome, Prepared, Verified
+    from .run.convert import Outcome, Prepared, Verified
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM."""
@@ -279,8 +279,9 @@ def _run(given: _Arguments) -> dict[str, object]:
     """Do what is asked for; the report of it."""
     # numpy would start a thread for each core, for nothing, and forking wants a single thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from . import convert, report  # --help must not wait for numpy
-    from .request import Depth, Options
+    from . import report
+    from .options import Depth, Options
+    from .run import convert  # --help must not wait for numpy
 
     first = given.target_first_virtual_pipeline_num_layers_split
     last = given.target_last_virtual_pipeline_num_layers_split

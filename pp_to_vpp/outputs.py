@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import CopyError
-from .folders import copy_error, write_whole
+from .run.folders import copy_error, write_whole
 
 STANDARD_OUTPUT = Path("-")
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from . import __version__
 
 if TYPE_CHECKING:
-    from .convert import Outcome, Prepared, Verified
-    from .layout import PipelineLayout
+    from .megatron.pipeline import PipelineLayout
+    from .run.convert import Outcome, Prepared, Verified
 
 SCHEMA = 1
 

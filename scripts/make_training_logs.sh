@@ -11,5 +11,5 @@ if [ "${1:-}" = "--help" ]; then
 fi
 cd "$repository"
 for model in dense moe; do
-    "$environment/bin/python" -m tests.megatron.resume "$model" "logs/train_$model.log" --steps 20
+    "$environment/bin/python" -m tests.training.resume "$model" "logs/train_$model.log" --steps 20
 done

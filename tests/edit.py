@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pp_to_vpp import archive, reader, torch_file
-from pp_to_vpp.pickling import Global, Storage, ordered_dict
-from pp_to_vpp.tensors import flat_tensor
-from pp_to_vpp.torch_file import EncodedFile
-from pp_to_vpp.types import Extent, Literal, Zeros
+from pp_to_vpp.container import archive, torch_file
+from pp_to_vpp.container.extents import Extent, Literal, Zeros
+from pp_to_vpp.container.pickling import Global, Storage, ordered_dict
+from pp_to_vpp.container.tensors import flat_tensor
+from pp_to_vpp.container.torch_file import EncodedFile
+from pp_to_vpp.source import files
 
 
 def assemble(encoded: EncodedFile, read: Callable[[Extent], bytes]) -> bytes:
@@ -38,7 +39,7 @@ def assemble(encoded: EncodedFile, read: Callable[[Extent], bytes]) -> bytes:
 
 def rewrite(path: Path, edit: Callable[[Any], Any]) -> None:
     """Apply a change to the object graph of a file; ``edit`` changes it in place or returns it."""
-    file = reader.read_torch_file(path)
+    file = files.read_torch_file(path)
     changed = edit(file.root)
     root = file.root if changed is None else changed
     data = path.read_bytes()

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from pp_to_vpp import reader
-from pp_to_vpp.inventory import Family
-from pp_to_vpp.layout import PipelineLayout, Placement
-from pp_to_vpp.reader import Survey
-from pp_to_vpp.request import TargetSpec
-from pp_to_vpp.states import OptimizerKind
-from pp_to_vpp.tensors import TensorRef
-from pp_to_vpp.types import Extent
+from pp_to_vpp.checkpoint.family import Family
+from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.tensors import TensorRef
+from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
+from pp_to_vpp.megatron.pipeline import PipelineLayout, Placement
+from pp_to_vpp.source import proof
+from pp_to_vpp.source.files import read_rank
+from pp_to_vpp.source.survey import Survey, take_survey
+from pp_to_vpp.target.request import TargetSpec
 
 from .pairs import names, pair
 
@@ -32,7 +33,7 @@ def iteration(name: str, side: str) -> Path:
 @functools.cache
 def surveyed(name: str, side: str) -> Survey:
     """What is found on one side of a pair."""
-    return reader.survey(str(iteration(name, side)))
+    return take_survey(str(iteration(name, side)))
 
 
 @functools.cache
@@ -41,8 +42,8 @@ def families(name: str, side: str) -> tuple[Family, ...]:
     found = surveyed(name, side)
     read = []
     for key in found.families:
-        files = {p: reader.read_rank(found.path, rank) for p, rank in found.family(key).items()}
-        read.append(reader.proven_family(files)[0])
+        files = {p: read_rank(found.path, rank) for p, rank in found.family(key).items()}
+        read.append(proof.proven_family(files)[0])
     return tuple(read)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from pp_to_vpp.workers import Workers
+from pp_to_vpp.run.workers import Workers
 
 
 class Inline(Workers):

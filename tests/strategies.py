@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from pp_to_vpp.arguments import SavedArguments
-from pp_to_vpp.ddp_buffer import BucketPolicy, BufferParameter
-from pp_to_vpp.layout import Placement
-from pp_to_vpp.rules import CHANGES, Rules
+from pp_to_vpp.megatron.arguments import SavedArguments
+from pp_to_vpp.megatron.buffers import BucketPolicy, BufferParameter
+from pp_to_vpp.megatron.pipeline import Placement
+from pp_to_vpp.megatron.rules import CHANGES, Rules
 
 rules = st.builds(Rules, **{change.rule: st.booleans() for change in CHANGES})
 

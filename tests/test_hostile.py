@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pp_to_vpp import cli
-from pp_to_vpp.pickling import Global, Instance
+from pp_to_vpp.container.pickling import Global, Instance
 
 from .edit import copy_of, rewrite
 from .fuzz import forked

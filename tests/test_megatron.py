@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from . import compare
-from .megatron.cases import CASES, DENSE, virtual
-from .megatron.judge import Judge
-from .megatron.launch import RankError, megatron
-from .megatron.resume import RUNS, experiment
-from .megatron.spec import Run
+from .training.cases import CASES, DENSE, virtual
+from .training.judge import Judge
+from .training.launch import RankError, megatron
+from .training.resume import RUNS, experiment
+from .training.spec import Run
 
 
 def _has_megatron() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pp_to_vpp.pickling import Global, Instance, as_mapping
+from pp_to_vpp.container.pickling import Global, Instance, as_mapping
 
 from .edit import copy_of, float_tensor, rewrite, rewrite_all, set_arguments
 from .pairs import pair

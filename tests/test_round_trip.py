@@ -15,11 +15,11 @@ import pytest
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from pp_to_vpp import convert
-from pp_to_vpp.layout import Placement
-from pp_to_vpp.reader import survey
-from pp_to_vpp.request import Depth, Options
-from pp_to_vpp.states import OptimizerKind
+from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
+from pp_to_vpp.megatron.pipeline import Placement
+from pp_to_vpp.options import Depth, Options
+from pp_to_vpp.run import convert
+from pp_to_vpp.source.survey import take_survey
 
 from .compare import differences
 from .examples import examples
@@ -166,7 +166,7 @@ def test_layout_strings_reach_checkpoints_of_old_versions(tmp_path: Path) -> Non
     source, layout = pair(_OLD).source, "Et|tt|ttt|ttL"
     target, back = tmp_path / "there" / "iter_0000001", tmp_path / "back" / "iter_0000001"
     run(source, target, Placement(2, layout=layout), Depth.STRUCTURE)
-    assert survey(str(target)).arguments.placement.layout == layout
+    assert take_survey(str(target)).arguments.placement.layout == layout
     run(target, back, Placement(1), Depth.STRUCTURE)
     assert [text for text in differences(back, source, source) if "/args" not in text] == []
 

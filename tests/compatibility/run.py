@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..megatron.cases import CASES
-from ..megatron.judge import Judge
-from ..megatron.launch import RankError, megatron
-from ..megatron.spec import Run
+from ..training.cases import CASES
+from ..training.judge import Judge
+from ..training.launch import RankError, megatron
+from ..training.spec import Run
 
 VERSIONS = ("0.12", "0.13", "0.14", "0.15", "0.16")
 """The newest release of each; later ones need a later Python, earlier ones an earlier numpy."""

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pp_to_vpp import cli, convert, report, request
+from pp_to_vpp import cli, report
+from pp_to_vpp.run import convert
+from pp_to_vpp.target import request
 from tests.inline import Inline
 from tests.runs import Run
 

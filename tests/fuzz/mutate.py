@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pp_to_vpp import archive, pickling
-from pp_to_vpp.pickling import Global, Instance, Storage
-from pp_to_vpp.types import Extent
+from pp_to_vpp.container import archive, pickling
+from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.pickling import Global, Instance, Storage
 
 _EXTREMES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 3, 4, -1, 7, 255, 65536, 1 << 24, 1 << 31, 1 << 63, 10**30,

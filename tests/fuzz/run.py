@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from pp_to_vpp import reader
+from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.pickling import as_mapping
+from pp_to_vpp.container.tensors import as_tensor
+from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import ConversionError
-from pp_to_vpp.naming import chunk_keys
-from pp_to_vpp.pickling import as_mapping
-from pp_to_vpp.tensors import as_tensor
-from pp_to_vpp.torch_file import TorchFile
-from pp_to_vpp.types import Extent
+from pp_to_vpp.megatron.naming import chunk_keys
+from pp_to_vpp.source import files
 from tests.fuzz import forked
 from tests.fuzz.mutate import mutated
 from tests.pairs import pair
@@ -93,7 +93,7 @@ class Bench:
         path = self.folder / name / "iter_0000001"
         if not path.exists():
             shutil.copytree(pair(name).source, path)
-            self._decoded |= {file: reader.read_torch_file(file) for file in path.glob("*/*.pt")}
+            self._decoded |= {file: files.read_torch_file(file) for file in path.glob("*/*.pt")}
             gc.collect()
             gc.freeze()  # children share these pages
         return path
@@ -118,8 +118,8 @@ class Bench:
     def _convert(self, source: Path, changed: Path, depth: str) -> int:
         """Convert and, if that works, prove it; in the child, which decodes only what changed."""
         del self._decoded[changed]
-        read = reader.read_torch_file
-        reader.read_torch_file = lambda path: self._decoded.get(path) or read(path)
+        read = files.read_torch_file
+        files.read_torch_file = lambda path: self._decoded.get(path) or read(path)
         folders = ("--load-iteration-dir", source, "--save-iteration-dir", self.target)
         wanted = ("--target-virtual-pipeline-model-parallel-size", "2", "--verify", depth)
         status = forked.program(*folders, *wanted)
@@ -134,7 +134,7 @@ def tensors(iteration: Path) -> Counter[tuple[str, tuple[int, ...], str]]:
     found: Counter[tuple[str, tuple[int, ...], str]] = Counter()
     for path in sorted(iteration.glob("*/model_optim_rng.pt")):
         data = path.read_bytes()
-        root = as_mapping(reader.read_torch_file(path).root) or {}
+        root = as_mapping(files.read_torch_file(path).root) or {}
         for key in chunk_keys(root):
             for value in (as_mapping(root[key]) or {}).values():
                 tensor = as_tensor(value)

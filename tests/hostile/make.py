@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pp_to_vpp import pickling
-from pp_to_vpp.pickling import Global, Instance, Storage, ordered_dict
-from pp_to_vpp.types import Literal
+from pp_to_vpp.container import pickling
+from pp_to_vpp.container.extents import Literal
+from pp_to_vpp.container.pickling import Global, Instance, Storage, ordered_dict
 
 FOLDER = Path(__file__).parent
 CANARY = "canary"

@@ -1,1 +1,0 @@
-"""Megatron-Core from PyPI on a CPU: the judge of converted checkpoints."""

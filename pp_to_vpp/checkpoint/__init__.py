@@ -1,0 +1,1 @@
+"""From the object graphs of rank files to one logical model; opens nothing."""

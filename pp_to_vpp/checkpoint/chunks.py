@@ -1,0 +1,239 @@
+"""The model chunks of a rank file, their keys sorted by layer and section.
+
+A chunk is the ``state_dict()`` of the unwrapped model: an OrderedDict whose key order is the order
+of registration, with the module versions of torch in its attribute ``_metadata``
+(checkpointing.py ``generate_state_dict``, 0.6 to 0.19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..container.pickling import as_mapping
+from ..container.tensors import TensorError, as_tensor
+from ..errors import ANOTHER_COPY, AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, problem, show
+from ..megatron import naming
+from ..megatron.naming import Section
+from ..megatron.parameters import Item
+from ..megatron.pipeline import ModelChunk, PipelineLayout
+
+METADATA = "_metadata"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Module:
+    """One module path of a chunk's ``_metadata``, placed like an item.
+
+    ``section`` is None for modules that every chunk has; ``after`` is the section behind which
+    they stand (-1: before all).
+    """
+
+    section: Section | None
+    after: int
+    layer: int | None
+    rest: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkContents:
+    """A model chunk as read from its file."""
+
+    chunk: ModelChunk
+    stack: str
+    """``decoder`` or ``encoder``."""
+    items: tuple[Item, ...]
+    modules: tuple[Module, ...] | None
+    """None where the file has no ``_metadata``."""
+    parameters: tuple[Item, ...] = field(init=False)
+    """The trained tensors, in the order of ``named_parameters()``."""
+
+    def __post_init__(self) -> None:
+        found = tuple(item for item in self.items if item.is_parameter)
+        object.__setattr__(self, "parameters", found)
+
+
+def read_chunks(
+    root: Mapping[Any, Any], layout: PipelineLayout, pp_rank: int, where: str
+) -> tuple[ChunkContents, ...]:
+    """The chunks of one pipeline rank, checked against the layout its arguments tell.
+
+    Raises:
+        CheckpointError: chunks, layers or sections are not those of the layout, or a key has no
+            known place.
+    """
+    keys = naming.chunk_keys(root)
+    expected = (
+        tuple(f"model{v}" for v in range(layout.vp_size)) if layout.vp_size > 1 else ("model",)
+    )
+    if keys != expected:
+        raise CheckpointError.of(
+            where,
+            "its model chunks are not those its arguments tell",
+            expected=", ".join(expected),
+            found=", ".join(keys[:8]) or "none",
+            cure=AS_SAVED,
+        )
+    contents = []
+    for key, chunk in zip(keys, layout.rank_chunks(pp_rank), strict=True):
+        contents.append(_read_chunk(root[key], chunk, f"{where} ({key})"))
+    return tuple(contents)
+
+
+def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
+    mapping = as_mapping(node)
+    if mapping is None or not all(isinstance(key, str) for key in mapping):
+        raise CheckpointError.of(
+            where,
+            "a model chunk is no state dict",
+            expected="names and tensors",
+            found=show(node),
+            cure="legacy models (--use-legacy-models) are not supported: convert them to "
+            "Megatron-Core models first",
+        )
+    stacks = {place[0] for key in mapping if (place := naming.split_layer(key))}
+    if len(stacks) > 1:
+        raise CheckpointError.of(
+            where,
+            "it has encoder and decoder layers",
+            cure="encoder-decoder models cannot run with virtual pipeline stages",
+        )
+    stack = stacks.pop() if stacks else "decoder"
+    _check_layers(mapping, chunk, where)
+    placed = _place_keys(mapping, chunk, where)
+    items = tuple(
+        _make_item(section, layer, rest, stack, mapping[key], where)
+        for key, (section, layer, rest) in placed.items()
+    )
+    held = {item.section for item in items} | {Section.FINAL_NORM}  # a model may have no such norm
+    missing = [section for section in chunk.sections if section not in held]
+    if missing:
+        raise CheckpointError.of(
+            where,
+            f"the pipeline layout puts {missing[0].name.lower()} here, but no key does",
+            cure=AS_SAVED,
+        )
+    state = node.state if not isinstance(node, dict) and isinstance(node.state, dict) else {}
+    metadata = as_mapping(state.get(METADATA))
+    if metadata is not None and not all(isinstance(path, str) for path in metadata):
+        raise CheckpointError.of(
+            where, "its _metadata has keys that are no names", cure=ANOTHER_COPY
+        )
+    modules = None if metadata is None else tuple(_place_modules(metadata, mapping, chunk))
+    return ChunkContents(chunk, stack, items, modules)
+
+
+def _check_layers(mapping: Iterable[str], chunk: ModelChunk, where: str) -> None:
+    found = sorted({place[1] for key in mapping if (place := naming.split_layer(key))})
+    if found != list(range(len(chunk.layers))):
+        raise CheckpointError.of(
+            where,
+            "its layers are not those its arguments tell",
+            expected=f"{len(chunk.layers)} layers",
+            found=f"{len(found)} ({', '.join(map(str, found[:6]))}...)" if found else "none",
+            cure=AS_SAVED,
+        )
+
+
+def _place_keys(
+    keys: Iterable[str], chunk: ModelChunk, where: str
+) -> dict[str, tuple[Section, int | None, str]]:
+    """Section, global layer and rest of each key."""
+    placed: dict[str, tuple[Section, int | None, str]] = {}
+    problems = []
+    previous = Section.EMBEDDING
+    for key in keys:
+        place = naming.split_layer(key)
+        if place is not None:
+            section: Section | None = Section.LAYERS
+            layer, rest = chunk.layers[place[1]], place[2]
+        else:
+            section, layer, rest = _section_in(chunk, key, previous), None, key
+        if section is None:
+            problems.append(
+                problem(
+                    where,
+                    f"no rule says which chunk key {show(key)} belongs to",
+                    cure=ASK_FOR_SUPPORT,
+                )
+            )
+            continue
+        if section < previous:
+            problems.append(
+                problem(
+                    where,
+                    f"key {show(key)} stands after keys of {previous.name.lower()}",
+                    expected="the order in which Megatron registers modules",
+                    cure=AS_SAVED,
+                )
+            )
+        previous = section
+        placed[key] = (section, layer, rest)
+    if problems:
+        raise CheckpointError(*problems[:8])
+    return placed
+
+
+def _section_in(chunk: ModelChunk, key: str, previous: Section) -> Section | None:
+    """The section of a non-layer key of this chunk; None when it can have no place here.
+
+    A name that says nothing belongs to the first chunk's front or the last chunk's end.
+    """
+    section = naming.section_by_name(key)
+    if section is None:
+        section = Section.HEAD if Section.HEAD in chunk.sections else Section.EMBEDDING
+        if section is Section.EMBEDDING and previous is not Section.EMBEDDING:
+            return None
+    if section is Section.EMBEDDING and section not in chunk.sections:
+        section = Section.MTP_EMBEDDING
+    return section if section in chunk.sections else None
+
+
+def _make_item(
+    section: Section, layer: int | None, rest: str, stack: str, value: Any, where: str
+) -> Item:
+    if layer is None:
+        name = naming.global_name(section, rest)
+    else:
+        name = naming.join_layer(stack, layer, rest)
+    try:
+        tensor = as_tensor(value)
+    except TensorError as error:
+        raise CheckpointError.of(where, f"{name} is {error}", cure=ANOTHER_COPY) from None
+    is_parameter = naming.is_parameter(rest)
+    if is_parameter and (tensor is None or not tensor.is_contiguous):
+        raise CheckpointError.of(
+            where,
+            f"{name} is no plain tensor",
+            found=show(value) if tensor is None else "a transposed view",
+            cure="weights stored natively in fp8 or as tensor subclasses are not supported: "
+            "save without --fp8-param-gather",
+        )
+    return Item(section, layer, name, rest, value, tensor, is_parameter)
+
+
+def _place_modules(
+    metadata: Mapping[str, Any], keys: Iterable[str], chunk: ModelChunk
+) -> Iterator[Module]:
+    """The chunk's module paths: those of layers and sections move with them, the others are in
+    every chunk."""
+    loose = [key for key in keys if naming.split_layer(key) is None]
+    owners = {key[:i] for key in loose for i, letter in enumerate(key) if letter == "."}
+    containers = ("", "decoder", "encoder", "decoder.layers", "encoder.layers")
+    after: int = -1
+    for path, value in metadata.items():
+        place = naming.split_layer(path)
+        if place is not None and place[1] < len(chunk.layers):
+            after = Section.LAYERS
+            yield Module(Section.LAYERS, after, chunk.layers[place[1]], place[2], value)
+            continue
+        section = naming.section_by_name(path)
+        if section is None and path in owners and path not in containers:
+            section = Section.HEAD if Section.HEAD in chunk.sections else Section.EMBEDDING
+        if section is Section.EMBEDDING and section not in chunk.sections:
+            section = Section.MTP_EMBEDDING
+        if section is not None:
+            after = max(section, Section.MTP_EMBEDDING)
+        yield Module(section, after, None, path, value)

@@ -1,0 +1,207 @@
+"""The optimizer state of each parameter, found in the files of a rank.
+
+Distributed optimizer: flat fp32 tensors in ``distrib_optim.pt``, laid out like the buffers of the
+chunks (distrib_optimizer.py ``get_parameter_state_dp_zero``, 0.7 to 0.19). Other optimizers: torch
+state dicts inside ``model_optim_rng.pt``, numbered through the param groups (optimizer.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..container.extents import Piece, cut_pieces
+from ..container.pickling import Global
+from ..container.tensors import TensorError, TensorRef, as_tensor
+from ..errors import ANOTHER_COPY, NOT_CONVERTED, ONE_SAVE, CheckpointError, show
+from ..megatron.buffers import Buffer, RankBuffers
+from ..megatron.optimizer_chain import OptimizerPart
+from ..megatron.parameters import Item
+from .chunks import ChunkContents
+from .optimizer_entries import part_entries, unknown_entry
+
+COALESCED = "buckets_coalesced"
+NUMEL = "numel_unpadded"
+PARAM = "param"
+_FLOAT_BYTES = 4
+_LEGACY_CURE = (
+    "load and save it once with Megatron 0.9 and --ckpt-convert-update-legacy-dist-opt-format"
+)
+
+
+class Unexplained(Exception):  # noqa: N818  (not an error yet: other rules may explain it)
+    """The source's files disagree with what a version's rules compute."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatState:
+    """State of one parameter in flat tensors: the bytes of each, by name.
+
+    ``param`` is the fp32 main parameter.
+    """
+
+    parts: Mapping[str, tuple[Piece, ...]]
+
+    def main_content(self) -> tuple[Piece, ...]:
+        """The bytes of the main parameter."""
+        return self.parts[PARAM]
+
+
+def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers) -> bool:
+    """Whether the weights are views of flat buffers, as Megatron saves them with the distributed
+    optimizer; False when each has a storage of its own.
+
+    The offsets of views are an oracle for the layout: they must be the computed ones.
+
+    Raises:
+        Unexplained: weights share storages, but not as computed.
+    """
+    pairs = [
+        ([content.parameters[index] for index in buffer.members], buffer)
+        for content, stage_buffers in zip(contents, buffers.by_stage, strict=True)
+        for buffer in stage_buffers
+    ]
+    odd = [text for items, buffer in pairs for text in _misplaced(items, buffer)]
+    if not odd:
+        return bool(pairs)
+    owners = [item.weight.storage for items, _ in pairs for item in items]
+    if len(set(owners)) == len(owners):
+        return False
+    raise Unexplained(odd[0])
+
+
+def _misplaced(items: Sequence[Item], buffer: Buffer) -> Iterator[str]:
+    """Members of a buffer that do not lie in it as computed, strangers first."""
+    storages = Counter(item.weight.storage for item in items)
+    common = storages.most_common(1)[0][0]
+    for item in items:
+        if item.weight.storage is not common:
+            yield (
+                f"{item.name} lies outside the flat buffer of its kind, as frozen parameters and "
+                "unknown buffers do"
+            )
+    for item, start in zip(items, buffer.starts, strict=True):
+        found = (item.weight.offset, item.weight.storage.numel)
+        if found != (start, buffer.numel):
+            yield (
+                f"{item.name} lies at element {found[0]} of {found[1]} in its storage, computed "
+                f"{start} of {buffer.numel}"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankStates:
+    """What the optimizer file of a rank says."""
+
+    by_name: Mapping[str, FlatState]
+    """State of each parameter whose part this file holds."""
+    buffer_keys: Mapping[str, Any]
+    """For each dtype of parameters, the key under which its buffers stand."""
+    held: tuple[bool, ...]
+    """For each part, whether this file holds it."""
+
+
+def read_flat_states(
+    root: Any,
+    contents: Sequence[ChunkContents],
+    parts: Sequence[OptimizerPart],
+    buffers: RankBuffers,
+    where: str,
+) -> RankStates:
+    """The states in a ``distrib_optim.pt``.
+
+    Raises:
+        CheckpointError: the file has an unknown structure.
+        Unexplained: a buffer has another size than computed.
+    """
+    entries = part_entries(root, where)
+    if len(entries) != len(parts):
+        raise CheckpointError.of(
+            where,
+            "it holds another number of optimizers than the rank's 'optimizer' entry",
+            expected=len(parts),
+            found=len(entries),
+            cure=ONE_SAVE,
+        )
+    by_name: dict[str, FlatState] = {}
+    keys: dict[str, Any] = {}
+    for part, entry in zip(parts, entries, strict=True):
+        if entry is None:
+            continue
+        states = _checked_part(entry, buffers.of_part(part), where)
+        for (stage, buffer), (key, tensors) in zip(buffers.of_part(part), states, strict=True):
+            keys[buffer.dtype] = key
+            for member, start in zip(buffer.members, buffer.saved_starts, strict=True):
+                item = contents[stage].parameters[member]
+                low, length = start * _FLOAT_BYTES, item.weight.numel * _FLOAT_BYTES
+                cut = {n: cut_pieces(t.content(), low, length) for n, t in tensors.items()}
+                by_name[item.name] = FlatState(cut)
+    return RankStates(by_name, keys, tuple(entry is not None for entry in entries))
+
+
+def _checked_part(
+    entry: Any, expected: list[tuple[int, Buffer]], where: str
+) -> list[tuple[Any, dict[str, TensorRef]]]:
+    """Key and tensors of each buffer of one optimizer."""
+    if not isinstance(entry, dict) or entry.get(COALESCED) is not True:
+        if isinstance(entry, dict) and "per_bucket_numel" in entry:
+            what = "its buffers are stored per bucket, as Megatron 0.6 does"
+        else:
+            what = "it is not the coalesced format of Megatron 0.7 and later"
+        raise CheckpointError.of(where, what, cure=_LEGACY_CURE)
+    indices = [key for key in entry if key != COALESCED]
+    if any(type(index) is not int for index in indices):
+        raise unknown_entry(where, next(key for key in indices if type(key) is not int))
+    if indices != list(range(len(expected))):
+        shown = ", ".join(map(show, indices[:8]))
+        raise Unexplained(f"buffers [{shown}] in the file, {len(expected)} computed")
+    found = []
+    for index, (_, buffer) in enumerate(expected):
+        found.append(_checked_buffer(entry[index], buffer, f"{where}, buffer {index}"))
+    return found
+
+
+def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[str, TensorRef]]:
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise CheckpointError.of(where, "a buffer without exactly one dtype", cure=ANOTHER_COPY)
+    ((key, states),) = entry.items()
+    if not (
+        isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, Global) for part in key)
+    ):
+        raise CheckpointError.of(
+            where, "its key is no (parameter dtype, gradient dtype)", cure=_LEGACY_CURE
+        )
+    if key[0].name != buffer.dtype:
+        raise Unexplained(f"dtype {key[0].name} in the file, {buffer.dtype} computed")
+    if not isinstance(states, dict) or PARAM not in states or NUMEL not in states:
+        raise CheckpointError.of(where, f"without '{PARAM}' or '{NUMEL}'", cure=ANOTHER_COPY)
+    if states[NUMEL] != buffer.numel_unpadded:
+        raise Unexplained(
+            f"{show(states[NUMEL])} elements found, {buffer.numel_unpadded} computed ({where})"
+        )
+    tensors: dict[str, TensorRef] = {}
+    for name, value in states.items():
+        if name == NUMEL:
+            continue
+        try:
+            tensor = as_tensor(value)
+        except TensorError as error:
+            raise CheckpointError.of(where, f"{show(name)} is {error}", cure=ANOTHER_COPY) from None
+        if (
+            not isinstance(name, str)
+            or tensor is None
+            or tensor.dtype != "float32"
+            or tensor.shape != (buffer.numel_unpadded,)
+            or not tensor.is_contiguous
+        ):
+            raise CheckpointError.of(
+                where,
+                f"state {show(name)} is unknown",
+                expected=f"a flat float32 tensor of {buffer.numel_unpadded}",
+                found=show(value) if tensor is None else f"{tensor.dtype} {tensor.shape}",
+                cure=NOT_CONVERTED,
+            )
+        tensors[name] = tensor
+    return key, tensors

@@ -1,0 +1,110 @@
+"""The entries of a rank's optimizers in ``model_optim_rng.pt``.
+
+A dict if there is one optimizer, else a list (FORMAT 6.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, show
+from ..megatron.optimizer_chain import OptimizerPart
+from ..megatron.param_groups import key_of_group
+
+OPTIMIZER = "optimizer"
+"""Key of the entries in ``model_optim_rng.pt``, and of the torch optimizer in each."""
+GROUPS = "param_groups"
+MAINS = "fp32_from_fp16_params"
+STATE = "state"
+_ROUTED = "optimizer"
+"""Key of param groups that another optimizer than the run's own takes."""
+_KNOWN_KEYS = frozenset((OPTIMIZER, STATE, GROUPS, MAINS, "grad_scaler"))
+"""Of an optimizer and of the torch optimizer in it (optimizer.py, 0.7 to 0.19)."""
+
+
+def routed_parts(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[OptimizerPart, ...]:
+    """The optimizers of a chain in which some param groups tell that another optimizer than the
+    run's own takes them; () if none does. Every rank has them all, in the same order."""
+    routed = [any(_ROUTED in group for group in entry.groups) for entry in entries]
+    if not any(routed):
+        return ()
+    return tuple(
+        OptimizerPart(
+            is_expert=any(key_of_group(group).is_expert for group in entry.groups),
+            vp_stages=tuple(range(vp_size)),
+            takes_matrices=not is_routed,
+        )
+        for entry, is_routed in zip(entries, routed, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OptimizerEntry:
+    """What ``model_optim_rng.pt`` holds of one optimizer."""
+
+    node: dict[Any, Any]
+
+    @property
+    def inner(self) -> dict[Any, Any]:
+        """The torch state dict: in the entry, beside scaler and main parameters, or the entry
+        itself (FP32Optimizer)."""
+        inner: dict[Any, Any] = self.node.get(OPTIMIZER, self.node)
+        return inner
+
+    @property
+    def groups(self) -> list[dict[Any, Any]]:
+        """The param groups; none where the rank has no parameters for it."""
+        groups: list[dict[Any, Any]] = self.inner.get(GROUPS, [])
+        return groups
+
+    def replaced(self, inner: Mapping[Any, Any], outer: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The entry with other values in the torch state dict and beside it."""
+        changed = {**self.inner, **inner}
+        if OPTIMIZER not in self.node:
+            return changed
+        return {**self.node, OPTIMIZER: changed, **outer}
+
+
+def part_entries(node: Any, where: str) -> list[Any]:
+    """The values of the chained optimizers: a list if there are several, else one by itself.
+
+    Raises:
+        CheckpointError: neither a list nor a dict.
+    """
+    if isinstance(node, list):
+        return node
+    if isinstance(node, Mapping):
+        return [node]
+    raise CheckpointError.of(
+        where, "an optimizer entry is neither a dict nor a list", found=show(node), cure=AS_SAVED
+    )
+
+
+def read_entries(node: Any, where: str) -> tuple[OptimizerEntry, ...]:
+    """The entries of a rank's optimizers.
+
+    Raises:
+        CheckpointError: an entry is no dict, or has what no known optimizer saves.
+    """
+    return tuple(_read_entry(entry, where) for entry in part_entries(node, where))
+
+
+def _read_entry(node: Any, where: str) -> OptimizerEntry:
+    if not isinstance(node, dict) or not isinstance(node.get(OPTIMIZER, {}), dict):
+        raise unknown_entry(where, node)
+    entry = OptimizerEntry(node)
+    odd = next((key for key in (*node, *entry.inner) if key not in _KNOWN_KEYS), None)
+    if odd is not None:
+        raise unknown_entry(where, odd)
+    groups: Any = entry.groups
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise unknown_entry(where, GROUPS)
+    return entry
+
+
+def unknown_entry(where: str, odd: Any) -> CheckpointError:
+    """The refusal of what could change the layout."""
+    cure = ASK_FOR_SUPPORT
+    return CheckpointError.of(where, f"unknown optimizer entry {show(odd)}", cure=cure)

@@ -1,0 +1,134 @@
+"""The states of an optimizer that is not distributed: a torch state dict, and main parameters.
+
+Megatron saves them in ``model_optim_rng.pt`` (optimizer.py ``state_dict``, 0.7 to 0.19): states by
+number of the parameter, counted over the param groups, and the fp32 main parameters of the 16-bit
+weights of each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..container.extents import Piece
+from ..container.tensors import TensorError, TensorRef, unwrap_tensor
+from ..errors import NOT_CONVERTED, CheckpointError, show
+from ..megatron.arguments import SavedArguments
+from ..megatron.optimizer_chain import OptimizerPart, items_by_group
+from ..megatron.param_groups import key_of_group
+from ..megatron.parameters import Item
+from ..megatron.rules import Rules
+from .chunks import ChunkContents
+from .flat_states import Unexplained
+from .optimizer_entries import MAINS, STATE, OptimizerEntry
+
+_SIXTEEN_BIT = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainState:
+    """State of one parameter of a non-distributed optimizer."""
+
+    state: Any
+    """Entry of the torch state dict, None if it had none."""
+    main: Any
+    """Its tensor in ``fp32_from_fp16_params``, None for parameters that are fp32 themselves."""
+
+    def main_content(self) -> tuple[Piece, ...] | None:
+        """The bytes of the main parameter, if there is one in the order of its elements."""
+        tensor = unwrap_tensor(self.main)
+        return tensor.content() if tensor is not None and tensor.is_contiguous else None
+
+    def tensors(self) -> dict[str, TensorRef]:
+        """Its tensors by name."""
+        values = dict(self.state) if isinstance(self.state, dict) else {}
+        values["main parameter"] = self.main
+        found = {name: unwrap_tensor(value) for name, value in values.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def read_plain_states(
+    entries: Sequence[OptimizerEntry],
+    contents: Sequence[ChunkContents],
+    parts: Sequence[OptimizerPart],
+    arguments: SavedArguments,
+    rules: Rules,
+    where: str,
+) -> dict[str, PlainState]:
+    """The states of a non-distributed optimizer, by global name of the parameter.
+
+    Raises:
+        CheckpointError: the entry has an unknown structure.
+        Unexplained: groups or shapes are not those of the parameters.
+    """
+    found: dict[str, PlainState] = {}
+    for part, entry in zip(parts, entries, strict=True):
+        by_key = items_by_group(
+            [content.parameters for content in contents], part, arguments, rules
+        )
+        states, mains = _plain_entry(entry, where)
+        unclaimed = set(states)
+        for index, group in enumerate(entry.groups):
+            items = by_key.pop(key_of_group(group), [])
+            numbers = group.get("params")
+            if not isinstance(numbers, list) or len(numbers) != len(items):
+                raise Unexplained(f"param group {index} does not have {len(items)} parameters")
+            halves = [item for item in items if item.weight.dtype in _SIXTEEN_BIT]
+            group_mains = mains[index] if mains is not None and index < len(mains) else []
+            if not isinstance(group_mains, list) or len(group_mains) != len(halves):
+                raise Unexplained(
+                    f"param group {index} does not have {len(halves)} main parameters"
+                )
+            queue = iter(group_mains)
+            for item, number in zip(items, numbers, strict=True):
+                main = next(queue, None) if item.weight.dtype in _SIXTEEN_BIT else None
+                state = _claim(number, states, unclaimed)
+                _check_shapes(item, main, state)
+                found[item.name] = PlainState(state, main)
+        if by_key:
+            raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
+        if unclaimed:
+            raise Unexplained(f"state {show(min(unclaimed, key=repr))} belongs to no parameter")
+    return found
+
+
+def _claim(number: Any, states: Mapping[Any, Any], unclaimed: set[Any]) -> Any:
+    """The state of a parameter by its number, None if it has none; each belongs to one."""
+    state = states.get(number) if type(number) is int else None
+    if state is not None:
+        if number not in unclaimed:
+            raise Unexplained(f"number {number} is that of two parameters")
+        unclaimed.remove(number)
+    return state
+
+
+def _plain_entry(entry: OptimizerEntry, where: str) -> tuple[Mapping[Any, Any], list[Any] | None]:
+    """State by parameter number, and main parameters of each group."""
+    states, mains = entry.inner.get(STATE), entry.node.get(MAINS)
+    if isinstance(states, dict) and (mains is None or isinstance(mains, list)):
+        return states, mains
+    raise CheckpointError.of(
+        where,
+        "the optimizer entry is of an unknown kind",
+        expected="'state' and 'param_groups' of a torch optimizer",
+        found=show(entry.node),
+        cure=NOT_CONVERTED,
+    )
+
+
+def _check_shapes(item: Item, main: Any, state: Any) -> None:
+    """Every tensor of the state must have the parameter's shape, or be a scalar."""
+    values = dict(state) if isinstance(state, dict) else {}
+    values["main parameter"] = main
+    for name, value in values.items():
+        try:
+            tensor = unwrap_tensor(value)
+        except TensorError as error:
+            raise Unexplained(f"{item.name}: {show(name)} is {error}") from None
+        if tensor is not None and tensor.shape not in (item.weight.shape, ()):
+            raise Unexplained(f"{item.name} of shape {item.weight.shape}: {show(name)} differs")
+    if main is not None:
+        tensor = unwrap_tensor(main)
+        if tensor is None or tensor.dtype != "float32":
+            raise Unexplained(f"{item.name}: its main parameter is no float32 tensor")

@@ -1,0 +1,1 @@
+"""Torch files as bytes and inert objects: knows no Megatron."""

@@ -1,0 +1,162 @@
+"""CRC-32 algebra: the checksum of a whole from those of its parts, and of a part from the rest.
+
+A CRC-32 is a remainder of polynomials over GF(2): appending n bytes multiplies it by x^(8n). Bits
+are reflected as in zlib: the most significant bit of an int is the coefficient of x^0.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .extents import Extent
+
+_POLYNOMIAL = 0xEDB88320
+_ONE = 1 << 31
+_ORDER = (1 << 32) - 1
+"""x^_ORDER = 1: the CRC-32 polynomial is primitive."""
+
+
+def _multiply(a: int, b: int) -> int:
+    """A * b modulo the CRC-32 polynomial."""
+    product = 0
+    bit = _ONE
+    while a:
+        if a & bit:
+            product ^= b
+            a ^= bit
+        bit >>= 1
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+def _squares() -> tuple[int, ...]:
+    """x^(2^i) for i = 0..31."""
+    powers = [_ONE >> 1]
+    for _ in range(31):
+        powers.append(_multiply(powers[-1], powers[-1]))
+    return tuple(powers)
+
+
+_SQUARES = _squares()
+
+
+def _power_of_x(exponent: int) -> int:
+    """x^exponent; negative exponents divide."""
+    exponent %= _ORDER
+    power = _ONE
+    for square in _SQUARES:
+        if exponent & 1:
+            power = _multiply(square, power)
+        exponent >>= 1
+    return power
+
+
+def concatenate(first: int, second: int, second_length: int) -> int:
+    """CRC-32 of A + B from those of A and B and the length of B in bytes."""
+    return _multiply(_power_of_x(8 * second_length), first) ^ second
+
+
+def of_zeros(length: int) -> int:
+    """CRC-32 of ``length`` zero bytes."""
+    return _multiply(_power_of_x(8 * length), _ORDER) ^ _ORDER
+
+
+def missing_part(whole: int, before: int, after: int, length: int, after_length: int) -> int:
+    """CRC-32 of B from those of A + B + C, A and C; ``length`` is that of B, in bytes."""
+    shifted = whole ^ after ^ _multiply(_power_of_x(8 * (length + after_length)), before)
+    return _multiply(_power_of_x(-8 * after_length), shifted)
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """A range whose checksum follows from that of the record around it."""
+
+    extent: Extent
+    record_crc32: int
+    before: tuple[Extent, ...]
+    """The rest of the record up to the extent, in order."""
+    after: tuple[Extent, ...]
+    gaps: tuple[Extent, ...]
+    """Those of both that nobody else reads."""
+
+    def solve(self, crc32_of: Callable[[Extent], int]) -> int:
+        """The checksum of ``extent``, given those of ``before`` and ``after``."""
+        return missing_part(
+            self.record_crc32,
+            _join(self.before, crc32_of),
+            _join(self.after, crc32_of),
+            self.extent.length,
+            sum(part.length for part in self.after),
+        )
+
+
+def _join(extents: tuple[Extent, ...], crc32_of: Callable[[Extent], int]) -> int:
+    joined = 0
+    for extent in extents:
+        joined = concatenate(joined, crc32_of(extent), extent.length)
+    return joined
+
+
+_WORTH_DERIVING = 1 << 16
+"""Bytes: the algebra takes about as long as reading some hundred kilobytes."""
+_WORTH_READING = 64
+"""A record is read in full if what nobody wants of it is at most this part of what is derived."""
+
+
+def derivable(
+    wanted: Sequence[Extent], records: Mapping[str, Sequence[tuple[Extent, int]]]
+) -> dict[Extent, Derivation]:
+    """Which checksums need not be computed, because they follow from others.
+
+    Where all of a record is copied, one of its ranges is free: the last one to be copied, so that
+    nothing has to wait for what comes later. A wrong checksum in the source thereby stays wrong in
+    the target instead of being blessed.
+
+    Args:
+        wanted: the ranges to be copied, in order of copying.
+        records: for each source file, its records in order of offset, with their CRC-32.
+    """
+    by_record: dict[tuple[str, int], list[Extent]] = {}
+    starts = {path: [extent.offset for extent, _ in found] for path, found in records.items()}
+    for extent in wanted:
+        index = bisect.bisect_right(starts.get(extent.path, []), extent.offset) - 1
+        if index >= 0:
+            by_record.setdefault((extent.path, index), []).append(extent)
+    derived: dict[Extent, Derivation] = {}
+    for (path, index), extents in by_record.items():
+        record, crc32 = records[path][index]
+        last = extents[-1]
+        parts = _tile(record, extents)
+        if crc32 == 0 or parts is None or extents.count(last) > 1:
+            continue
+        unwanted = record.length - sum(extent.length for extent in extents)
+        if last.length < _WORTH_DERIVING or unwanted * _WORTH_READING > last.length:
+            continue
+        place = parts.index(last)
+        asked = set(extents)
+        gaps = tuple(part for part in parts if part not in asked)
+        derived[last] = Derivation(
+            last, crc32, tuple(parts[:place]), tuple(parts[place + 1 :]), gaps
+        )
+    return derived
+
+
+def _tile(record: Extent, extents: Sequence[Extent]) -> list[Extent] | None:
+    """The ranges in order with the gaps between them filled; None if they overlap or leave it."""
+    tiles: list[Extent] = []
+    position = record.offset
+    for extent in sorted(set(extents), key=lambda extent: extent.offset):
+        if extent.offset < position:
+            return None
+        if extent.offset > position:
+            tiles.append(Extent(record.path, position, extent.offset - position))
+        tiles.append(extent)
+        position = extent.offset + extent.length
+    end = record.offset + record.length
+    if position > end:
+        return None
+    if position < end:
+        tiles.append(Extent(record.path, position, end - position))
+    return tiles

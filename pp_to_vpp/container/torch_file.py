@@ -1,0 +1,164 @@
+"""A ``.pt`` file as a whole: the archive's records around one pickled object graph."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import archive, pickling
+from .archive import ArchiveLayout, Record
+from .extents import Extent, Literal, Piece, join_pieces
+from .pickling import Global, Storage
+from .tensors import ITEM_BYTES
+
+_PICKLE = "data.pkl"
+_DATA = "data/"
+_VERSION = "version"
+_ALIGNMENT = ".storage_alignment"
+_IDENTITY = ".data/serialization_id"
+_MAX_PICKLE = 256 << 20
+_MAX_SMALL = 1 << 12
+_IDENTITY_DIGITS = 40
+
+
+class FileFormatError(ValueError):
+    """The file is not one that torch.save wrote, or is damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A decoded file. Tensor bytes stay where they are."""
+
+    path: str
+    root: Any
+    """The object graph (see ``pickling.load``)."""
+    stem: str
+    """Leading folder of the record names."""
+    records: Mapping[str, Record]
+    small: Mapping[str, bytes]
+    """The records that are no tensor data, other than the pickle."""
+
+
+def decode(
+    path: str, stem: str, records: Mapping[str, Record], read: Callable[[Record], bytes]
+) -> TorchFile:
+    """Decode a file from its records.
+
+    Args:
+        path: of the file; extents of storages refer to it.
+        stem: leading folder of the record names.
+        records: by name without that folder.
+        read: the bytes of one record. Called for small records only.
+
+    Raises:
+        FileFormatError: a record is missing, damaged or of another format.
+    """
+    for name in (_PICKLE, _VERSION):
+        if name not in records:
+            raise FileFormatError(f"record {name!r} is missing: no file of torch.save")
+    if "constants.pkl" in records:
+        raise FileFormatError("it is a TorchScript archive, not a checkpoint")
+    small = {
+        name: _read_checked(record, read)
+        for name, record in records.items()
+        if not name.startswith(_DATA)
+    }
+    if small.get("byteorder", b"little") != b"little":
+        raise FileFormatError("its tensors are big-endian")
+
+    def make_storage(kind: Global, key: str, location: str, numel: int) -> Storage:
+        record = records.get(_DATA + key)
+        if record is None:
+            raise FileFormatError(f"record 'data/{key[:40]}' is missing")
+        if kind.module not in ("torch", "torch.storage") or kind.name not in ITEM_BYTES:
+            raise FileFormatError(f"storages of type {kind} are unknown")
+        if record.length != numel * ITEM_BYTES[kind.name]:
+            raise FileFormatError(
+                f"record 'data/{key[:40]}' has {record.length} bytes, not those of {numel} elements"
+            )
+        return Storage(kind, location, numel, (Extent(path, record.offset, record.length),))
+
+    try:
+        root = pickling.load(small.pop(_PICKLE), make_storage)
+    except pickle.UnpicklingError as error:
+        raise FileFormatError(f"its pickle is refused: {error}") from None
+    return TorchFile(path, root, stem, records, small)
+
+
+def _read_checked(record: Record, read: Callable[[Record], bytes]) -> bytes:
+    limit = _MAX_PICKLE if record.name == _PICKLE else _MAX_SMALL
+    if record.length > limit:
+        raise FileFormatError(f"record {record.name!r} of {record.length} bytes is absurdly large")
+    data = read(record)
+    if record.has_checksum and zlib.crc32(data) != record.crc32:
+        raise FileFormatError(f"record {record.name!r} is damaged: its CRC-32 is wrong")
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFile:
+    """A file to be written: what each record consists of, and where it lies."""
+
+    layout: ArchiveLayout
+    contents: tuple[tuple[Piece, ...], ...]
+    """The bytes of each record of the layout."""
+
+
+def encode(root: Any, template: TorchFile) -> EncodedFile:
+    """Lay out a file for an object graph, with the same kinds of records as ``template``.
+
+    The result is a function of its arguments alone; Megatron's own file for the same graph differs
+    from it in the serialization id at most.
+
+    Raises:
+        FileFormatError: the graph cannot be pickled.
+    """
+    try:
+        pickled, storages = pickling.dump(root)
+    except pickle.PicklingError as error:
+        raise FileFormatError(f"its objects cannot be written back: {error}") from None
+    names = list(template.records)
+    old_data = [name for name in names if name.startswith(_DATA)]
+    data = [f"{_DATA}{i}" for i in range(len(storages))]
+    contents = {name: storage.content for name, storage in zip(data, storages, strict=True)}
+    if old_data == sorted(old_data) and len(old_data) > 10:
+        data.sort()  # older versions of torch sort the names as strings
+    small = [name for name in names if not name.startswith(_DATA)]
+    tail = small.index(_VERSION)  # the data stands before it
+    records: dict[str, tuple[Piece, ...]] = {}
+    for name in (*small[:tail], *data, *small[tail:]):
+        records[name] = contents.get(name) or (Literal(template.small.get(name, b"")),)
+    records[_PICKLE] = (Literal(pickled),)
+    if _IDENTITY in records:
+        old = template.small[_IDENTITY]
+        digest = hashlib.sha256(pickled + old).digest()
+        number = int.from_bytes(digest, "big") % 10**_IDENTITY_DIGITS
+        records[_IDENTITY] = (Literal(b"%040d" % number),)
+    joined = {name: join_pieces(list(pieces)) for name, pieces in records.items()}
+    sizes = [(name, sum(piece.length for piece in pieces)) for name, pieces in joined.items()]
+    layout = archive.lay_out(template.stem, sizes, _alignment(template))
+    return EncodedFile(layout, tuple(joined.values()))
+
+
+def archive_of(file: TorchFile) -> tuple[ArchiveLayout, list[int]]:
+    """Where torch places the records that a file has, and their CRC-32.
+
+    Raises:
+        FileFormatError: the file states an absurd alignment.
+    """
+    sizes = [(name, record.length) for name, record in file.records.items()]
+    layout = archive.lay_out(file.stem, sizes, _alignment(file))
+    return layout, [record.crc32 for record in file.records.values()]
+
+
+def _alignment(template: TorchFile) -> int:
+    stated = template.small.get(_ALIGNMENT)
+    if stated is None:
+        return archive.ALIGNMENT
+    if not stated.isdigit() or not 0 < int(stated) <= 1 << 15:
+        raise FileFormatError("its record '.storage_alignment' is no sensible number")
+    return int(stated)

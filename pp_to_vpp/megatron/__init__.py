@@ -1,0 +1,1 @@
+"""Megatron's rules: what its files look like, by version (see FORMAT.md beside this file)."""

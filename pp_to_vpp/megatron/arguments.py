@@ -1,0 +1,309 @@
+"""The training arguments that Megatron saves in each rank file: read, typed, and patched.
+
+Only those that decide a layout are read. Names and defaults are those of
+megatron/training/arguments.py, 0.6 to 0.19; an argument that a version did not know has the
+meaning that the version had.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..container.pickling import Global, Instance
+from ..errors import (
+    AS_SAVED,
+    FROM_MEGATRON,
+    NOT_CONVERTED,
+    ONE_SAVE,
+    CheckpointError,
+    problem,
+    show,
+)
+from .naming import chunk_keys
+from .pipeline import PipelineLayout, Placement
+from .rules import Rules
+
+_NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
+"""The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
+_VP_SIZE = "virtual_pipeline_model_parallel_size"
+_MAX_SIZE = 1 << 24
+_MAX_LAYERS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class SavedArguments:
+    """What the layout of a checkpoint depends on."""
+
+    names: frozenset[str]
+    """All argument names: they tell what the version that saved them knew."""
+    num_layers: int
+    mtp_num_layers: int
+    ties_embeddings: bool
+    """Input embedding and output layer share their weight."""
+    tp_size: int
+    pp_size: int
+    ep_size: int
+    etp_size: int
+    """expert_tensor_parallel_size; equals ``tp_size`` where versions before 0.10 had no choice."""
+    cp_size: int
+    dp_size: int
+    """Without context parallelism."""
+    optimizer_instances: int
+    """num_distributed_optimizer_instances."""
+    placement: Placement
+    uses_distributed_optimizer: bool
+    overlaps_grad_reduce: bool
+    overlaps_param_gather_with_step: bool
+    """overlap_param_gather_with_optimizer_step."""
+    ddp_bucket_size: int | None
+    ddp_num_buckets: int | None
+    pads_buckets: bool
+    """ddp_pad_buckets_for_high_nccl_busbw."""
+    decoupled_lr: bool
+    skips_embedding_weight_decay: bool
+    """0.14 and 0.15 do when embedding_init_method_std is given."""
+    decays_qk_norms: bool
+    """apply_wd_to_qk_layernorm (0.16)."""
+
+    def place(self, placement: Placement, rules: Rules) -> PipelineLayout:
+        """The layout that a placement gives this model on its pipeline ranks.
+
+        Raises:
+            LayoutError: it is impossible.
+        """
+        return placement.place(
+            self.num_layers,
+            self.pp_size,
+            mtp_num_layers=self.mtp_num_layers,
+            mtp_may_stand_alone=rules.mtp_may_stand_alone,
+        )
+
+    @property
+    def dense_shards(self) -> int:
+        """Ranks that share one dense buffer: DP x CP, within one optimizer instance."""
+        return max(1, self.dp_size * self.cp_size // self.optimizer_instances)
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share one expert buffer: the expert data-parallel size of one instance."""
+        world = self.tp_size * self.cp_size * self.dp_size
+        return max(1, world // (self.etp_size * self.ep_size) // self.optimizer_instances)
+
+
+class _Reader:
+    """Takes typed values out of the saved namespace and gathers what is wrong with them."""
+
+    def __init__(self, values: Mapping[Any, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+        self.problems: list[str] = []
+
+    def take(self, name: str, is_right: Callable[[Any], bool], kind: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if is_right(value):
+            return value
+        cure = AS_SAVED
+        self.problems.append(
+            problem(
+                self.where, f"args.{name} is no {kind}", expected=kind, found=show(value), cure=cure
+            )
+        )
+        return default
+
+    def size(self, name: str, default: int = 1, low: int = 1, high: int = _MAX_SIZE) -> int:
+        kind = f"integer of {low} to {high}"
+        value: int = self.take(name, lambda v: type(v) is int and low <= v <= high, kind, default)
+        return value
+
+    def optional(self, name: str, low: int = 0, high: int = 1 << 62) -> int | None:
+        return None if self.values.get(name) is None else self.size(name, low, low, high)
+
+    def flag(self, name: str) -> bool:
+        value: bool = self.take(name, lambda v: type(v) is bool, "truth value", default=False)
+        return value
+
+    def text(self, name: str) -> str | None:
+        value: str | None = self.take(name, lambda v: isinstance(v, str), "string", default=None)
+        return value
+
+    def split(self, name: str) -> tuple[int, ...] | None:
+        def is_right(value: Any) -> bool:
+            return isinstance(value, list) and all(
+                type(n) is int and 0 < n < 1 << 16 for n in value
+            )
+
+        value = self.take(name, is_right, "list of layer counts", default=None)
+        return None if not value else tuple(value)
+
+
+def namespace_values(node: object, where: str) -> dict[Any, Any]:
+    """The attributes of the saved ``args``.
+
+    Raises:
+        CheckpointError: it is no ``argparse.Namespace``.
+    """
+    if (
+        isinstance(node, Instance)
+        and node.factory in _NAMESPACES
+        and isinstance(node.state, dict)
+        and all(isinstance(name, str) for name in node.state)
+    ):
+        return node.state
+    raise CheckpointError.of(
+        where,
+        "no training arguments",
+        expected="'args', a namespace",
+        found=show(node),
+        cure=FROM_MEGATRON,
+    )
+
+
+_UNSUPPORTED = (
+    # argument, is it on?, what it means
+    ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
+    ("is_hybrid_model", bool, "a hybrid (Mamba) model: its layers follow a pattern of their own"),
+    ("hybrid_override_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
+    ("hybrid_layer_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
+    ("use_custom_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
+    ("use_megatron_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
+    ("use_torch_fsdp2", bool, "FSDP2: it shards parameters in another format"),
+    ("standalone_embedding_stage", bool, "a standalone embedding stage, which VPP cannot have"),
+    ("fp8_param_gather", bool, "weights stored natively in fp8"),
+    ("fp4_param_gather", bool, "weights stored natively in fp4"),
+    ("use_layer_wise_distributed_optimizer", bool, "a layer-wise optimizer with files per rank"),
+    ("optimizer", lambda v: not isinstance(v, str), "no name of an optimizer"),
+    (
+        "optimizer",
+        lambda v: isinstance(v, str) and "muon" in v.lower(),
+        "Muon, whose state is kept per rank",
+    ),
+    ("optimizer", lambda v: v == "soap", "SOAP, whose states have other shapes than parameters"),
+    ("moe_extended_tp", bool, "experts split over TP x EP (--moe-extended-tp)"),
+    ("gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP ranks"),
+    ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),
+)
+
+
+def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
+    """What the arguments tell that cannot be converted."""
+    return [
+        problem(where, f"args.{name} is {show(values[name])}: {meaning}", cure=NOT_CONVERTED)
+        for name, is_on, meaning in _UNSUPPORTED
+        if values.get(name) is not None and is_on(values[name])
+    ]
+
+
+def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
+    """The typed arguments of a rank file, given its top level.
+
+    The number of virtual stages is that of the model chunks where the arguments do not name it.
+
+    Raises:
+        CheckpointError: arguments of a wrong type or of absurd size, or of runs that cannot be
+            converted.
+    """
+    values = namespace_values(root.get("args"), where)
+    vp_size = max(1, len(chunk_keys(root))) if _VP_SIZE not in values else 1
+    read = _Reader(values, where)
+    tp_size = read.size("tensor_model_parallel_size")
+    arguments = SavedArguments(
+        names=frozenset(values),
+        num_layers=read.size("num_layers", high=_MAX_LAYERS),
+        mtp_num_layers=read.size("mtp_num_layers", 0, 0, _MAX_LAYERS),
+        ties_embeddings=not read.flag("untie_embeddings_and_output_weights"),
+        tp_size=tp_size,
+        pp_size=read.size("pipeline_model_parallel_size"),
+        ep_size=read.size("expert_model_parallel_size"),
+        etp_size=read.size("expert_tensor_parallel_size", tp_size),
+        cp_size=read.size("context_parallel_size"),
+        dp_size=read.size("data_parallel_size"),
+        optimizer_instances=read.size("num_distributed_optimizer_instances"),
+        placement=Placement(
+            vp_size=read.size(_VP_SIZE, default=vp_size),
+            account_for_embedding=read.flag("account_for_embedding_in_pipeline_split"),
+            account_for_loss=read.flag("account_for_loss_in_pipeline_split"),
+            first_layers=read.optional("decoder_first_pipeline_num_layers", high=_MAX_LAYERS),
+            last_layers=read.optional("decoder_last_pipeline_num_layers", high=_MAX_LAYERS),
+            first_split=read.split("decoder_first_pipeline_num_layers_split"),
+            last_split=read.split("decoder_last_pipeline_num_layers_split"),
+            layout=read.text("pipeline_model_parallel_layout"),
+        ).with_even_splits(),
+        uses_distributed_optimizer=read.flag("use_distributed_optimizer"),
+        overlaps_grad_reduce=read.flag("overlap_grad_reduce"),
+        overlaps_param_gather_with_step=read.flag("overlap_param_gather_with_optimizer_step"),
+        ddp_bucket_size=read.optional("ddp_bucket_size"),
+        ddp_num_buckets=read.optional("ddp_num_buckets", low=1),
+        pads_buckets=read.flag("ddp_pad_buckets_for_high_nccl_busbw"),
+        decoupled_lr=values.get("decoupled_lr") is not None,
+        skips_embedding_weight_decay=(
+            values.get("embedding_init_method_std") is not None
+            and "apply_wd_to_qk_layernorm" not in values
+        ),
+        decays_qk_norms=read.flag("apply_wd_to_qk_layernorm"),
+    )
+    problems = _unsupported(values, where) or read.problems
+    if values.get("optimizer") == "sgd" and arguments.uses_distributed_optimizer:
+        problems.append(
+            problem(
+                where,
+                "args.optimizer is 'sgd' with the distributed optimizer, which takes Adam alone",
+                cure=ONE_SAVE,
+            )
+        )
+    if values.get("num_experts") and arguments.tp_size % arguments.etp_size:
+        problems.append(
+            problem(
+                where,
+                f"expert_tensor_parallel_size {arguments.etp_size} does not divide "
+                f"tensor_model_parallel_size {arguments.tp_size}",
+                cure="Megatron writes several expert ranks into one folder then, so experts are "
+                "lost already: save once with an expert size that divides the other",
+            )
+        )
+    if problems:
+        raise CheckpointError(*problems)
+    return arguments
+
+
+_ALWAYS_TOLD = frozenset(
+    (
+        "decoder_first_pipeline_num_layers_split", "decoder_last_pipeline_num_layers_split",
+        "pipeline_model_parallel_layout",
+    )
+)  # fmt: skip
+
+
+def patch_arguments(
+    node: Instance,
+    source: SavedArguments,
+    placement: Placement,
+    *,
+    overlap_param_gather_with_step: bool,
+) -> Instance:
+    """The saved ``args`` as a run with the target placement would have saved them.
+
+    Attributes keep their order, and only those that the version knows are set; except for the
+    fork's splits and layout strings, without which the target could not be told from an even one.
+    They are appended to the arguments of versions without them, and taken away again.
+    """
+    changes = dict(placement.arguments(source.num_layers, source.pp_size))
+    if (placement.vp_size > 1) != (source.placement.vp_size > 1):
+        # validate_args forces both off without interleaving; both are on by default with it.
+        changes["overlap_p2p_comm"] = placement.vp_size > 1
+        changes["align_param_gather"] = placement.vp_size > 1
+    changes["overlap_param_gather_with_optimizer_step"] = overlap_param_gather_with_step
+    values = dict(namespace_values(node, "args"))
+    appended = itertools.takewhile(
+        lambda name: name in _ALWAYS_TOLD and changes.get(name) is None, reversed(list(values))
+    )
+    for name in appended:
+        del values[name]
+    for name, value in changes.items():
+        if name in values or (name in _ALWAYS_TOLD and value is not None):
+            values[name] = value
+    return Instance(node.factory, node.arguments, node.by_new, state=values)

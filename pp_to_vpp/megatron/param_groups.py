@@ -1,0 +1,55 @@
+"""Which param group of the optimizer a parameter belongs to.
+
+Weight decay is off for biases and one-dimensional tensors; experts with buffers of their own and
+decoupled learning rates make further groups (optimizer/__init__.py ``_get_param_groups``, 0.6 to
+0.19; ``get_standard_config_overrides``, 0.16 to 0.19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .arguments import SavedArguments
+from .parameters import Item, in_expert_buffer, is_embedding_or_output
+from .rules import Rules
+
+STEP = "step"
+"""Count of optimizer steps, kept in each group by the fused optimizers."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What tells one param group of an optimizer from another."""
+
+    decays: bool
+    is_expert: bool
+    is_decoupled: bool
+    """Learning rate of its own for embeddings and output layer."""
+
+
+def key_of_item(item: Item, arguments: SavedArguments, rules: Rules) -> GroupKey:
+    """The group of a parameter."""
+    is_flat = item.rest.endswith(".bias") or len(item.weight.shape) == 1
+    if arguments.decays_qk_norms and ("q_layernorm." in item.rest or "k_layernorm." in item.rest):
+        is_flat = False
+    if arguments.skips_embedding_weight_decay and "embedding" in item.rest:
+        is_flat = True
+    return GroupKey(
+        decays=not is_flat,
+        is_expert=in_expert_buffer(item, arguments, rules),
+        is_decoupled=arguments.decoupled_lr and is_embedding_or_output(item, rules),
+    )
+
+
+def key_of_group(group: Mapping[Any, Any]) -> GroupKey:
+    """The key that a saved group tells of itself.
+
+    From 0.16 a decoupled group is known by ``default_config``, before by ``is_decoupled_lr``.
+    """
+    return GroupKey(
+        decays=group.get("wd_mult") != 0,
+        is_expert=group.get("is_expert_parallel") is True,
+        is_decoupled=group.get("is_decoupled_lr") is True or group.get("default_config") is False,
+    )

@@ -1,0 +1,41 @@
+"""Rank folders: the coordinates in their names, the files in them (FORMAT 1.1)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MODEL_FILE = "model_optim_rng.pt"
+OPTIMIZER_FILE = "distrib_optim.pt"
+
+_RANK_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})_([0-9]{3,9})(?:_([0-9]{3,9}))?")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RankId:
+    """The model-parallel coordinates that name a rank folder (checkpointing.py, 0.6 to 0.19)."""
+
+    tp_rank: int
+    pp_rank: int
+    ep_rank: int | None
+    """None when expert_model_parallel_size is 1: the folder name has no third number then."""
+
+    @classmethod
+    def parse(cls, folder: str) -> RankId | None:
+        """``mp_rank_00_003_001`` -> (0, 3, 1); None for any other name, e.g. without a PP rank."""
+        match = _RANK_FOLDER.fullmatch(folder)
+        if match is None:
+            return None
+        tp_rank, pp_rank, ep_rank = match.groups()
+        return cls(int(tp_rank), int(pp_rank), None if ep_rank is None else int(ep_rank))
+
+    @property
+    def folder(self) -> str:
+        """The folder's name; the widths are minimums."""
+        name = f"mp_rank_{self.tp_rank:02d}_{self.pp_rank:03d}"
+        return name if self.ep_rank is None else f"{name}_{self.ep_rank:03d}"
+
+    @property
+    def family(self) -> tuple[int, int]:
+        """(tp_rank, ep_rank): layers move only between ranks that share it."""
+        return (self.tp_rank, self.ep_rank or 0)

@@ -1,0 +1,199 @@
+"""The plan of one family of ranks, made in a worker: read, prove, lay out anew, check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..checkpoint.family import Family, RankFiles
+from ..container.extents import Extent
+from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem, show
+from ..megatron.optimizer_chain import OptimizerKind
+from ..megatron.pipeline import PipelineLayout
+from ..megatron.ranks import OPTIMIZER_FILE, RankId
+from ..megatron.rules import Rules
+from ..source import proof
+from ..source.files import SourceFile, other_files, read_source_rank, source_files
+from ..target import check, plan
+from ..target.plan import FilePlan, RankPlan
+from ..target.request import TargetSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PlanJob:
+    """A family to be planned."""
+
+    iteration_dir: str
+    iteration: int | None
+    """Of training, as the checkpoint's first rank tells."""
+    ranks: Mapping[int, RankId]
+    """All ranks of the family, by pipeline rank."""
+    pp_ranks: tuple[int, ...]
+    """The target ranks wanted."""
+    target: TargetSpec
+    needs_contents: bool
+    """Whether the plans are to be carried out; else only their sizes are returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFamily:
+    """What planning a family has shown."""
+
+    ranks: tuple[RankPlan, ...]
+    sources: tuple[SourceFile, ...]
+    """The source files as they were."""
+    records: Mapping[str, tuple[tuple[Extent, int], ...]]
+    """The records of each source file with their CRC-32; 0 where none was computed."""
+    source: PipelineLayout
+    target: PipelineLayout
+    rules: Rules
+    kind: OptimizerKind
+    rounding: str
+    """How the 16-bit weights come from their main parameters; "" if there are none."""
+    optimizer_states: Mapping[str, bool]
+    """The optimizer states that the family's parameters have, in words, and whether its own files
+    hold them. Families with the same dense or expert parameters share one."""
+    left_behind: tuple[str, ...]
+    """Files of the rank folders that are no part of the checkpoint."""
+
+
+def plan_family(job: PlanJob) -> PlannedFamily:
+    """Plan the wanted ranks of one family.
+
+    Raises:
+        CheckpointError: the source cannot be read, proved or converted.
+        LayoutError: the target cannot be built.
+    """
+    family, rounding, target = _read(job)
+    plans, left = [], []
+    for pp_rank in job.pp_ranks:
+        others, ignored = other_files(job.iteration_dir, job.ranks[pp_rank])
+        plans.append(plan.plan_rank(family, target, pp_rank, others))
+        left += ignored
+    for path, offset in check.used_twice(plans):
+        raise CheckpointError.of(
+            path,
+            f"two objects of the checkpoint share its bytes at {offset}",
+            cure="Megatron saves no such file: use another copy of it",
+        )
+    paths = sorted({path for rank in plans for path in rank.source_paths()})
+    sources = source_files(paths)
+    errors = check.check(
+        plans,
+        family,
+        {file.path: file.length for file in sources},
+        is_whole=len(job.pp_ranks) == target.layout.pp_size,
+    )
+    if errors:
+        raise ConversionError(*(f"{error}; this is an error of pp_to_vpp" for error in errors))
+    return PlannedFamily(
+        ranks=tuple(plans if job.needs_contents else map(_without_contents, plans)),
+        sources=sources if job.needs_contents else (),
+        records=_records(family) if job.needs_contents else {},
+        source=family.layout,
+        target=target.layout,
+        rules=family.rules,
+        kind=family.kind,
+        rounding=rounding,
+        optimizer_states=_optimizer_states(family),
+        left_behind=tuple(left),
+    )
+
+
+def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
+    """The family's inventory with all source ranks that the wanted ranks need."""
+    target = job.target
+    files: dict[int, RankFiles] = {}
+    needed: Iterable[int] = job.pp_ranks
+    while True:
+        for pp_rank in needed:
+            files[pp_rank] = _read_rank(job, pp_rank)
+        family, rounding = proof.proven_family(dict(sorted(files.items())))
+        layout = family.arguments.place(target.placement, family.rules)
+        wanted = {
+            source
+            for pp_rank in job.pp_ranks
+            for source in family.layout.sources_of(layout, pp_rank)
+        }
+        needed = sorted(wanted - files.keys())
+        if not needed:
+            return family, rounding, replace(target, layout=layout)
+
+
+def _read_rank(job: PlanJob, pp_rank: int) -> RankFiles:
+    """One rank's files, of the iteration of all others."""
+    files = read_source_rank(job.iteration_dir, job.ranks[pp_rank])
+    if files.iteration != job.iteration:
+        raise CheckpointError.of(
+            files.model.path,
+            "it was saved at another iteration than the checkpoint's first rank",
+            expected=f"iteration {show(job.iteration)}",
+            found=f"iteration {show(files.iteration)}",
+            cure=ONE_SAVE,
+        )
+    return files
+
+
+def _optimizer_states(family: Family) -> dict[str, bool]:
+    """What ``optimizer_states`` of a planned family says."""
+    if family.kind is not OptimizerKind.DISTRIBUTED:
+        return {}
+    rank = family.any_rank.files.rank
+    dense = f"dense optimizer state of tp rank {rank.tp_rank}"
+    found = {dense: family.holds_state(is_expert=False)}
+    if family.has_expert_part:
+        # Consecutive ranks are those of one tensor-parallel group, of experts too.
+        etp_rank = rank.tp_rank % family.arguments.etp_size
+        experts = f"expert optimizer state of etp rank {etp_rank} and ep rank {rank.ep_rank or 0}"
+        found[experts] = family.holds_state(is_expert=True)
+    return found
+
+
+def _records(family: Family) -> dict[str, tuple[tuple[Extent, int], ...]]:
+    found = {}
+    for rank in family.ranks.values():
+        for file in rank.files.files:
+            found[file.path] = tuple(
+                (Extent(file.path, record.offset, record.length), record.crc32)
+                for record in file.records.values()
+            )
+    return found
+
+
+def _without_contents(rank: RankPlan) -> RankPlan:
+    files = (FilePlan(file.name, file.length, (), None) for file in rank.files)
+    return RankPlan(rank.rank, tuple(files))
+
+
+def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> None:
+    """What only all families together can show.
+
+    Raises:
+        CheckpointError: they are not of one save, or optimizer state is missing.
+    """
+    planned = list(families)
+    first = planned[0]
+    for family in planned:
+        if (family.rules, family.kind) != (first.rules, first.kind):
+            raise CheckpointError.of(
+                iteration_dir,
+                "its families of ranks were written in different ways "
+                f"({family.ranks[0].rank.folder} and {first.ranks[0].rank.folder})",
+                cure=ONE_SAVE,
+            )
+    is_held: dict[str, bool] = {}
+    for family in planned:
+        for name, here in family.optimizer_states.items():
+            is_held[name] = here or is_held.get(name, False)
+    problems = [
+        problem(
+            iteration_dir,
+            f"no {OPTIMIZER_FILE} holds the {name}",
+            expected="one in the folders of its ranks",
+            cure=COPY_MISSING,
+        )
+        for name, somewhere in is_held.items()
+        if not somewhere
+    ]
+    if problems:
+        raise CheckpointError(*problems)

@@ -1,0 +1,151 @@
+"""A pool of worker processes that leaves nobody behind.
+
+Workers import neither torch nor Megatron, end with their parent, and leave Ctrl-C to it.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from ..errors import CopyError
+
+QUEUED_PER_WORKER = 3
+"""Tasks in hand: enough that nobody waits, few enough that memory stays constant."""
+
+_OBJECTS_BETWEEN_COLLECTIONS = 200_000
+_LOOK_SECONDS = 1.0
+"""How often a waiting parent looks whether the pool is still served."""
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What is decoded is trees of many objects: to look for cycles in them takes a quarter of the
+    # time, again and again.
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+class Workers:
+    """A pool of worker processes; a context manager that leaves none behind."""
+
+    def __init__(self, count: int) -> None:
+        """Make the pool; its processes start with the first task.
+
+        Raises:
+            CopyError: the system gives no more of something.
+        """
+        self.count = count
+        self._dead_thread: str | None = None
+        """Why a thread of this process died: one of the pool's own, on which all waiting hangs."""
+        self._old_hook = threading.excepthook
+        # Forked before any thread exists, workers share the parent's memory and start at once.
+        method = "fork" if sys.platform == "linux" else "spawn"
+        try:
+            self._pool = ProcessPoolExecutor(
+                count, multiprocessing.get_context(method), initializer=_start_worker
+            )
+        except OSError as error:
+            raise _no_more(error) from None
+        threading.excepthook = self._note_death
+
+    def _note_death(self, death: threading.ExceptHookArgs) -> None:
+        self._dead_thread = str(death.exc_value)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self.kill()
+        else:
+            self._pool.shutdown()
+            threading.excepthook = self._old_hook
+
+    def kill(self) -> None:
+        """End the workers at once, whatever they are doing."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        threading.excepthook = self._old_hook
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Run a function in a worker."""
+        try:
+            return self._pool.submit(function, *arguments)
+        except BrokenProcessPool:
+            raise _worker_died() from None
+        except (OSError, RuntimeError) as error:  # no process, no thread
+            raise _no_more(error) from None
+
+    def wait(self, futures: Collection[Future[Any]]) -> None:
+        """Wait until one of some tasks is done.
+
+        Raises:
+            CopyError: none ever will be, for the pool could not start a thread of its own.
+        """
+        while not wait(futures, _LOOK_SECONDS, FIRST_COMPLETED).done:
+            if self._dead_thread is not None:
+                raise _no_more(self._dead_thread)
+
+    def result_of(self, future: Future[Result]) -> Result:
+        """The result of a task, when it is done.
+
+        Raises:
+            CopyError: its worker was killed, or the pool is not served any more.
+        """
+        self.wait([future])
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise _worker_died() from None
+
+    def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """Results in the order of the jobs, with few of them waiting at any time."""
+        pending: list[Future[Result]] = []
+        for job in jobs:
+            pending.append(self.submit(function, job))
+            if len(pending) > QUEUED_PER_WORKER * self.count:
+                yield self.result_of(pending.pop(0))
+        while pending:
+            yield self.result_of(pending.pop(0))
+
+
+def _no_more(reason: object) -> CopyError:
+    return CopyError.of(
+        "worker processes",
+        f"the system gives this program no more processes, threads or memory ({reason})",
+        cure="use fewer with --num-max-processing-processes, or raise the limit (ulimit -a); "
+        "then run again with --resume",
+    )
+
+
+def _worker_died() -> CopyError:
+    return CopyError.of(
+        "worker process",
+        "it was killed",
+        cure="if the kernel ran out of memory, use fewer with --num-max-processing-processes; "
+        "then run again with --resume",
+    )

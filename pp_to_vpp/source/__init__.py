@@ -1,0 +1,1 @@
+"""The files of the source: found, opened for reading, proved."""

@@ -1,0 +1,193 @@
+"""Source files, opened for reading only: what they decode to, samples of their bytes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..checkpoint.family import RankFiles
+from ..container import archive, torch_file
+from ..container.archive import ArchiveError, Record
+from ..container.extents import Extent, Piece
+from ..container.torch_file import FileFormatError, TorchFile
+from ..errors import ANOTHER_COPY, NOT_CONVERTED, PUT_FILE_THERE, CheckpointError
+from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId
+
+_KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
+_REFUSED_FILES = re.compile(r"layer_wise_optimizer_.*\.pt|optim\.pt|model_rng\.pt")
+_SAMPLED = 16
+"""Elements compared at each end of a parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when it was planned: a later change must not go unnoticed."""
+
+    path: str
+    length: int
+    modified: int
+    """mtime in nanoseconds."""
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file of the checkpoint for reading.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, no regular file, or outside its checkpoint.
+    """
+    try:
+        root = os.path.realpath(path.parent.parent)
+        if not os.path.realpath(path).startswith(root + os.sep):
+            raise CheckpointError.of(
+                path, "it is a link out of the checkpoint", cure=PUT_FILE_THERE
+            )
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CheckpointError.of(path, "it is no regular file", cure=PUT_FILE_THERE)
+            yield file
+    except OSError as error:
+        raise CheckpointError.of(
+            path, f"cannot be read ({error.strerror})", cure="check the file and its mode"
+        ) from None
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """Decode one ``.pt`` file; its tensors stay on disk.
+
+    Raises:
+        CheckpointError: unreadable, or not written by torch.save.
+    """
+    with open_source(path) as file:
+
+        def read(record: Record) -> bytes:
+            return os.pread(file.fileno(), record.length, record.offset)
+
+        try:
+            stem, records = archive.read_records(file)
+            return torch_file.decode(str(path), stem, records, read)
+        except (ArchiveError, FileFormatError) as error:
+            raise CheckpointError.of(
+                path,
+                str(error),
+                expected="a file that torch.save wrote for Megatron-LM",
+                cure=ANOTHER_COPY,
+            ) from None
+        except MemoryError:
+            raise CheckpointError.of(
+                path, "its description does not fit into memory", cure=ANOTHER_COPY
+            ) from None
+
+
+def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> RankFiles:
+    """Decode the files of one rank folder (``folder`` where it has a temporary name).
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    path = Path(iteration_dir) / (folder or rank.folder)
+    has_optimizer = (path / OPTIMIZER_FILE).exists()
+    return RankFiles(
+        rank,
+        read_torch_file(path / MODEL_FILE),
+        read_torch_file(path / OPTIMIZER_FILE) if has_optimizer else None,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
+    """``read_rank``, decoding a folder that does not change once for several steps of a worker."""
+    return read_rank(iteration_dir, rank)
+
+
+def other_files(
+    iteration_dir: str, rank: RankId, folder: str | None = None
+) -> tuple[list[tuple[str, Extent]], list[str]]:
+    """Files of a rank folder that are copied as they are, and names that are left behind.
+
+    ``folder`` is its name while it is a temporary one.
+
+    Raises:
+        CheckpointError: a file of an optimizer or format that cannot be converted.
+    """
+    path = Path(iteration_dir) / (folder or rank.folder)
+    kept: list[tuple[str, Extent]] = []
+    left: list[str] = []
+    for name in sorted(os.listdir(path)):
+        if name in (MODEL_FILE, OPTIMIZER_FILE):
+            continue
+        if _REFUSED_FILES.fullmatch(name):
+            raise CheckpointError.of(
+                path / name,
+                "a file of an optimizer or of an old format that is kept per rank",
+                cure=NOT_CONVERTED,
+            )
+        if _KEPT_AS_THEY_ARE.fullmatch(name):
+            with open_source(path / name) as file:
+                length = os.fstat(file.fileno()).st_size
+            kept.append((name, Extent(str(path / name), 0, length)))
+        else:
+            left.append(f"{rank.folder}/{name}")
+    return kept, left
+
+
+def source_files(paths: Iterable[str]) -> tuple[SourceFile, ...]:
+    """Size and modification time of files."""
+    found = []
+    for path in paths:
+        with open_source(Path(path)) as file:
+            status = os.fstat(file.fileno())
+            found.append(SourceFile(path, status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+class SampleReader:
+    """Reads small ranges; each file is opened once."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Bytes of a file.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        if path not in self._descriptors:
+            with open_source(Path(path)) as file:
+                self._descriptors[path] = os.dup(file.fileno())
+        try:
+            data = os.pread(self._descriptors[path], length, offset)
+        except OSError as error:
+            raise CheckpointError.of(
+                path, f"cannot be read ({error.strerror})", cure="check the file system"
+            ) from None
+        if len(data) != length:
+            raise CheckpointError.of(path, "it is cut off", cure=ANOTHER_COPY)
+        return data
+
+    def ends(self, pieces: tuple[Piece, ...], item_bytes: int) -> bytes:
+        """The first and last elements of a tensor's bytes."""
+        extent = pieces[0]
+        if len(pieces) != 1 or not isinstance(extent, Extent):
+            raise TypeError("a source tensor is one extent")
+        window = _SAMPLED * item_bytes
+        if extent.length <= 2 * window:
+            return self.read(extent.path, extent.offset, extent.length)
+        head = self.read(extent.path, extent.offset, window)
+        return head + self.read(extent.path, extent.offset + extent.length - window, window)

@@ -1,0 +1,171 @@
+"""Which rank folders an iteration has, held to the sizes that its arguments tell."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..container.pickling import as_mapping
+from ..errors import (
+    COPY_MISSING,
+    FROM_MEGATRON,
+    NOTHING_TO_CONVERT,
+    ONE_SAVE,
+    CheckpointError,
+    problem,
+)
+from ..megatron.arguments import SavedArguments, read_arguments
+from ..megatron.ranks import RankId
+from .files import read_rank
+
+_RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The folders of an iteration."""
+
+    path: str
+    ranks: tuple[RankId, ...]
+    arguments: SavedArguments
+    """Of the first rank."""
+    iteration: int | None
+    """As the first rank file tells."""
+    ignored: tuple[str, ...]
+    """Entries beside the rank folders that are no part of the checkpoint."""
+
+    @property
+    def families(self) -> tuple[tuple[int, int], ...]:
+        """Each (tp_rank, ep_rank)."""
+        return tuple(sorted({rank.family for rank in self.ranks}))
+
+    def family(self, family: tuple[int, int]) -> dict[int, RankId]:
+        """The ranks of one family by pipeline rank."""
+        return {rank.pp_rank: rank for rank in self.ranks if rank.family == family}
+
+
+def take_survey(iteration_dir: str) -> Survey:
+    """List an iteration folder and read the files of its first rank.
+
+    Raises:
+        CheckpointError: not a Megatron checkpoint of --ckpt-format torch, or ranks are missing.
+    """
+    path = Path(iteration_dir)
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise CheckpointError.of(
+            path, f"cannot be listed ({error.strerror})", cure="check --load-iteration-dir"
+        ) from None
+    ranks = {rank: name for name in names if (rank := RankId.parse(name)) is not None}
+    odd = [name for name in names if _RANK_LIKE.fullmatch(name) and RankId.parse(name) is None]
+    if not ranks:
+        raise CheckpointError(_why_no_ranks(path, names, odd))
+    first = min(ranks)
+    files = read_rank(str(path), first)
+    arguments = read_arguments(as_mapping(files.model.root) or {}, files.model.path)
+    _check_sizes(path, sorted(ranks), arguments)
+    ignored = tuple(name for name in names if RankId.parse(name) is None)
+    return Survey(str(path), tuple(sorted(ranks)), arguments, files.iteration, ignored)
+
+
+def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
+    """What the folder is instead of what was expected."""
+    expected = "folders named mp_rank_TT_PPP or mp_rank_TT_PPP_EEE"
+    if any(name in names for name in ("metadata.json", "common.pt", ".metadata")):
+        what = "this is a distributed checkpoint (torch_dist or fsdp_dtensor)"
+        cure = "Megatron reshards those by itself when it loads them: no conversion is needed"
+    elif odd:
+        what = f"its rank folders ({odd[0]}) name no pipeline rank: it was saved with PP 1"
+        cure = NOTHING_TO_CONVERT
+    elif any(name.startswith(("iter_", "release")) for name in names):
+        what = "this is the checkpoint's root"
+        cure = "give one of its iteration folders, such as iter_0001000"
+    else:
+        what = "it holds no rank folders"
+        cure = FROM_MEGATRON
+    return problem(
+        path, what, expected=expected, found=", ".join(list(names)[:5]) or "nothing", cure=cure
+    )
+
+
+def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> None:
+    """The folders must be those of the sizes in the arguments."""
+    problems = []
+    if arguments.pp_size < 2:
+        problems.append(
+            problem(
+                path, "it was saved with pipeline_model_parallel_size 1", cure=NOTHING_TO_CONVERT
+            )
+        )
+    if any((rank.ep_rank is None) != (arguments.ep_size == 1) for rank in ranks):
+        problems.append(
+            problem(
+                path,
+                "its folder names do not fit expert_model_parallel_size",
+                expected=f"{'two' if arguments.ep_size == 1 else 'three'} numbers in each name",
+                found=ranks[0].folder,
+                cure=ONE_SAVE,
+            )
+        )
+    problems = problems or _odd_sizes(path, ranks, arguments)
+    problems = problems or list(itertools.islice(_missing(path, ranks, arguments), 8))
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _odd_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> list[str]:
+    """Sizes that are not those of the folders; they may be absurd."""
+    sizes = (
+        ("tensor", arguments.tp_size, {rank.tp_rank for rank in ranks}),
+        ("expert", arguments.ep_size, {rank.ep_rank or 0 for rank in ranks}),
+        ("pipeline", arguments.pp_size, {rank.pp_rank for rank in ranks}),
+    )
+    problems = []
+    for kind, size, numbers in sizes:
+        missing = next(number for number in itertools.count() if number not in numbers)
+        if missing != size or len(numbers) != size:
+            is_missing = f", rank {missing} is missing" if missing < size else ""
+            problems.append(
+                problem(
+                    path,
+                    f"its folders do not fit {kind}_model_parallel_size",
+                    expected=f"ranks 0 to {size - 1}",
+                    found=f"{len(numbers)} of them{is_missing}",
+                    cure=COPY_MISSING,
+                )
+            )
+    return problems
+
+
+def _missing(path: Path, ranks: list[RankId], arguments: SavedArguments) -> Iterator[str]:
+    """Folders of the sizes that are there in part."""
+    found = set(ranks)
+    families = {rank.family for rank in ranks}
+    wanted = set(families)
+    if arguments.etp_size == arguments.tp_size:
+        wanted |= set(itertools.product(range(arguments.tp_size), range(arguments.ep_size)))
+    for tp_rank, ep_rank in sorted(wanted):
+        folders = [
+            RankId(tp_rank, pp_rank, ep_rank if arguments.ep_size > 1 else None)
+            for pp_rank in range(arguments.pp_size)
+        ]
+        if (tp_rank, ep_rank) not in families:
+            yield problem(
+                path / folders[0].folder,
+                "this rank folder and its siblings are missing",
+                cure=COPY_MISSING,
+            )
+            continue
+        for rank in folders:
+            if rank not in found:
+                yield problem(
+                    path / rank.folder,
+                    "this rank folder is missing",
+                    expected=f"{arguments.pp_size} pipeline ranks of each family",
+                    cure=COPY_MISSING,
+                )

@@ -1,0 +1,1 @@
+"""From a logical model and a wanted layout to plans of files; opens nothing."""

@@ -1,0 +1,110 @@
+"""A plan held to what every plan must be: tiled, in bounds, nothing twice, nothing left behind."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ..checkpoint import flat_states
+from ..checkpoint.family import Family
+from ..checkpoint.plain_states import PlainState
+from ..container.extents import Extent, Piece
+from .plan import FilePlan, RankPlan
+
+
+def check(
+    ranks: Sequence[RankPlan], family: Family, sizes: Mapping[str, int], *, is_whole: bool
+) -> list[str]:
+    """What is wrong with a plan; nothing, unless this program has an error.
+
+    Args:
+        ranks: plans of ranks of one family.
+        family: its inventory.
+        sizes: bytes of each source file.
+        is_whole: all ranks of the family are planned, so everything in the source must be used.
+    """
+    errors = [
+        f"{plan.rank.folder}/{file.name}: {text}"
+        for plan in ranks
+        for file in plan.files
+        for text in _holes(file)
+    ]
+    used = _used(ranks)
+    for path, ranges in used.items():
+        if not all(0 <= offset <= offset + length <= sizes[path] for offset, length in ranges):
+            errors.append(f"{path}: bytes past its end are wanted")
+    errors += [f"{path}: bytes at {offset} are used twice" for path, offset in used_twice(ranks)]
+    wanted = _tensor_bytes(family) if is_whole else {}
+    for path, ranges in wanted.items():
+        taken = sorted(used.get(path, ()))
+        errors += [
+            f"{path}: {length} bytes at {offset} are not used"
+            for offset, length in ranges
+            if not _covers(taken, offset, length)
+        ]
+    return errors[:20]
+
+
+def _used(ranks: Iterable[RankPlan]) -> dict[str, list[tuple[int, int]]]:
+    """The ranges of each source file that are to be copied."""
+    used: dict[str, list[tuple[int, int]]] = {}
+    for piece in (p for plan in ranks for file in plan.files for c in file.contents for p in c):
+        if isinstance(piece, Extent):
+            used.setdefault(piece.path, []).append((piece.offset, piece.length))
+    return used
+
+
+def used_twice(ranks: Iterable[RankPlan]) -> Iterator[tuple[str, int]]:
+    """File and offset of bytes that two objects share: written apart, each would have a copy."""
+    for path, ranges in _used(ranks).items():
+        end = 0
+        for offset, length in sorted(ranges):
+            if offset < end:
+                yield path, offset
+            end = max(end, offset + length)
+
+
+def _holes(file: FilePlan) -> Iterator[str]:
+    """Records whose pieces do not fill them, or that overlap."""
+    end = 0
+    for index, (offset, pieces) in enumerate(file.places()):
+        length = sum(piece.length for piece in pieces)
+        planned = file.layout.records[index].length if file.layout else file.length
+        if length != planned or offset < end:
+            yield f"record {index} of {planned} bytes gets {length} at {offset}"
+        end = offset + length
+    if end > file.length:
+        yield f"records end at {end} of {file.length}"
+
+
+def _tensor_bytes(family: Family) -> dict[str, list[tuple[int, int]]]:
+    """Where the bytes of every weight and state lie."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    contents: list[tuple[Piece, ...]] = []
+    for item in family.items():
+        if item.tensor is not None:
+            contents.append(item.tensor.content())
+        state = family.states.get(item.name)
+        if isinstance(state, flat_states.FlatState):
+            contents += state.parts.values()
+        elif isinstance(state, PlainState):
+            contents += (tensor.content() for tensor in state.tensors().values())
+    for piece in (p for pieces in contents for p in pieces):
+        if isinstance(piece, Extent):
+            found.setdefault(piece.path, []).append((piece.offset, piece.length))
+    return found
+
+
+def _covers(taken: list[tuple[int, int]], offset: int, length: int) -> bool:
+    """Whether sorted, disjoint ranges cover one range; neighbours count together."""
+    index = bisect.bisect_right(taken, (offset, 1 << 63)) - 1
+    while length > 0:
+        if index < 0 or index >= len(taken):
+            return False
+        start, size = taken[index]
+        if not start <= offset < start + size:
+            return False
+        length -= start + size - offset
+        offset = start + size
+        index += 1
+    return True

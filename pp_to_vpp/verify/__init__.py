@@ -1,0 +1,1 @@
+"""Proof that a target holds what its source holds; knows nothing of plans."""

@@ -1,0 +1,125 @@
+"""A written file, opened by ``torch.load`` itself: the loader that training will use.
+
+Classes that are not torch's own become inert stand-ins, so nothing in the file can run.
+"""
+
+from __future__ import annotations
+
+import pickle
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..container.extents import Piece
+from ..container.pickling import as_mapping
+from ..container.tensors import TensorRef, unwrap_tensor
+from ..container.torch_file import TorchFile
+
+_COMPARED = 16
+"""Elements."""
+_TORCH_FUNCTIONS = ("_rebuild_tensor_v2", "_rebuild_from_type_v2")
+
+
+def load_torch() -> None:
+    """Import torch, which takes seconds and hundreds of megabytes."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+class _StandIn:
+    """Any object of a class that is not loaded."""
+
+    def __new__(cls, *_: object, **__: object) -> _StandIn:
+        return object.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads tensors and containers; everything else becomes a stand-in."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch  # seconds and hundreds of megabytes, for full proof only
+
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in ("torch._utils", "torch._tensor") and name in _TORCH_FUNCTIONS:
+            return super().find_class(module, name)
+        if (module, name) in (("torch", "Tensor"), ("torch.storage", "UntypedStorage")):
+            return getattr(torch, name)
+        if (module, name) == ("torch", "UntypedStorage"):
+            return torch.UntypedStorage
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return type(str(name), (_StandIn,), {})
+
+
+def differences(file: TorchFile, read: Callable[[tuple[Piece, ...], int], bytes]) -> Iterator[str]:
+    """What ``torch.load`` makes of a file otherwise than this program does.
+
+    Args:
+        file: as this program decoded it.
+        read: the first bytes of a range, as this program finds them.
+    """
+    import torch
+
+    inert = types.ModuleType("inert_pickle")
+    vars(inert).update(Unpickler=_Unpickler, load=pickle.load, loads=pickle.loads)
+    try:
+        loaded = torch.load(
+            file.path, map_location="cpu", mmap=True, weights_only=False, pickle_module=inert
+        )
+    except Exception as error:
+        yield f"torch.load fails: {error}"
+        return
+    for where, ours, theirs in _pairs(file.root, loaded, "top level", set()):
+        tensor = unwrap_tensor(ours)
+        if tensor is None:
+            yield f"{where}: torch.load finds something else"
+        else:
+            yield from _compare_tensor(tensor, theirs, where, read)
+
+
+def _pairs(
+    ours: Any, theirs: Any, where: str, seen: set[tuple[int, int]]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Tensors of both graphs, and the places where the graphs differ (with None), each once."""
+    if (id(ours), id(theirs)) in seen:
+        return
+    seen.add((id(ours), id(theirs)))
+    mapping = as_mapping(ours)
+    if mapping is not None:
+        if not isinstance(theirs, dict) or len(theirs) != len(mapping):
+            yield where, None, theirs
+            return
+        for (key, value), (_, other) in zip(mapping.items(), theirs.items(), strict=True):
+            yield from _pairs(value, other, f"{where}: {key}" if type(key) is str else where, seen)
+    elif isinstance(ours, (list, tuple)):
+        if not isinstance(theirs, (list, tuple)) or len(theirs) != len(ours):
+            yield where, None, theirs
+            return
+        for value, other in zip(ours, theirs, strict=True):
+            yield from _pairs(value, other, where, seen)
+    elif unwrap_tensor(ours) is not None:
+        yield where, ours, theirs
+
+
+def _compare_tensor(
+    ours: TensorRef, theirs: Any, where: str, read: Callable[[tuple[Piece, ...], int], bytes]
+) -> Iterator[str]:
+    import torch
+
+    shape = tuple(theirs.shape) if isinstance(theirs, torch.Tensor) else None
+    dtype = str(getattr(theirs, "dtype", None)).removeprefix("torch.")
+    if shape != ours.shape or dtype != ours.dtype:
+        yield f"{where}: torch.load finds {dtype} {shape}, not {ours.dtype} {ours.shape}"
+    elif ours.is_contiguous and ours.numel:
+        head = theirs.flatten()[:_COMPARED].contiguous().view(torch.uint8)
+        if bytes(head.tolist()) != read(ours.content(), head.numel()):
+            yield f"{where}: torch.load finds other values"

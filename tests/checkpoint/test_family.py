@@ -1,0 +1,253 @@
+"""The inventory of a family: what its files hold, under the rules that explain them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pp_to_vpp.checkpoint.family import Family, RankFiles, layout_of, read_family, samples
+from pp_to_vpp.checkpoint.optimizer_entries import OPTIMIZER
+from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.pickling import Instance, as_mapping, ordered_dict
+from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.megatron.naming import Section
+from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
+from pp_to_vpp.megatron.ranks import MODEL_FILE, OPTIMIZER_FILE
+from pp_to_vpp.megatron.rules import CHANGES
+
+from ..families import SIDES, families, family
+from ..pairs import names
+
+DENSE, MOE, ODD = "dense-pp2-v016", "moe-pp2ep2-v016", "dense-pp2-layout-v016"
+WEIGHTS, PLAIN = "dense-pp2-nosaveoptim-v016", "dense-pp2-nodistopt-v016"
+
+
+def files_of(of: Family) -> dict[int, RankFiles]:
+    return {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
+
+
+def edited(files: RankFiles, **changes: Any) -> RankFiles:
+    """Rank files with other entries at the top of the model file; None takes one away."""
+    root = {**(as_mapping(files.model.root) or {}), **changes}
+    kept = {key: value for key, value in root.items() if value is not None}
+    return replace(files, model=replace(files.model, root=kept))
+
+
+def with_arguments(files: RankFiles, **changes: Any) -> RankFiles:
+    node = (as_mapping(files.model.root) or {})["args"]
+    args = Instance(node.factory, node.arguments, node.by_new, state={**node.state, **changes})
+    return edited(files, args=args)
+
+
+def without_argument(files: RankFiles, name: str) -> RankFiles:
+    node = (as_mapping(files.model.root) or {})["args"]
+    state = {key: value for key, value in node.state.items() if key != name}
+    return edited(files, args=Instance(node.factory, node.arguments, node.by_new, state=state))
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_families_hold_the_whole_model(name: str, side: str) -> None:
+    for of in families(name, side):
+        assert sorted(of.layers) == list(range(of.arguments.num_layers))
+        held = {section for chunk in of.layout.chunks for section in chunk.sections}
+        assert set(of.sections) == held
+        items = list(of.items())
+        assert len(items) == sum(len(c.items) for r in of.ranks.values() for c in r.contents)
+        assert len({item.name for item in items}) == len(items)
+        assert all(item.layer == layer for layer, found in of.layers.items() for item in found)
+        assert of.any_rank is of.ranks[0]
+
+
+@pytest.mark.parametrize("name", names())
+def test_both_sides_are_one_model(name: str) -> None:
+    """Layer by layer: keys, shapes and states, whichever rank they were on."""
+    for source, truth in zip(families(name, "source"), families(name, "truth"), strict=True):
+        for layer, items in source.layers.items():
+            ours = [(item.name, shape(item), item.name in source.states) for item in items]
+            theirs = [
+                (item.name, shape(item), item.name in truth.states) for item in truth.layers[layer]
+            ]
+            assert ours == theirs
+        assert (source.kind, source.rules) == (truth.kind, truth.rules)
+        for is_expert in (False, True):
+            held = source.holds_state(is_expert=is_expert)
+            assert held == truth.holds_state(is_expert=is_expert)
+        assert source.has_expert_part == truth.has_expert_part
+
+
+def shape(item: Any) -> object:
+    return None if item.tensor is None else (item.tensor.dtype, item.tensor.shape)
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_the_rules_found_are_the_likeliest(name: str, side: str) -> None:
+    """Those that the signs in the arguments tell: real versions need no second guess."""
+    of = family(name, side)
+    for change in CHANGES:
+        assert getattr(of.rules, change.rule) == (change.sign in of.arguments.names), change
+
+
+def test_wrong_signs_are_overruled_by_the_files() -> None:
+    """A version between releases: the argument is not there yet, the behaviour is."""
+    of = family(ODD, "source")
+    assert of.rules.aligns_parameters
+    older = {p: without_argument(files, "deterministic_mode") for p, files in files_of(of).items()}
+    found = next(read_family(older))
+    assert "deterministic_mode" not in found.arguments.names
+    assert found.rules == of.rules
+
+
+def test_only_the_rules_asked_for_are_tried() -> None:
+    of = family(ODD, "source")
+    (same,) = read_family(files_of(of), of.rules)
+    assert same.rules == of.rules
+    other = replace(of.rules, aligns_parameters=not of.rules.aligns_parameters)
+    with pytest.raises(CheckpointError, match=r"no known layout .* 1 ways tried"):
+        list(read_family(files_of(of), other))
+
+
+def test_all_rules_that_explain_are_given() -> None:
+    """Where sizes hide a difference, the bytes must tell."""
+    of = family(DENSE, "source")
+    found = [one.rules for one in itertools.islice(read_family(files_of(of)), 5)]
+    assert found[0] == of.rules
+    assert len(set(found)) == len(found) > 1
+
+
+@pytest.mark.parametrize("pp_rank", [0, 1, 2, 3])
+def test_a_part_of_the_ranks_holds_its_part(pp_rank: int) -> None:
+    of = family("uneven-31layers-pp4-fork", "truth")
+    part = next(read_family({pp_rank: of.ranks[pp_rank].files}))
+    chunks = of.layout.rank_chunks(pp_rank)
+    assert sorted(part.layers) == [layer for chunk in chunks for layer in chunk.layers]
+    assert set(part.sections) == {section for chunk in chunks for section in chunk.sections}
+    assert part.layout == of.layout
+    assert {item.name for item in part.items() if item.is_parameter} == set(part.states)
+
+
+@pytest.mark.parametrize("name", names())
+def test_samples_are_all_parameters_with_states(name: str) -> None:
+    for of in families(name, "source"):
+        found = {sample.name: sample for sample in samples(of)}
+        assert bool(found) is (of.kind is not OptimizerKind.NONE)
+        assert set(found) == set(of.states)
+        for item in of.items():
+            if item.name in found:
+                sample = found[item.name]
+                assert item.tensor is not None
+                assert (sample.weight, sample.dtype) == (item.tensor.content(), item.tensor.dtype)
+                (main,) = sample.main
+                assert isinstance(main, Extent)
+                assert main.length == 4 * item.tensor.numel
+                assert sample.main_path == main.path
+                is_flat = of.kind is OptimizerKind.DISTRIBUTED
+                assert sample.main_path.endswith(OPTIMIZER_FILE if is_flat else MODEL_FILE)
+
+
+@pytest.mark.parametrize("version", [2.0, 3, "3.0", 3.5])
+def test_other_checkpoint_versions_are_refused(version: object) -> None:
+    files = edited(family(DENSE, "source").ranks[0].files, checkpoint_version=version)
+    with pytest.raises(CheckpointError, match=r"unsupported checkpoint version, expected 3\.0"):
+        next(read_family({0: files}))
+
+
+def test_a_list_is_no_rank_file() -> None:
+    files = family(DENSE, "source").ranks[0].files
+    with pytest.raises(CheckpointError, match="it is no dictionary, found a list of 1"):
+        next(read_family({0: replace(files, model=replace(files.model, root=[1]))}))
+
+
+def test_siblings_must_hold_the_same_kind() -> None:
+    of = family(WEIGHTS, "source")
+    entry = family(DENSE, "source").ranks[1].root[OPTIMIZER]
+    mixed = {0: of.ranks[0].files, 1: edited(of.ranks[1].files, optimizer=entry)}
+    with pytest.raises(CheckpointError, match="its siblings hold distributed optimizer, it does"):
+        next(read_family(mixed))
+
+
+def test_an_optimizer_file_needs_its_entry() -> None:
+    files = edited(family(DENSE, "source").ranks[0].files, optimizer=None)
+    with pytest.raises(CheckpointError, match="no 'optimizer' entry although distrib_optim"):
+        next(read_family({0: files}))
+
+
+@pytest.mark.parametrize("pp_rank", [0, 1])
+@pytest.mark.parametrize("name", [DENSE, MOE])
+def test_an_entry_needs_its_optimizer_file(name: str, pp_rank: int) -> None:
+    files = files_of(family(name, "source"))
+    files[pp_rank] = replace(files[pp_rank], optimizer=None)
+    with pytest.raises(CheckpointError, match=r"distrib_optim\.pt beside it is missing"):
+        next(read_family(files))
+
+
+def test_optimizers_must_be_as_many_as_computed() -> None:
+    of = family(DENSE, "source")
+    entry = of.ranks[0].root[OPTIMIZER]
+    files = {p: edited(f, optimizer=[entry] * 3) for p, f in files_of(of).items()}
+    with pytest.raises(CheckpointError, match="3 optimizers in the file, 1 computed"):
+        next(read_family(files))
+
+
+def test_a_missing_expert_optimizer_is_not_explained() -> None:
+    """By any rules: each says that a rank with experts has one."""
+    of = family(MOE, "source")
+    files = {}
+    for pp_rank, rank in of.ranks.items():
+        assert rank.files.optimizer is not None
+        less = replace(rank.files.optimizer, root=rank.files.optimizer.root[0])
+        changed = edited(rank.files, optimizer=rank.root[OPTIMIZER][0])
+        files[pp_rank] = replace(changed, optimizer=less)
+    with pytest.raises(CheckpointError):
+        next(read_family(files))
+
+
+def test_impossible_placements_are_told_with_their_file() -> None:
+    files = with_arguments(family(DENSE, "source").ranks[0].files, num_layers=7)
+    with pytest.raises(CheckpointError, match=r"model_optim_rng\.pt: .*7 layers do not divide"):
+        next(read_family({0: files}))
+
+
+def test_the_layout_is_that_of_the_own_arguments() -> None:
+    for name, side in SIDES:
+        of = family(name, side)
+        for rank in of.ranks.values():
+            assert layout_of(rank.files, of.rules) == of.layout
+
+
+def test_the_final_norm_follows_the_layers_by_newer_rules() -> None:
+    """With MTP on a stage of its own, as a layout string may ask for."""
+    of = family("deepseek-mtp-pp2ep2-v016", "source")
+    files = with_arguments(
+        of.ranks[0].files,
+        pipeline_model_parallel_layout="Et*4|t*4||mL",
+        virtual_pipeline_model_parallel_size=2,
+    )
+    for follows, holder in ((True, 1), (False, 3)):
+        layout = layout_of(files, replace(of.rules, mtp_may_stand_alone=follows))
+        assert [Section.FINAL_NORM in chunk.sections for chunk in layout.chunks].index(
+            True
+        ) == holder
+
+
+def test_plain_weights_may_have_storages_of_their_own() -> None:
+    of = family(PLAIN, "source")
+    assert not of.shares_storages
+    assert all(rank.buffers is None for rank in of.ranks.values())
+    assert family(WEIGHTS, "source").shares_storages
+    assert family(WEIGHTS, "source").kind is OptimizerKind.NONE
+
+
+def test_a_parameter_that_lies_elsewhere_is_not_explained() -> None:
+    """As a frozen one does."""
+    of = family(DENSE, "source")
+    chunk = as_mapping(of.ranks[0].root["model"]) or {}
+    stranger = as_mapping(family(PLAIN, "source").ranks[0].root["model"]) or {}
+    key = "decoder.layers.2.mlp.linear_fc2.weight"
+    node = ordered_dict({**chunk, key: stranger[key]})
+    files: Mapping[int, RankFiles] = {0: edited(of.ranks[0].files, model=node)}
+    with pytest.raises(CheckpointError, match=rf"{key} lies outside the flat buffer of its kind"):
+        list(read_family(files))

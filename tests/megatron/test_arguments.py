@@ -1,0 +1,190 @@
+"""Saved arguments: read with their types checked, patched as the target run would save them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pp_to_vpp.container.pickling import Global, Instance
+from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.megatron.arguments import (
+    SavedArguments,
+    namespace_values,
+    patch_arguments,
+    read_arguments,
+)
+from pp_to_vpp.megatron.pipeline import Placement
+
+_BASE = {
+    "num_layers": 8,
+    "pipeline_model_parallel_size": 2,
+    "tensor_model_parallel_size": 2,
+    "data_parallel_size": 6,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "overlap_p2p_comm": False,
+    "align_param_gather": False,
+}
+
+
+def namespace(**values: Any) -> Instance:
+    """A saved argparse.Namespace."""
+    state = {**_BASE, **values}
+    return Instance(Global("argparse", "Namespace"), (), by_new=True, state=state)
+
+
+def read(**values: Any) -> SavedArguments:
+    """What the arguments say."""
+    return read_arguments({"args": namespace(**values)}, "file")
+
+
+def test_what_a_version_did_not_know_has_the_meaning_it_had() -> None:
+    found = read()
+    assert (found.ep_size, found.etp_size, found.cp_size) == (1, 2, 1)
+    assert found.placement == Placement()
+    assert found.ties_embeddings
+    assert (found.dense_shards, found.expert_shards) == (6, 6)
+
+
+def test_shards() -> None:
+    found = read(
+        context_parallel_size=2,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        num_distributed_optimizer_instances=3,
+    )
+    assert found.dense_shards == 6 * 2 // 3
+    assert found.expert_shards == 2 * 2 * 6 // (1 * 4) // 3
+
+
+def test_the_placement_is_read() -> None:
+    found = read(
+        virtual_pipeline_model_parallel_size=2,
+        decoder_first_pipeline_num_layers=3,
+        decoder_last_pipeline_num_layers_split=[3, 2],
+        decoder_last_pipeline_num_layers=5,
+    )
+    assert found.placement == Placement(
+        2, first_layers=3, last_layers=5, first_split=(2, 1), last_split=(3, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("chunks", "vp_size"), [((), 1), (("model",), 1), (("model0", "model1", "model2"), 3)]
+)
+def test_virtual_stages_that_no_argument_names_are_those_of_the_chunks(
+    chunks: tuple[str, ...], vp_size: int
+) -> None:
+    """What unit tests and tools save has few arguments, in a SimpleNamespace."""
+    state = {"num_layers": 8, "pipeline_model_parallel_size": 2}
+    node = Instance(Global("types", "SimpleNamespace"), (), by_new=True, state=state)
+    root = {"args": node, **dict.fromkeys(chunks)}
+    assert read_arguments(root, "file").placement.vp_size == vp_size
+    root["args"] = namespace()
+    assert read_arguments(root, "file").placement.vp_size == 1, "what is named holds"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", 10**9),
+        ("num_layers", "8"),
+        ("num_layers", 8.0),
+        ("num_layers", True),
+        ("num_layers", 0),
+        ("pipeline_model_parallel_size", -1),
+        ("data_parallel_size", 10**400),
+        ("use_distributed_optimizer", "yes"),
+        ("pipeline_model_parallel_layout", ["E"]),
+        ("decoder_first_pipeline_num_layers_split", [1, "2"]),
+    ],
+)
+def test_absurd_arguments_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"args.{name} is no"):
+        read(**{name: value})
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read(num_layers="x", data_parallel_size="y")
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    "node", [None, {}, Instance(Global("os", "system"), ("x",)), namespace(x=1).factory]
+)
+def test_only_a_namespace_holds_arguments(node: object) -> None:
+    with pytest.raises(CheckpointError, match="no training arguments"):
+        namespace_values(node, "file")
+
+
+def patched(
+    source: dict[str, Any], placement: Placement, *, overlap: bool = False
+) -> dict[Any, Any]:
+    """Attributes after patching."""
+    node = namespace(**source)
+    arguments = read_arguments({"args": node}, "file")
+    result = patch_arguments(node, arguments, placement, overlap_param_gather_with_step=overlap)
+    assert list(node.state)[: len(_BASE)] == list(_BASE), "the source is left alone"
+    return namespace_values(result, "file")
+
+
+def test_interleaving_turns_its_defaults_on() -> None:
+    found = patched({}, Placement(2))
+    assert found["virtual_pipeline_model_parallel_size"] == 2
+    assert found["num_layers_per_virtual_pipeline_stage"] == 2
+    assert found["overlap_p2p_comm"] is True
+    assert found["align_param_gather"] is True
+    assert list(found) == list(_BASE), "nothing is added that the version does not know"
+
+
+def test_plain_pipelines_turn_them_off() -> None:
+    found = patched(
+        {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}, Placement(1)
+    )
+    assert found["virtual_pipeline_model_parallel_size"] is None
+    assert found["overlap_p2p_comm"] is False
+
+
+def test_other_interleavings_keep_the_users_choice() -> None:
+    source = {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": False}
+    assert patched(source, Placement(4))["overlap_p2p_comm"] is False
+
+
+def test_a_layout_string_replaces_the_other_forms() -> None:
+    source = {
+        "pipeline_model_parallel_layout": None,
+        "account_for_embedding_in_pipeline_split": True,
+        "num_virtual_stages_per_pipeline_rank": None,
+        "overlap_param_gather_with_optimizer_step": False,
+    }
+    found = patched(source, Placement(2, layout="Ettt|t|t|tttL"), overlap=True)
+    assert found["pipeline_model_parallel_layout"] == "Ettt|t|t|tttL"
+    assert found["account_for_embedding_in_pipeline_split"] is False
+    assert found["num_layers_per_virtual_pipeline_stage"] is None
+    assert found["overlap_param_gather_with_optimizer_step"] is True
+
+
+def test_uneven_stages_are_told_by_their_number() -> None:
+    source = {"decoder_first_pipeline_num_layers": 2, "num_virtual_stages_per_pipeline_rank": None}
+    found = patched(source, Placement(2, first_layers=2))
+    assert found["num_virtual_stages_per_pipeline_rank"] == 2
+    assert found["num_layers_per_virtual_pipeline_stage"] is None
+
+
+def test_the_forks_splits_are_added() -> None:
+    placement = Placement(2, first_layers=5, last_layers=3, first_split=(3, 2), last_split=(2, 1))
+    found = patched({}, placement)
+    assert found["decoder_first_pipeline_num_layers_split"] == [3, 2]
+    assert found["decoder_last_pipeline_num_layers_split"] == [2, 1]
+
+
+def test_splits_that_a_version_did_not_know_come_and_go() -> None:
+    """There and back again, the arguments are the source's."""
+    source = {"decoder_last_pipeline_num_layers": None}
+    split = Placement(2, first_split=(2, 2), last_split=(3, 1))
+    there = patched(source, split)
+    assert there["decoder_first_pipeline_num_layers_split"] == [2, 2]
+    assert there["decoder_last_pipeline_num_layers_split"] == [3, 1]
+    assert list(patched(there, Placement(1))) == [*_BASE, *source]

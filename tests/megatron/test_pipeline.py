@@ -1,0 +1,258 @@
+"""Layer placement against Megatron's own formulas, written out literally."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pp_to_vpp.errors import LayoutError
+from pp_to_vpp.megatron.naming import Section
+from pp_to_vpp.megatron.pipeline import PipelineLayout, Placement, parse_layout
+
+from ..strategies import layout_strings, placements
+
+
+def megatron_layers(num_layers: int, pp_size: int, p: int, v: int, placement: Placement) -> range:
+    """Layers of a chunk as TransformerBlock computes them (0.16.1, without a layout string):
+    ``get_num_layers_to_build`` and ``get_transformer_layer_offset``, transcribed."""
+    vp = placement.vp_size
+    first, last = placement.first_layers, placement.last_layers
+    is_first, is_last = p == 0, p == pp_size - 1
+    if first is not None or last is not None:
+        left, stages = num_layers, pp_size
+        if first is not None:
+            left, stages = left - first, stages - 1
+        if last is not None:
+            left, stages = left - last, stages - 1
+        per_rank = left // stages if stages > 0 else 0
+        if is_first and first is not None:
+            per_rank = first
+        if is_last and last is not None:
+            per_rank = last
+        count = per_rank // vp
+        middle_stages = pp_size - sum(1 for x in (first, last) if x is not None)
+        f, e = first or 0, last or 0
+        middle = num_layers - f - e
+        per_first = f // vp
+        per_last = e // vp
+        per_middle = middle // vp
+        total = per_first + per_last + per_middle
+        per_stage = 0 if middle_stages == 0 else per_middle // middle_stages
+        middle_rank = p if first is None else p - 1
+        offset = v * total if is_first else v * total + middle_rank * per_stage + per_first
+        return range(offset, offset + count)
+    slots = num_layers + placement.account_for_embedding + placement.account_for_loss
+    per_rank = slots // pp_size
+    count = per_rank // vp
+    offset = v * (slots // vp) + p * count
+    if placement.account_for_embedding:
+        if is_first and v == 0:
+            count -= 1
+        else:
+            offset -= 1
+    if placement.account_for_loss and is_last and v == vp - 1:
+        count -= 1
+    return range(offset, offset + count)
+
+
+@given(placements())
+def test_counts_and_offsets_are_megatrons(case: tuple[int, int, Placement]) -> None:
+    num_layers, pp_size, placement = case
+    assume(placement.layout is None and placement.first_split is None)
+    # Megatron cannot divide by zero middle stages (FORMAT 4.3): nothing to compare with
+    assume(pp_size > 2 or None in (placement.first_layers, placement.last_layers))
+    layout = placement.place(num_layers, pp_size)
+    for p in range(pp_size):
+        for v in range(placement.vp_size):
+            wanted = megatron_layers(num_layers, pp_size, p, v, placement)
+            assert list(layout.chunk(p, v).layers) == list(wanted)
+
+
+@given(placements(), st.integers(0, 2))
+def test_every_layer_and_section_has_one_place(case: tuple[int, int, Placement], mtp: int) -> None:
+    num_layers, pp_size, placement = case
+    assume(placement.layout is None or mtp == 0)
+    layout = placement.place(num_layers, pp_size, mtp_num_layers=mtp)
+    assert [layer for chunk in layout.chunks for layer in chunk.layers] == list(range(num_layers))
+    assert (layout.pp_size, layout.vp_size) == (pp_size, placement.vp_size)
+    for index, chunk in enumerate(layout.chunks):
+        assert (chunk.vp_stage, chunk.pp_rank) == divmod(index, pp_size)
+        assert chunk is layout.chunk(chunk.pp_rank, chunk.vp_stage)
+        assert list(chunk.sections) == sorted(chunk.sections)
+    held = [section for chunk in layout.chunks for section in chunk.sections]
+    expected = [Section.EMBEDDING, Section.FINAL_NORM, Section.HEAD]
+    expected += [Section.MTP_EMBEDDING, Section.MTP] if mtp else []
+    assert sorted(held) == sorted(expected)
+    assert layout.chunks[0].sections[0] is Section.EMBEDDING
+    assert layout.chunks[-1].sections[-1] is Section.HEAD
+
+
+@given(placements())
+def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Placement]) -> None:
+    num_layers, pp_size, placement = case
+    assume(num_layers % pp_size == 0)
+    source = placement.place(num_layers, pp_size)
+    target = Placement().place(num_layers, pp_size)
+    for p in range(pp_size):
+        needed = {layer for chunk in target.rank_chunks(p) for layer in chunk.layers}
+        holders = {c.pp_rank for c in source.chunks if needed & set(c.layers)}
+        ends = {0} if p == 0 else {source.chunks[-1].pp_rank} if p == pp_size - 1 else set()
+        assert set(source.sources_of(target, p)) == (holders | ends or {0})
+
+
+def layers_of(layout: PipelineLayout) -> list[list[list[int]]]:
+    """Layers of each rank and virtual stage."""
+    return [[list(chunk.layers) for chunk in layout.rank_chunks(p)] for p in range(layout.pp_size)]
+
+
+def test_interleaving() -> None:
+    assert layers_of(Placement(2).place(8, 2)) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+def test_thirty_one_layers_on_four_stages() -> None:
+    """The Microsoft fork's mode."""
+    placement = Placement(2, first_layers=8, last_layers=7, first_split=(4, 4), last_split=(4, 3))
+    assert placement.place(31, 4).table() == (
+        "     vp0          vp1\n"
+        "pp0  E 0 1 2 3    16 17 18 19\n"
+        "pp1  4 5 6 7      20 21 22 23\n"
+        "pp2  8 9 10 11    24 25 26 27\n"
+        "pp3  12 13 14 15  28 29 30 L"
+    )
+
+
+def test_the_fork_gives_the_remainder_to_the_first_chunks() -> None:
+    placement = Placement(2, first_layers=5, last_layers=3).with_even_splits()
+    assert (placement.first_split, placement.last_split) == ((3, 2), (2, 1))
+    assert Placement(2, first_layers=4).with_even_splits().first_split is None
+
+
+def test_zero_layer_chunks_are_allowed() -> None:
+    layout = Placement(2, account_for_embedding=True, account_for_loss=True).place(2, 2)
+    assert layers_of(layout) == [[[], [1]], [[0], []]]
+
+
+def test_the_final_norm_follows_the_layers_with_mtp() -> None:
+    """FORMAT 9.18."""
+    text = "Ett|tt|tt|t|m|L"
+    layout = Placement(2, layout=text).place(7, 3, mtp_num_layers=1, mtp_may_stand_alone=True)
+    assert layout.chunk(0, 1).sections == (Section.FINAL_NORM,)
+    assert layout.chunk(1, 1).sections == (Section.MTP_EMBEDDING, Section.MTP)
+    assert layout.chunk(2, 1).sections == (Section.HEAD,)
+    with pytest.raises(LayoutError, match="in another stage than the loss"):
+        Placement(2, layout=text).place(7, 3, mtp_num_layers=1)
+    before = Placement(2, layout="Ett|tt|tt|t||mL").place(7, 3, mtp_num_layers=1)
+    assert Section.FINAL_NORM in before.chunk(2, 1).sections
+
+
+def test_the_final_norm_stays_last_without_mtp() -> None:
+    layout = Placement(2, layout="Ett|tt|tt|L").place(6, 2, mtp_may_stand_alone=True)
+    assert Section.FINAL_NORM in layout.chunk(1, 1).sections
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("Et|tL", ["Et", "tL"]),
+        ("Et*4|t*3L", ["Etttt", "tttL"]),
+        ("E,t*3,|(tt|)*2,m|L", ["Ettt", "tt", "tt", "m", "L"]),
+        ("Ettt|t|t|t|t|t||L", ["Ettt", "t", "t", "t", "t", "t", "", "L"]),
+        ("E(t|)*3L", ["Et", "t", "t", "L"]),
+        ("E(tt)*2|L", ["Etttt", "L"]),
+    ],
+)
+def test_layout_strings(text: str, stages: list[str]) -> None:
+    assert list(parse_layout(text)) == stages
+
+
+@given(st.integers(0, 20), st.integers(2, 6), st.integers(0, 2), st.data())
+def test_layout_strings_place_what_they_say(
+    num_layers: int, pp_size: int, mtp: int, data: st.DataObject
+) -> None:
+    text = data.draw(layout_strings(num_layers, pp_size * 2, mtp))
+    layout = Placement(2, layout=text).place(num_layers, pp_size, mtp_num_layers=mtp)
+    assert [len(chunk.layers) for chunk in layout.chunks] == [s.count("t") for s in text.split("|")]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Et|tx", "letter 'x'"),
+        ("Et| tL", "letter ' '"),
+        ("E(t", r"letter '\('"),
+        ("E" + "t*99999999", "absurdly long"),
+        ("E((t)*9999)*9999|L", "absurdly long|letter"),
+    ],
+)
+def test_bad_strings_are_refused_at_once(text: str, reason: str) -> None:
+    with pytest.raises(LayoutError, match=reason):
+        parse_layout(text)
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_layers", "pp_size", "reason"),
+    [
+        (Placement(3), 8, 2, "do not divide"),
+        (Placement(2, account_for_embedding=True), 8, 2, "embedding and loss included"),
+        (Placement(2, first_layers=3), 7, 2, "rank 0: its 3 layers do not divide into 2"),
+        (Placement(2, first_layers=5, last_layers=4), 8, 2, "must divide evenly"),
+        (Placement(1, first_layers=2, last_layers=2), 9, 4, "must divide evenly"),
+        (Placement(1, True, first_layers=2), 8, 2, "one of the two"),
+        (
+            Placement(2, first_layers=4, last_layers=4, first_split=(3, 2), last_split=(2, 2)),
+            8, 2, "add up to 4",
+        ),
+        (Placement(2, layout="Et|tL"), 2, 2, "2 stages do not make"),
+        (Placement(1, layout="Et|tL"), 3, 2, "expected 3 of t"),
+        (Placement(1, layout="Et|EtL"), 2, 2, "expected 1 of E"),
+        (Placement(1, layout="tE|tL"), 2, 2, "first element must be E"),
+        (Placement(1, layout="Et|tmL"), 2, 2, "expected 0 of m"),
+    ],
+)  # fmt: skip
+def test_impossible_placements_are_refused(
+    placement: Placement, num_layers: int, pp_size: int, reason: str
+) -> None:
+    with pytest.raises(LayoutError, match=reason):
+        placement.place(num_layers, pp_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Et|m|t|tL", "after an MTP layer"),
+        ("Etm|t|t|L", "after an MTP layer|last virtual stage"),
+        ("Ett|tm|mt|L", "more than one stage|after"),
+        ("Ett|tm||L", "last one"),
+    ],
+)
+def test_misplaced_mtp_layers_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(LayoutError, match=reason):
+        Placement(2, layout=text).place(3, 2, mtp_num_layers=text.count("m"))
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_layers", "flags"),
+    [
+        (Placement(1), 8, ""),
+        (Placement(2), 8, "--num-layers-per-virtual-pipeline-stage 2"),
+        (
+            Placement(2, first_layers=2, last_layers=2), 4,
+            "--num-virtual-stages-per-pipeline-rank 2 --decoder-first-pipeline-num-layers 2 "
+            "--decoder-last-pipeline-num-layers 2",
+        ),
+        (Placement(2, layout="Et|t|t|tL"), 4, "--pipeline-model-parallel-layout 'Et|t|t|tL'"),
+        (
+            Placement(2, True), 7,
+            "--num-layers-per-virtual-pipeline-stage 2 --account-for-embedding-in-pipeline-split",
+        ),
+        (
+            Placement(2, first_layers=8, last_layers=7, first_split=(4, 4), last_split=(4, 3)), 15,
+            "--num-virtual-stages-per-pipeline-rank 2 --decoder-first-pipeline-num-layers 8 "
+            "--decoder-last-pipeline-num-layers 7 --decoder-first-pipeline-num-layers-split 4 4 "
+            "--decoder-last-pipeline-num-layers-split 4 3",
+        ),
+    ],
+)  # fmt: skip
+def test_launch_flags(placement: Placement, num_layers: int, flags: str) -> None:
+    assert placement.launch_flags(num_layers, 2) == flags

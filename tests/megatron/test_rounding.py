@@ -1,0 +1,53 @@
+"""Our rounding is torch's, on every bit pattern that matters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pp_to_vpp.megatron import rounding
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+_bits = st.lists(
+    st.integers(0, 2**32 - 1)
+    | st.sampled_from([0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x3F808000, 0x477FF000]),
+    min_size=1,
+    max_size=50,
+)
+
+
+@given(_bits, st.sampled_from(["bfloat16", "float16", "float32"]))
+def test_rounding_is_torchs(bits: list[int], dtype: str) -> None:
+    main = torch.tensor(bits, dtype=torch.int64).to(torch.uint32).view(torch.float32)
+    weight = main.to(getattr(torch, dtype))
+    found = rounding.explain(dtype, [raw(weight)], [raw(main)])
+    assert "rounded" in found.ways
+    assert found.differing == ()
+
+
+def test_cut_off_weights_are_told_from_rounded_ones() -> None:
+    main = torch.tensor([0x3F80FFFF, 0x3F800001], dtype=torch.int32).view(torch.float32)
+    cut = main.view(torch.int16)[1::2].contiguous()
+    assert rounding.explain("bfloat16", [raw(cut)], [raw(main)]).ways == {"cut off"}
+    rounded = main.to(torch.bfloat16)
+    assert rounding.explain("bfloat16", [raw(rounded)], [raw(main)]).ways == {"rounded"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_one_wrong_element_is_found_and_attributed(dtype: str) -> None:
+    mains = [torch.randn(100), torch.randn(7), torch.randn(1)]
+    weights = [main.to(getattr(torch, dtype), copy=True) for main in mains]
+    weights[1][3] *= 1.5
+    found = rounding.explain(dtype, [raw(w) for w in weights], [raw(m) for m in mains])
+    assert found.ways == frozenset()
+    assert found.differing == (1,)
+
+
+def test_unknown_dtypes_are_not_compared() -> None:
+    assert rounding.explain("int8", [b"a"], [b"bcde"]).ways == set(rounding.WAYS)

@@ -1,0 +1,262 @@
+"""Whole conversions, held to what Megatron itself saved."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pp_to_vpp.container.pickling import Global, Instance
+from pp_to_vpp.source.survey import take_survey
+
+from ..compare import differences
+from ..edit import copy_of, rewrite_all
+from ..pairs import names, pair
+from ..runs import Program
+
+
+def files_of(iteration: Path) -> dict[str, bytes]:
+    """Every file of an iteration folder, by its path in it."""
+    return {
+        str(path.relative_to(iteration)): path.read_bytes()
+        for path in sorted(iteration.glob("*/*"))
+    }
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Temporary names that a run must not leave behind."""
+    return [path for path in root.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", names())
+def test_converting_the_source_gives_the_truth(name: str, program: Program, tmp_path: Path) -> None:
+    case = pair(name)
+    target = tmp_path / case.truth.name
+    run = program.convert(case.source, target, case.options)
+    assert run.status == 0, run.errors
+    assert differences(target, case.truth, case.source) == []
+    for path in sorted(target.glob("*/*.pt")):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None, "every record has its true CRC-32"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", names())
+def test_files_have_the_size_of_megatrons(name: str, program: Program, tmp_path: Path) -> None:
+    """One storage per buffer, one object of each string: no byte more than Megatron writes."""
+    case = pair(name)
+    target = tmp_path / case.truth.name
+    assert program.convert(case.source, target, case.options).status == 0
+    for path, data in files_of(case.truth).items():
+        slack = 128 if "--target-overlap" in " ".join(case.options) else 0
+        found = (target / path).stat().st_size
+        assert abs(found - len(data)) <= slack, path
+
+
+@pytest.mark.parametrize("name", names())
+def test_there_and_back_again(name: str, program: Program, tmp_path: Path) -> None:
+    """PP -> VPP -> PP gives back tensors, keys, param groups and file sizes."""
+    case = pair(name)
+    there, back = tmp_path / "there" / case.source.name, tmp_path / "back" / case.source.name
+    assert program.convert(case.source, there, case.options).status == 0
+    assert program.convert(there, back, options_for(case.source)).status == 0
+    assert differences(back, case.source, case.source) == []
+    for path, data in files_of(case.source).items():
+        assert (back / path).stat().st_size == len(data), path
+
+
+def test_the_overlap_flag_alone_is_a_conversion(program: Program, tmp_path: Path) -> None:
+    """It changes which optimizers a rank chains, hence both files, and no layer's place."""
+    case = pair("dense-pp2-opgos-v016")
+    without, again = tmp_path / "without" / "iter_0000001", tmp_path / "again" / "iter_0000001"
+    direct = tmp_path / "direct" / "iter_0000001"
+    assert program.convert(case.truth, without).status == 0
+    assert program.convert(case.source, direct).status == 0
+    assert differences(without, direct, case.truth) == []
+    flag = "--target-overlap-param-gather-with-optimizer-step"
+    assert program.convert(without, again, (), flag).status == 0
+    assert differences(again, case.truth, case.truth) == []
+    refused = program.convert(case.truth, tmp_path / "no" / "iter_0000001", (), flag)
+    program.refuses(3, refused, "already has the layout")
+
+
+def test_runs_of_two_layouts_make_no_checkpoint(program: Program, tmp_path: Path) -> None:
+    """Two nodes with different options: layers would be in no folder, others in two."""
+    source = pair("moe-pp2ep2-v016").source
+    target, other = tmp_path / "t" / source.name, tmp_path / "o" / source.name
+    size = "--target-virtual-pipeline-model-parallel-size"
+    first = program.convert(source, target, [size, "2"], "--pipeline-ranks-to-process", "0")
+    assert first.status == 0
+    second = ([size, "4"], "--pipeline-ranks-to-process", "1")
+    refused = program.convert(source, target, *second)
+    program.refuses(2, refused, "another conversion wrote this folder", "found virtual pipeline si")
+    assert program.convert(source, other, *second).status == 0
+    for folder in other.glob("mp_rank_*"):
+        folder.rename(target / folder.name)
+    for depth in ("structure", "full"):
+        run = program(
+            "--load-iteration-dir", source, "--save-iteration-dir", target, "--verify", depth
+        )
+        program.refuses(6, run, "mp_rank_00_001_000/model_optim_rng.pt: its arguments tell another")
+    assert not (target.parent / "latest_checkpointed_iteration.txt").exists()
+
+
+def few_arguments(root: dict[str, Any]) -> None:
+    """What Megatron's and its forks' unit tests save: a SimpleNamespace that names little."""
+    kept = (
+        "num_layers", "pipeline_model_parallel_size", "tensor_model_parallel_size", "save",
+        "expert_model_parallel_size", "use_distributed_optimizer", "load",
+        "untie_embeddings_and_output_weights", "num_virtual_stages_per_pipeline_rank",
+    )  # fmt: skip
+    values = root["args"].state
+    state = {name: values[name] for name in kept}
+    root["args"] = Instance(Global("types", "SimpleNamespace"), (), by_new=True, state=state)
+
+
+@pytest.mark.parametrize("name", ["dense-pp2-v016", "moe-pp2ep2-v016"])
+def test_few_arguments_are_enough(name: str, program: Program, tmp_path: Path) -> None:
+    case = pair(name)
+    source, truth = copy_of(case.source, tmp_path / "s"), copy_of(case.truth, tmp_path / "t")
+    rewrite_all(source, few_arguments)
+    rewrite_all(truth, few_arguments)
+    there, back = tmp_path / "there" / source.name, tmp_path / "back" / source.name
+    assert program.convert(source, there, (), "--verify", "full").status == 0
+    assert differences(there, truth, source) == []
+    assert program.convert(there, back, options_for(source), "--verify", "full").status == 0
+    assert differences(back, source, source) == []
+
+
+def options_for(iteration: Path) -> list[str]:
+    """Options that ask for the layout that a checkpoint has."""
+
+    placement = take_survey(str(iteration)).arguments.placement
+    if placement.layout is not None:
+        return ["--target-pipeline-model-parallel-layout", placement.layout]
+    options = ["--target-virtual-pipeline-model-parallel-size", str(placement.vp_size)]
+    for end, split in (("first", placement.first_split), ("last", placement.last_split)):
+        if split is not None:
+            options += [f"--target-{end}-virtual-pipeline-num-layers-split", *map(str, split)]
+    return options
+
+
+def test_output_does_not_depend_on_the_workers(program: Program, tmp_path: Path) -> None:
+    case = pair("moe-pp2ep2-v016")
+    found = []
+    for workers in (1, 3):
+        target = tmp_path / str(workers) / "iter_0000001"
+        options: list[str | Path] = ["--load-iteration-dir", case.source]
+        options += ["--save-iteration-dir", target]
+        assert program(*options, *case.options, workers=workers).status == 0
+        found.append(files_of(target))
+    assert found[0] == found[1]
+
+
+def test_nodes_may_share_the_work(program: Program, tmp_path: Path) -> None:
+    case = pair("moe-pp2ep2-v016")
+    whole, shared = tmp_path / "whole" / "iter_0000001", tmp_path / "shared" / "iter_0000001"
+    assert program.convert(case.source, whole, case.options).status == 0
+    tracker = shared.parent / "latest_checkpointed_iteration.txt"
+    run = program.convert(case.source, shared, case.options, "--pipeline-ranks-to-process", "1")
+    assert run.status == 0
+    assert sorted(path.name for path in shared.iterdir()) == [
+        "mp_rank_00_001_000",
+        "mp_rank_00_001_001",
+    ]
+    assert not tracker.exists()
+    assert "still to come" in run.output
+    run = program.convert(case.source, shared, case.options, "--pipeline-ranks-to-process", "0")
+    assert run.status == 0
+    assert tracker.read_text() == "1"
+    assert files_of(shared) == files_of(whole)
+
+
+def test_the_tracker_of_another_iteration_is_left_alone(program: Program, tmp_path: Path) -> None:
+    case = pair("dense-pp2-v016")
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("77")
+    run = program.convert(case.source, tmp_path / "iter_0000001", case.options)
+    assert run.status == 0
+    assert tracker.read_text() == "77"
+    assert "names 77" in run.output
+
+
+def test_folders_without_an_iteration_get_no_tracker(program: Program, tmp_path: Path) -> None:
+    case = pair("dense-pp2-v016")
+    run = program.convert(case.source, tmp_path / "converted", case.options)
+    assert run.status == 0
+    assert "no iter_NNNNNNN folder" in run.output
+    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+
+
+def test_dataloader_files_are_copied_and_others_named(program: Program, tmp_path: Path) -> None:
+    from ..edit import copy_of
+
+    case = pair("dense-pp2-v016")
+    source = copy_of(case.source, tmp_path)
+    rank = source / "mp_rank_00_001"
+    (rank / "train_dataloader_dprank000.pt").write_bytes(b"loader state" * 1000)
+    (rank / "notes.txt").write_text("mine")
+    (source / "README").write_text("mine too")
+    target = tmp_path / "iter_0000001"
+    run = program.convert(source, target, case.options)
+    assert run.status == 0
+    copied = target / "mp_rank_00_001" / "train_dataloader_dprank000.pt"
+    assert copied.read_bytes() == b"loader state" * 1000
+    assert "not copied, no part of a checkpoint: mp_rank_00_001/notes.txt" in run.output
+    assert "not copied, no part of a checkpoint: README" in run.output
+
+
+def test_a_dry_run_writes_nothing_and_tells_everything(program: Program, tmp_path: Path) -> None:
+    case = pair("moe-pp2ep2-v016")
+    target = tmp_path / "out" / "iter_0000001"
+    report = tmp_path / "plan.json"
+    dry = program.convert(case.source, target, case.options, "--dry-run", "--report", report)
+    assert dry.status == 0
+    assert not target.parent.exists()
+    assert "nothing was written" in dry.output
+    assert "--num-layers-per-virtual-pipeline-stage 2" in dry.output
+    assert program.convert(case.source, target, case.options).status == 0
+    planned = {
+        f"{rank['folder']}/{file['name']}": file["bytes"]
+        for rank in json.loads(report.read_text())["ranks"]
+        for file in rank["files"]
+    }
+    assert planned == {path: len(data) for path, data in files_of(target).items()}
+
+
+def test_the_report_tells_what_was_written(program: Program, tmp_path: Path) -> None:
+    case = pair("dense-pp2-v016")
+    target, path = tmp_path / "iter_0000001", tmp_path / "report.json"
+    assert program.convert(case.source, target, case.options, "--report", path).status == 0
+    report = json.loads(path.read_text())
+    assert set(report) == {
+        "schema", "tool", "version", "kind", "source", "target", "notes", "bytes", "seconds",
+        "bytes_written", "verification", "tracker", "ranks",
+    }  # fmt: skip
+    assert report["schema"] == 1
+    assert report["kind"] == "conversion"
+    assert report["verification"] == "structure"
+    assert report["source"]["layers"] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert report["target"]["layers"] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    written = files_of(target)
+    for rank in report["ranks"]:
+        assert not rank["kept"]
+        for file in rank["files"]:
+            data = written.pop(f"{rank['folder']}/{file['name']}")
+            assert file["bytes"] == len(data)
+            assert file["crc32"] == f"{zlib.crc32(data):08x}"
+    assert not written
+    assert report["bytes"] == report["bytes_written"]
+
+
+def test_the_source_is_left_alone(program: Program, tmp_path: Path) -> None:
+    case = pair("dense-pp2-v016")
+    before = files_of(case.source)
+    stamps = {path: path.stat().st_mtime_ns for path in case.source.rglob("*")}
+    assert program.convert(case.source, tmp_path / "iter_0000001", case.options).status == 0
+    assert files_of(case.source) == before
+    assert {path: path.stat().st_mtime_ns for path in case.source.rglob("*")} == stamps

@@ -1,0 +1,336 @@
+"""Interruptions: killed, stopped, out of space, two at once. What is there is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pp_to_vpp.errors import CopyError
+from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.run import copying, folders, schedule
+
+from ..edit import copy_of
+from ..pairs import pair
+from ..run.test_convert import files_of
+from ..runs import Program, command, environment, run_process
+
+CASE = "moe-pp2ep2-v016"
+KILLS = int(os.environ.get("PP_TO_VPP_KILLS", "6"))
+"""The long suite raises this (see the README)."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed conversion writes."""
+    target = tmp_path_factory.mktemp("undisturbed") / "iter_0000001"
+    run = run_process(*_arguments(pair(CASE).source, target))
+    assert run.status == 0, run
+    return files_of(target)
+
+
+def _arguments(source: Path, target: Path, *more: str) -> list[str | Path]:
+    return [
+        "--load-iteration-dir", source, "--save-iteration-dir", target,
+        "--num-max-processing-processes", "2", *pair(CASE).options, *more,
+    ]  # fmt: skip
+
+
+def start(target: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a conversion in a process group of its own."""
+    return subprocess.Popen(
+        command(*_arguments(pair(CASE).source, target, *more)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd="/",
+        start_new_session=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    """The worker processes of a run."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        return [int(child) for child in path.read_text().split()]
+    except OSError:
+        return []
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Workers end with their parent."""
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.02)
+
+
+def wait_until_writing(target: Path, process: subprocess.Popen[str]) -> None:
+    """The first temporary folder is there."""
+    while process.poll() is None and not [*target.glob(".writing-*")]:
+        time.sleep(0.001)
+
+
+def check_what_is_there(target: Path, undisturbed: dict[str, bytes]) -> None:
+    """Published folders are whole, and the tracker is there only when all are."""
+    published = (
+        {path for path in files_of(target) if path.startswith("mp_rank")}
+        if (target.exists())
+        else set()
+    )
+    found = files_of(target) if target.exists() else {}
+    for path in published:
+        assert found[path] == undisturbed[path]
+    folders_there = {path.split("/")[0] for path in published}
+    for folder in folders_there:
+        assert {p for p in undisturbed if p.startswith(folder + "/")} <= published
+    if (target.parent / "latest_checkpointed_iteration.txt").exists():
+        assert published == set(undisturbed)
+
+
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
+    victim: str, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    chooser = random.Random(victim)
+    began = time.monotonic()
+    assert run_process(*_arguments(pair(CASE).source, tmp_path / "t" / "iter_0000001")).status == 0
+    duration = time.monotonic() - began
+    for kill in range(KILLS):
+        target = tmp_path / str(kill) / "iter_0000001"
+        process = start(target)
+        if kill == 0:
+            wait_until_writing(target, process)  # one kill comes in time on any machine
+        else:
+            time.sleep(chooser.uniform(0.05, duration))
+        workers = children(process.pid)
+        if victim == "parent":
+            process.kill()  # knows of an ended child, whose number may be another's by now
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                for worker in workers[:1]:
+                    os.kill(worker, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        wait_until_gone(workers)
+        assert kill or process.returncode
+        if victim == "worker" and process.returncode not in (0, None):
+            assert process.returncode == 5, errors
+            assert "it was killed" in errors
+        check_what_is_there(target, undisturbed)
+        again = run_process(*_arguments(pair(CASE).source, target, "--resume"))
+        assert again.status == 0, again
+        assert files_of(target) == undisturbed
+        assert [p for p in target.iterdir() if p.name.startswith(".")] == []
+        shutil.rmtree(target.parent)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_at_once_and_cleans_up(
+    sign: signal.Signals, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    target = tmp_path / "iter_0000001"
+    process = start(target)
+    while not target.exists() and process.poll() is None:
+        time.sleep(0.001)
+    began = time.monotonic()
+    os.killpg(process.pid, sign)  # as a terminal does: everybody gets it
+    _, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the conversion was faster than the signal")
+    assert process.returncode == 130, errors
+    assert time.monotonic() - began < 5
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    check_what_is_there(target, undisturbed)
+    assert [p for p in target.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 10 MB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=10m", "none", str(path)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_too_little_space_is_told_before_the_first_byte(small_disk: Path, program: Program) -> None:
+    run = program.convert(pair(CASE).source, small_disk / "iter_0000001", pair(CASE).options)
+    program.refuses(5, run, "too little free space", "bytes free")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_error(
+    small_disk: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Space that is there at the start and gone in the middle."""
+    from pp_to_vpp.run import convert
+
+    monkeypatch.setattr(convert, "_check_space", lambda *_: None)
+    target = small_disk / "iter_0000001"
+    run = program.convert(pair(CASE).source, target, pair(CASE).options)
+    program.refuses(5, run, "No space left on device", "free some space")
+    assert list(target.glob(".*")) == [], "half-written folders are removed"
+
+
+def test_a_read_only_target_is_one_clear_error(program: Program, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("not a folder")
+    run = program.convert(pair(CASE).source, target / "iter_0000001", pair(CASE).options)
+    program.refuses(5, run, "cannot be written")
+
+
+_copy = copying.copy
+
+
+def copy_and_touch(task: copying.CopyTask) -> tuple[int | None, ...]:
+    """Copies in a worker while somebody writes to the source."""
+    found = _copy(task)
+    os.utime(os.environ["TOUCHED"], ns=(1, 1))
+    return found
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copy_of(pair(CASE).source, tmp_path)
+    touched = source / "mp_rank_00_001_000" / "distrib_optim.pt"
+    monkeypatch.setenv("TOUCHED", str(touched))
+    monkeypatch.setattr(schedule, "copy", copy_and_touch)
+    target = tmp_path / "target" / "iter_0000001"
+    run = program.convert(source, target, pair(CASE).options)
+    program.refuses(5, run, "the source changed during the run", str(touched))
+    assert list(target.iterdir()) == []
+
+
+def test_a_source_that_is_truncated_before_is_refused(program: Program, tmp_path: Path) -> None:
+    for keep in (0, 100, 100_000):
+        source = copy_of(pair(CASE).source, tmp_path / str(keep))
+        path = source / "mp_rank_00_001_000" / "distrib_optim.pt"
+        os.truncate(path, keep)
+        run = program.convert(source, tmp_path / "x", pair(CASE).options)
+        program.refuses(4, run, str(path))
+
+
+def test_resuming_keeps_what_is_whole(
+    program: Program, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    target = tmp_path / "iter_0000001"
+    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    kept = target / "mp_rank_00_000_000"
+    stamps = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    shutil.rmtree(target / "mp_rank_00_001_000")
+    run = program.convert(pair(CASE).source, target, pair(CASE).options, "--resume")
+    assert run.status == 0
+    assert "wrote 1 rank folders" in run.output
+    assert "kept 3 from an earlier run" in run.output
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == stamps
+    assert files_of(target) == undisturbed
+
+
+@pytest.mark.parametrize("depth", ["structure", "full"])
+def test_resuming_does_not_keep_what_is_wrong(depth: str, program: Program, tmp_path: Path) -> None:
+    from ..edit import rewrite
+
+    target = tmp_path / "iter_0000001"
+    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    rewrite(
+        target / "mp_rank_00_000_000" / "model_optim_rng.pt", lambda root: root.update(iteration=9)
+    )
+    more = ("--resume", "--verify", depth)
+    run = program.convert(pair(CASE).source, target, pair(CASE).options, *more)
+    program.refuses(2, run, "not what this conversion writes (model_optim_rng.pt)", "--resume")
+
+
+def test_resuming_another_conversion_is_refused(program: Program, tmp_path: Path) -> None:
+    target = tmp_path / "iter_0000001"
+    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    shutil.rmtree(target / "mp_rank_00_001_000")
+    options = ("--target-virtual-pipeline-model-parallel-size", "4", "--resume")
+    run = program.convert(pair(CASE).source, target, options)
+    program.refuses(2, run, "not what this conversion writes")
+
+
+def _leftover(target: Path, mark: str) -> Path:
+    folder = RankId(0, 0, 0).folder
+    path = target / f".writing-{folder}.{mark}"
+    path.mkdir(parents=True)
+    (path / "distrib_optim.pt").write_bytes(b"half")
+    return path
+
+
+def test_leftovers_of_dead_runs_are_cleared(program: Program, tmp_path: Path) -> None:
+    target = tmp_path / "iter_0000001"
+    host = socket.gethostname()
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead = [
+        _leftover(target, f"{host}-{process.pid}-123"),
+        _leftover(target, f"{host}-1-0"),  # the number lives on, the process does not
+        _leftover(target, "dead"),
+    ]
+    elsewhere = _leftover(target, "another-host-5-77")
+    for path in (elsewhere, elsewhere / "distrib_optim.pt"):
+        os.utime(path, (0, 0))
+    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    assert not any(path.exists() for path in (*dead, elsewhere))
+
+
+def test_a_second_run_at_the_same_time_is_refused(program: Program, tmp_path: Path) -> None:
+    target = tmp_path / "iter_0000001"
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        start_time = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        here = _leftover(target, f"{socket.gethostname()}-{sleeper.pid}-{start_time}")
+        run = program.convert(pair(CASE).source, target, pair(CASE).options)
+        program.refuses(2, run, "another run is writing this rank folder now")
+        assert here.exists()
+        shutil.rmtree(here)
+        there = _leftover(target, "another-host-5-77")
+        run = program.convert(pair(CASE).source, target, pair(CASE).options, "--resume")
+        program.refuses(2, run, "another run is writing this rank folder now")
+        assert there.exists()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_two_runs_that_start_together_do_no_harm(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    target = tmp_path / "iter_0000001"
+    runs = [start(target), start(target)]
+    for process in runs:
+        process.communicate(timeout=120)
+    assert any(process.returncode == 0 for process in runs) or (
+        run_process(*_arguments(pair(CASE).source, target, "--resume")).status == 0
+    )
+    check_what_is_there(target, undisturbed)
+    assert files_of(target) == undisturbed
+
+
+def test_publishing_over_a_filled_folder_fails(tmp_path: Path) -> None:
+    source, taken = tmp_path / ".writing-a", tmp_path / "a"
+    for path in (source, taken):
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    with pytest.raises(CopyError, match="cannot be given its name"):
+        folders.publish(folders.TemporaryFolder(source, taken, 0.0))
+    assert (taken / "file").read_text() == "a"

@@ -1,0 +1,221 @@
+"""Rank folders whose bytes are there: completed, verified, published, or kept from before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pp_to_vpp.container import crc32
+from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.errors import CopyError, UsageError, VerificationError
+from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.options import Depth
+from pp_to_vpp.run import finishing
+from pp_to_vpp.run.finishing import FinishContext, KeptJob, RankDone, check_kept, finish_rank
+from pp_to_vpp.run.folders import TemporaryFolder
+from pp_to_vpp.run.plan_family import PlanJob, PlannedFamily, plan_family
+from pp_to_vpp.run.schedule import Copier, FamilyCopy
+from pp_to_vpp.target.plan import RankPlan
+from pp_to_vpp.verify.compare import Side
+
+from ..compare import differences
+from ..edit import copy_of, flip_byte
+from ..families import SIDES, iteration, opposite, surveyed, target_of
+from ..inline import Inline
+from ..pairs import pair
+
+DENSE = "dense-pp2-v016"
+Crcs = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Copied:
+    """A rank folder before it is finished."""
+
+    context: FinishContext
+    plan: RankPlan
+    folder: TemporaryFolder
+    crc32s: Crcs
+
+    def finish(self) -> RankDone:
+        return finish_rank(self.context, self.plan, self.folder, self.crc32s)
+
+    def kept(self) -> RankDone:
+        """Hold the published folder to the plan."""
+        return check_kept(KeptJob(self.folder.target.parent, self.plan, self.context))
+
+
+def context_of(planned: PlannedFamily, job: PlanJob, depth: Depth) -> FinishContext:
+    side = Side(job.iteration_dir, job.ranks)
+    return FinishContext(side, planned.rules, planned.target, depth, {}, planned.sources)
+
+
+def copied(
+    source: Path, name: str, save_dir: Path, side: str = "source", depth: Depth = Depth.STRUCTURE
+) -> list[Copied]:
+    """Copy all rank folders of the family (0, 0) under their temporary names."""
+    found = sorted(p.name for p in source.glob("mp_rank_*"))
+    all_ranks = [rank for folder in found if (rank := RankId.parse(folder))]
+    ranks = {rank.pp_rank: rank for rank in all_ranks if rank.family == (0, 0)}
+    target = target_of(name, opposite(side))
+    job = PlanJob(str(source), 1, ranks, tuple(ranks), target, needs_contents=True)
+    planned = plan_family(job)
+    context = context_of(planned, job, depth)
+    files = [file for rank in planned.ranks for file in rank.files]
+    wanted = [p for f in files for c in f.contents for p in c if isinstance(p, Extent)]
+    family = FamilyCopy(planned.ranks, crc32.derivable(wanted, planned.records), context)
+
+    def take(given: Any, plan: RankPlan, folder: TemporaryFolder, crc32s: Crcs) -> Copied:
+        return Copied(given, plan, folder, crc32s)
+
+    return list(Copier(Inline(), save_dir, take, lambda _: None).run([family]))
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_finished_folders_are_whole_and_have_their_name(
+    name: str, side: str, tmp_path: Path
+) -> None:
+    source, target = iteration(name, side), tmp_path / "iter_0000001"
+    ranks = copied(source, name, target, side)
+    assert all(path.name.startswith(".writing-") for path in target.iterdir())
+    for rank in ranks:
+        done = rank.finish()
+        assert not rank.folder.path.exists()
+        assert (done.rank, done.was_kept) == (rank.plan.rank, False)
+        for file in done.files:
+            data = (target / done.rank.folder / file.name).read_bytes()
+            assert (file.length, file.crc32) == (len(data), zlib.crc32(data))
+        assert done.length == rank.plan.length
+        assert done.seconds > 0
+        kept = rank.kept()
+        assert kept.was_kept
+        assert [(f.name, f.length, f.crc32) for f in kept.files] == [
+            (f.name, f.length, None) for f in done.files
+        ]
+    truth = iteration(name, opposite(side))
+    if side == "source" and len(surveyed(name, side).families) == 1:
+        assert differences(target, truth, source) == []
+
+
+@pytest.mark.parametrize("change", ["bytes", "time", "length"])
+def test_a_source_that_changed_is_not_published(change: str, tmp_path: Path) -> None:
+    source = copy_of(pair(DENSE).source, tmp_path)
+    ranks = copied(source, DENSE, tmp_path / "out")
+    path = source / "mp_rank_00_001" / "distrib_optim.pt"
+    if change == "bytes":
+        flip_byte(path, path.stat().st_size // 2)
+    elif change == "time":
+        os.utime(path, ns=(1, 1))
+    else:
+        os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CopyError, match=r"mp_rank_00_001/distrib_optim.pt: the source changed"):
+        ranks[0].finish()
+    assert not ranks[0].folder.target.exists()
+
+
+@pytest.mark.parametrize("depth", [Depth.NONE, Depth.STRUCTURE])
+def test_what_fails_verification_is_not_published(depth: Depth, tmp_path: Path) -> None:
+    """Unless none is asked for."""
+    (rank, _) = copied(pair(DENSE).source, DENSE, tmp_path / "out", depth=depth)
+    layout = rank.plan.files[0].layout
+    assert layout is not None
+    record = next(r for r in layout.records if r.name.endswith("/data/0"))
+    flip_byte(Path(rank.folder.file("model_optim_rng.pt")), record.offset)
+    if depth is Depth.NONE:
+        rank.finish()
+    else:
+        with pytest.raises(VerificationError):
+            rank.finish()
+    assert rank.folder.target.exists() == (depth is Depth.NONE)
+
+
+def swap_files(folder: Path) -> None:
+    one, other = folder / "model_optim_rng.pt", folder / "distrib_optim.pt"
+    one.rename(folder / "x")
+    other.rename(one)
+    (folder / "x").rename(other)
+
+
+def flip_in_pickle(folder: Path) -> None:
+    path = folder / "model_optim_rng.pt"
+    flip_byte(path, path.read_bytes().index(b"iteration"))
+
+
+def flip_in_directory(folder: Path) -> None:
+    path = folder / "model_optim_rng.pt"
+    flip_byte(path, path.read_bytes().rindex(b"version"))
+
+
+HARM: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file too many": (lambda folder: (folder / "extra").touch(), "its files"),
+    "a file too few": (lambda folder: (folder / "distrib_optim.pt").unlink(), "its files"),
+    "cut off": (
+        lambda folder: os.truncate(folder / "distrib_optim.pt", 5000), "distrib_optim.pt",
+    ),
+    "no archive": (
+        lambda f: (f / "distrib_optim.pt").write_bytes(
+            bytes((f / "distrib_optim.pt").stat().st_size)
+        ),
+        "distrib_optim.pt",
+    ),
+    "another pickle": (flip_in_pickle, "model_optim_rng.pt"),
+    "another record": (flip_in_directory, "model_optim_rng.pt"),
+    "swapped": (swap_files, "distrib_optim.pt"),
+    "no folder": (shutil.rmtree, "its files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("depth", [Depth.NONE, Depth.STRUCTURE])
+def test_folders_of_another_conversion_are_not_kept(
+    harm: str, depth: Depth, tmp_path: Path
+) -> None:
+    """Told before anything is verified, and whatever depth is asked for."""
+    (rank, _) = copied(pair(DENSE).source, DENSE, tmp_path / "out", depth=depth)
+    rank.finish()
+    change, where = HARM[harm]
+    change(rank.folder.target)
+    with pytest.raises(UsageError) as caught:
+        rank.kept()
+    assert f"mp_rank_00_000: it is not what this conversion writes ({where})" in str(caught.value)
+
+
+def test_kept_folders_are_verified(tmp_path: Path) -> None:
+    """A changed weight is no matter of structure: only the samples tell."""
+    (rank, _) = copied(pair(DENSE).source, DENSE, tmp_path / "out")
+    rank.finish()
+    layout = rank.plan.files[0].layout
+    assert layout is not None
+    record = next(r for r in layout.records if r.name.endswith("/data/0"))
+    flip_byte(rank.folder.target / "model_optim_rng.pt", record.offset)
+    with pytest.raises(VerificationError):
+        rank.kept()
+    rank.context = replace(rank.context, depth=Depth.NONE)
+    assert rank.kept().was_kept
+
+
+def test_full_verification_compares_the_digests_of_the_source(tmp_path: Path) -> None:
+    """A byte that no sample sees: in the middle of the largest moment."""
+    source = pair(DENSE).source
+    (rank, other) = copied(source, DENSE, tmp_path / "out", depth=Depth.FULL)
+    digests: dict[str, bytes] = {}
+    for source_rank in (RankId(0, 0, None), RankId(0, 1, None)):
+        found = finishing.digest_rank((str(source), source_rank))
+        assert not found.damaged
+        digests |= found.by_label
+    context = replace(rank.context, digests=digests)
+    other.context = rank.context = context
+    other.finish()
+    layout = rank.plan.files[1].layout
+    assert layout is not None
+    record = max(layout.records, key=lambda r: r.length)
+    flip_byte(Path(rank.folder.file("distrib_optim.pt")), record.offset + 4 * (record.length // 9))
+    with pytest.raises(VerificationError):
+        rank.finish()

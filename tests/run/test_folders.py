@@ -1,0 +1,260 @@
+"""Rank folders and small files that appear only when they are whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pp_to_vpp.container.extents import Literal, Zeros
+from pp_to_vpp.errors import CopyError, UsageError
+from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.run import folders
+from pp_to_vpp.run.folders import TemporaryFolder
+from pp_to_vpp.target.plan import FilePlan, RankPlan
+
+RANK = RankId(0, 3, 1)
+PLAN = RankPlan(
+    RANK, (FilePlan("a.pt", 5, ((Literal(b"hello"),),), None), FilePlan("b", 1 << 20, (), None))
+)
+NAME = "mp_rank_00_003_001"
+
+
+def start_of(pid: int) -> str:
+    """When a process began, as the kernel tells."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+@pytest.fixture
+def sleeper() -> Iterator[int]:
+    """The number of another process that is alive."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        yield process.pid
+        process.kill()
+
+
+def leftover(folder: Path, mark: str, name: str = NAME) -> Path:
+    """A temporary folder that somebody made."""
+    path = folder / f".writing-{name}.{mark}"
+    path.mkdir()
+    (path / "a.pt").write_text("half")
+    return path
+
+
+def test_files_begin_as_holes_of_their_final_size(tmp_path: Path) -> None:
+    before = time.monotonic()
+    folder = folders.create_folder(tmp_path / "deep" / "down", PLAN)
+    assert before <= folder.began <= time.monotonic()
+    assert folder.target == tmp_path / "deep" / "down" / NAME
+    assert not folder.target.exists()
+    assert folder.path.parent == folder.target.parent, "one rename must do"
+    assert {p.name: p.stat().st_size for p in folder.path.iterdir()} == {"a.pt": 5, "b": 1 << 20}
+    assert (folder.path / "b").stat().st_blocks == 0
+    assert folder.file("a.pt") == str(folder.path / "a.pt")
+
+
+def test_the_name_tells_who_writes(tmp_path: Path) -> None:
+    folder = folders.create_folder(tmp_path, PLAN)
+    mark = folder.path.name.removeprefix(f".writing-{NAME}.")
+    assert mark == f"{socket.gethostname()}-{os.getpid()}-{start_of(os.getpid())}"
+
+
+def test_nobody_writes_into_a_folder_twice(tmp_path: Path) -> None:
+    folders.create_folder(tmp_path, PLAN)
+    with pytest.raises(CopyError, match=r"cannot be written \(File exists\)"):
+        folders.create_folder(tmp_path, PLAN)
+
+
+def test_own_folders_are_removed_and_no_others(tmp_path: Path, sleeper: int) -> None:
+    own = folders.create_folder(tmp_path, PLAN)
+    host = socket.gethostname()
+    others = [
+        leftover(tmp_path, f"{host}-{sleeper}-{start_of(sleeper)}"),
+        leftover(tmp_path, f"{host}-{os.getpid()}-1"),
+        leftover(tmp_path, f"elsewhere-{os.getpid()}-{start_of(os.getpid())}"),
+    ]
+    (tmp_path / NAME).mkdir()
+    folders.remove_own(tmp_path)
+    assert not own.path.exists()
+    assert all(path.is_dir() for path in others)
+    assert (tmp_path / NAME).is_dir()
+    folders.remove_own(tmp_path / "missing")
+
+
+def test_what_a_live_process_writes_is_left_alone(tmp_path: Path, sleeper: int) -> None:
+    path = leftover(tmp_path, f"{socket.gethostname()}-{sleeper}-{start_of(sleeper)}")
+    with pytest.raises(UsageError, match="another run is writing this rank folder now"):
+        folders.clear_leftovers(tmp_path, [NAME])
+    assert (path / "a.pt").read_text() == "half"
+
+
+def test_what_dead_processes_left_is_removed(tmp_path: Path, sleeper: int) -> None:
+    host = socket.gethostname()
+    marks = [
+        f"{host}-4194305-77",  # beyond the largest number
+        f"{host}-{sleeper}-{int(start_of(sleeper)) - 1}",  # its number was another's before
+        f"{host}-{os.getpid()}-{start_of(os.getpid())}",  # this process begins anew
+        "dead",  # an earlier run was interrupted while it removed it
+        f"{host}-what-ever",
+    ]
+    for mark in marks:
+        leftover(tmp_path, mark)
+    folders.clear_leftovers(tmp_path, [NAME])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mark", ["", "bak", "a-b"])
+def test_folders_of_unknown_marks_end_no_run(mark: str, tmp_path: Path) -> None:
+    """Somebody may have renamed or copied one: its age tells, as for other hosts."""
+    path = leftover(tmp_path, mark)
+    for entry in (path / "a.pt", path):
+        os.utime(entry, (1, 1))
+    folders.clear_leftovers(tmp_path, [NAME])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("age", "is_alive"), [(60, True), (14 * 60, True), (16 * 60, False)])
+def test_folders_of_other_hosts_are_judged_by_their_age(
+    age: int, is_alive: bool, tmp_path: Path
+) -> None:
+    """Their newest file counts."""
+    path = leftover(tmp_path, "other-host-name-17-4242")
+    stamp = time.time() - age
+    os.utime(path, (1, 1))
+    os.utime(path / "a.pt", (stamp, stamp))
+    if is_alive:
+        with pytest.raises(UsageError, match="another run"):
+            folders.clear_leftovers(tmp_path, [NAME])
+    else:
+        folders.clear_leftovers(tmp_path, [NAME])
+    assert path.exists() == is_alive
+
+
+def test_host_names_may_have_hyphens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark is read from its end."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7-rack-2")
+    own = folders.create_folder(tmp_path, PLAN)
+    folders.clear_leftovers(tmp_path, [NAME])
+    assert not own.path.exists(), "of this process, so nobody else can be writing it"
+    leftover(tmp_path, "node-7-rack-3-1-1")
+    with pytest.raises(UsageError, match="another run"):
+        folders.clear_leftovers(tmp_path, [NAME])
+
+
+def test_only_the_wanted_folders_are_cleared(tmp_path: Path) -> None:
+    """Others may be those of nodes that share the work."""
+    dead = f"{socket.gethostname()}-4194305-77"
+    mine, other = leftover(tmp_path, dead), leftover(tmp_path, dead, "mp_rank_00_002_001")
+    finished = tmp_path / NAME
+    finished.mkdir()
+    folders.clear_leftovers(tmp_path, [NAME, "mp_rank_00_007"])
+    assert not mine.exists()
+    assert other.exists()
+    assert finished.exists()
+    folders.clear_leftovers(tmp_path / "missing", [NAME])
+
+
+def test_publishing_is_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folders.create_folder(tmp_path, PLAN)
+    inode = folder.path.stat().st_ino
+    done: list[str] = []
+    sync, rename = folders.sync_folder, Path.rename
+
+    def synced(path: Path) -> None:
+        done.append(f"sync {path.name}")
+        sync(path)
+
+    monkeypatch.setattr(folders, "sync_folder", synced)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    folders.publish(folder)
+    assert done == [f"sync {folder.path.name}", "rename", f"sync {tmp_path.name}"]
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert folder.target.stat().st_ino == inode
+
+
+def test_an_empty_folder_of_that_name_is_no_hindrance(tmp_path: Path) -> None:
+    folder = folders.create_folder(tmp_path, PLAN)
+    folder.target.mkdir()
+    folders.publish(folder)
+    assert (folder.target / "a.pt").exists()
+
+
+def test_a_folder_that_was_taken_away_cannot_be_published(tmp_path: Path) -> None:
+    """As one that a second run took for dead."""
+    folder = TemporaryFolder(tmp_path / ".writing-x", tmp_path / "x", 0.0)
+    with pytest.raises(CopyError, match="x: cannot be given its name"):
+        folders.publish(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_folders_that_cannot_be_synced(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems that have no such call are forgiven, failing disks are not."""
+
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EINVAL:
+        folders.sync_folder(tmp_path)
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            folders.sync_folder(tmp_path)
+
+
+def test_small_files_are_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "tracker.txt"
+    folders.write_whole(path, "1000")
+    assert path.read_text() == "1000"
+    folders.write_whole(path, "2000")
+    assert path.read_text() == "2000"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_small_files_are_written_whole_or_not_at_all(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tracker.txt"
+    path.write_text("before")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os if call == "fsync" else Path, call, refuse)
+    with pytest.raises(CopyError, match=r"No space left on device.*free some space"):
+        folders.write_whole(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_of_the_system_are_one_line_with_a_cure() -> None:
+    full = folders.copy_error("/x/y", "cannot be written", OSError(errno.EDQUOT, "Quota"))
+    assert str(full) == (
+        "/x/y: cannot be written (Quota); free some space, then run again with --resume"
+    )
+    other = folders.copy_error("/x/y", "cannot be read", OSError(errno.EIO, "I/O error"))
+    assert "check the file system" in str(other)
+
+
+def test_places_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    plan = RankPlan(RANK, (FilePlan("z", 3, ((Zeros(3),),), None),))
+    with pytest.raises(CopyError, match="cannot be written"):
+        folders.create_folder(tmp_path / "file", plan)
+    with pytest.raises(CopyError, match="cannot be written"):
+        folders.write_whole(tmp_path / "missing" / "tracker.txt", "1")

@@ -1,0 +1,1 @@
+"""Megatron-Core from PyPI on a CPU: the judge of converted checkpoints."""
