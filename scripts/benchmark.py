@@ -3,8 +3,8 @@
 
 Checkpoints of the sizes asked for are made in Megatron's structure (PP 4, EP 2, hundreds of
 experts' tensors). The columns are run in turn, several times; each run is set against the `cp -r`
-beside it. Prints a Markdown table of the medians, and writes it to --output with a plot (.svg)
-beside it.
+beside it. Prints a Markdown table of the medians, and writes it to --output; scripts/plot.py draws
+it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("benchmark.md"),
         metavar="FILE",
-        help="the tables; the plot goes beside it [default: %(default)s]",
+        help="where the tables are written [default: %(default)s]",
     )
     add("--keep", action="store_true", help="leave the made checkpoints there")  # fmt: skip
     return parser
@@ -164,8 +164,6 @@ def _measure(given: _Arguments, scratch: Path) -> str:
     found: list[Series] = []
     for size in sorted(given.size or [10**9]):
         found += _measure_size(given, scratch, size)
-    picture = given.output.with_suffix(".svg")
-    picture.write_text(report.plot(found))
     return f"{report.size_table(found)}\n\n{report.small_table('start-up', small)}"
 
 

@@ -1,1 +1,1 @@
-"""Parts of the benchmark: made checkpoints, measured runs, tables and plots."""
+"""Parts of the benchmark: made checkpoints, measured runs, tables."""

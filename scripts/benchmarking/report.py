@@ -1,4 +1,4 @@
-"""What was measured, in words: the machine, Markdown tables, and a plot as SVG."""
+"""What was measured, in words: the machine, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from .commands import COPY
 from .measure import Measured
 
 _GB, _MB = 1e9, 1e6
-_COLORS = ("#1f77b4", "#17becf", "#7f7f7f", "#d62728")
-_WIDTH, _HEIGHT, _LEFT, _TOP = 330, 220, 60, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,57 +111,3 @@ def small_table(title: str, found: Mapping[str, Sequence[Measured]]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def plot(found: Sequence[Series]) -> str:
-    """Time and memory against size, as an SVG picture."""
-    columns = list(dict.fromkeys(series.column for series in found))
-    panels: dict[str, Callable[[Series], float]] = {
-        "seconds": lambda series: series.median(lambda run: run.seconds),
-        "peak memory, MB": lambda series: series.median(lambda run: run.peak_bytes) / _MB,
-    }
-    width, height = 2 * (_WIDTH + _LEFT) + 30, _HEIGHT + _TOP + 80
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for index, (title, value) in enumerate(panels.items()):
-        left = _LEFT + index * (_WIDTH + _LEFT)
-        curves = [[(s.size / _GB, value(s)) for s in found if s.column == c] for c in columns]
-        parts += _panel(title, left, curves)
-    for index, column in enumerate(columns):
-        x, y = _LEFT + index * 190, _TOP + _HEIGHT + 60
-        color = _COLORS[index % len(_COLORS)]
-        parts.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{color}"/>')
-        parts.append(f'<text x="{x + 16}" y="{y}">{column}</text>')
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _panel(title: str, left: int, curves: list[list[tuple[float, float]]]) -> list[str]:
-    """Axes from 0, labelled at the ends, and a line for each curve."""
-    points = [point for curve in curves for point in curve]
-    high_x, high_y = (1.05 * max(values) for values in zip(*points, strict=True))
-    bottom = _TOP + _HEIGHT
-    parts = [
-        f'<path d="M{left} {_TOP} V{bottom} H{left + _WIDTH}" fill="none" stroke="black"/>',
-        f'<text x="{left}" y="{_TOP - 12}">{title}</text>',
-        f'<text x="{left + _WIDTH}" y="{bottom + 34}" text-anchor="end">checkpoint, GB</text>',
-    ]
-    for step in range(5):
-        y = bottom - _HEIGHT * step / 4
-        label = f"{high_y * step / 4:.3g}"
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{label}</text>')
-    for x_value in sorted({x for x, _ in points}):
-        x = left + _WIDTH * x_value / high_x
-        parts.append(
-            f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{x_value:.3g}</text>'
-        )
-    for color, curve in zip(_COLORS * len(curves), curves, strict=False):
-        places = [
-            (left + _WIDTH * x / high_x, bottom - _HEIGHT * y / high_y) for x, y in sorted(curve)
-        ]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
-    return parts

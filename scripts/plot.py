@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Draw what logs record: losses of training, time and memory of a benchmark.
+
+Each picture is an SVG file beside its log, made from the numbers in the log and from nothing else.
+Needs matplotlib: pip install '.[plots]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LOGS = Path(__file__).resolve().parent.parent / "logs"
+_COLORS = ("#0072b2", "#56b4e9", "#8c8c8c", "#d55e00")
+"""Told apart by the colour-blind too (Okabe and Ito), and in print."""
+_STYLE = {
+    "svg.hashsalt": "pp_to_vpp",  # the same numbers give the same file
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1,
+    "lines.markersize": 3,
+}
+_FIRST_CELL, _CELL = 9, 31
+"""Widths of the columns in a log of losses."""
+_BENCHMARK_ROW = re.compile(r"\| ([\d.]+) GB \| ([^|]+) \| ([\d.]+) s \|.*?\| (\d+) MB \|")
+
+
+def read_losses(log: str) -> dict[str, dict[int, float]]:
+    """The losses of each run by iteration, exact; the uninterrupted run comes first."""
+    lines = iter(log.splitlines())
+    head = next(line for line in lines if line.startswith("iteration"))
+    starts = range(_FIRST_CELL, len(head), _CELL)
+    runs: dict[str, dict[int, float]] = {
+        head[start : start + _CELL].strip(): {} for start in starts
+    }
+    for line in lines:
+        if not line.strip():
+            break
+        for start, losses in zip(starts, runs.values(), strict=True):
+            cell = line[start : start + _CELL].split()
+            if cell:
+                losses[int(line[:_FIRST_CELL])] = float.fromhex(cell[-1])
+    return runs
+
+
+def draw_losses(log: str, figure: Figure) -> None:
+    """The losses of all runs, and below how far each is from the uninterrupted one."""
+    (name, whole), *others = read_losses(log).items()
+    losses, differences = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    losses.plot(whole.keys(), whole.values(), color="#b3b3b3", linewidth=3, label=name)
+    styles = zip((_COLORS[0], "#009e73", _COLORS[3]), "os^", (4, 4, 3), strict=True)
+    for (title, run), (color, marker, level) in zip(others, styles, strict=True):
+        style = {"color": color, "marker": marker, "zorder": level}
+        losses.plot(run.keys(), run.values(), label=title, **style)
+        away = [loss - whole[iteration] for iteration, loss in run.items()]
+        differences.plot(run.keys(), away, **style)
+    losses.set_title(f"loss of the {log.partition(':')[0]} model")
+    losses.legend()
+    differences.set_title("difference to the run that was never interrupted")
+    differences.set_xlabel("iteration")
+
+
+def draw_benchmark(log: str, figure: Figure) -> None:
+    """Time and memory against the size of the checkpoint."""
+    columns: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for size, column, seconds, memory in _BENCHMARK_ROW.findall(log):
+        columns[column].append((float(size), float(seconds), float(memory)))
+    panels: tuple[Axes, Axes] = figure.subplots(1, 2)
+    for (column, rows), color in zip(columns.items(), _COLORS, strict=False):
+        sizes, *values = zip(*rows, strict=True)
+        for panel, value in zip(panels, values, strict=True):
+            panel.plot(sizes, value, color=color, marker="o", label=column)
+    for panel, title in zip(panels, ("time, s", "peak memory (PSS), MB, logarithmic"), strict=True):
+        panel.set_title(title)
+        panel.set_xlabel("checkpoint, GB")
+        panel.set_xlim(left=0)
+    panels[0].set_ylim(bottom=0)
+    panels[1].set_yscale("log")  # from 1 MB to gigabytes
+    panels[1].yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def main() -> None:
+    """Draw each log."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "logs",
+        nargs="*",
+        type=Path,
+        default=[*sorted(_LOGS.glob("train_*.log")), _LOGS / "benchmark_memory.md"],
+        metavar="LOG",
+        help="a log of losses (.log) or the tables of a benchmark (.md) [default: those in logs/]",
+    )
+    logs: list[Path] = parser.parse_args().logs
+
+    import matplotlib as mpl  # --help does without
+    from matplotlib.figure import Figure
+
+    for path in logs:
+        with mpl.rc_context(_STYLE):
+            figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+            draw = draw_benchmark if path.suffix == ".md" else draw_losses
+            draw(path.read_text(), figure)
+            picture = path.with_suffix(".svg")
+            figure.savefig(picture, metadata={"Date": None})
+        print(picture)
+
+
+if __name__ == "__main__":
+    main()
