@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from .examples import FACTOR
 from .runs import Program
+from .training.judge import Judge
+from .training.launch import Megatron, megatron
 
 settings.register_profile(
     "default",
@@ -40,3 +42,16 @@ def read_pickle() -> Callable[[Path], bytes]:
 def program(capsys: pytest.CaptureFixture[str]) -> Program:
     """The command line."""
     return Program(capsys)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Megatron]:
+    """The installed Megatron-Core, imported once."""
+    with megatron() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def judge(server: Megatron, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """With what Megatron saved so far."""
+    return Judge(server, tmp_path_factory.mktemp("saved"))

@@ -3,38 +3,20 @@ under the other; and it loads the converted checkpoint into the model that it ca
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from . import compare
 from .training.cases import CASES, DENSE, virtual
+from .training.installed import NEEDS_MEGATRON
 from .training.judge import Judge
-from .training.launch import RankError, megatron
+from .training.launch import RankError
 from .training.resume import RUNS, experiment
 from .training.spec import Run
 
-
-def _has_megatron() -> bool:
-    try:
-        return importlib.util.find_spec("megatron.core") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.megatron,
-    pytest.mark.skipif(not _has_megatron(), reason="megatron-core is not installed"),
-]
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
-    with megatron() as server:
-        yield Judge(server, tmp_path_factory.mktemp("saved"))
+pytestmark = NEEDS_MEGATRON
 
 
 @pytest.mark.parametrize(("source", "target"), CASES.values(), ids=CASES)

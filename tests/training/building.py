@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import optimizer, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -25,10 +24,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from .arguments import STEPS, training_arguments
+from .rules import known
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Callable
 
     from .spec import Run
 
@@ -88,14 +87,8 @@ def build(args: Namespace) -> Trainee:
         )
         for index, module in enumerate(modules)
     ]
-    optimizer = _optimizer(args, chunks)
-    return Trainee(args, config, chunks, optimizer, _scheduler(args, optimizer))
-
-
-def _known(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """Those options that this version's function takes."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in parameters}
+    chain = _optimizer(args, chunks)
+    return Trainee(args, config, chunks, chain, _scheduler(args, chain))
 
 
 def _fields(kind: type[Any], args: Namespace) -> dict[str, Any]:
@@ -147,12 +140,11 @@ def _chunk(args: Namespace, config: Any, stage: int) -> Any:
     )
     block = layer
     if args.num_experts:
-        known = _known(get_gpt_decoder_block_spec, **options, normalization=args.normalization)
-        block = get_gpt_decoder_block_spec(config, **known)
+        taken = known(get_gpt_decoder_block_spec, **options, normalization=args.normalization)
+        block = get_gpt_decoder_block_spec(config, **taken)
     mtp = None
     if args.mtp_num_layers:
-        known = _known(get_gpt_mtp_block_spec, **options)
-        mtp = get_gpt_mtp_block_spec(config, layer, **known)
+        mtp = get_gpt_mtp_block_spec(config, layer, **known(get_gpt_mtp_block_spec, **options))
     module = GPTModel(
         config=config,
         transformer_layer_spec=block,
@@ -164,7 +156,7 @@ def _chunk(args: Namespace, config: Any, stage: int) -> Any:
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         mtp_block_spec=mtp,
-        **_known(GPTModel.__init__, vp_stage=options["vp_stage"]),
+        **known(GPTModel.__init__, vp_stage=options["vp_stage"]),
     )
     module.model_type = args.model_type
     if vp_size is not None:
@@ -190,19 +182,50 @@ def _ddp_config(args: Namespace, num_parameters: int) -> Any:
 
 def _optimizer(args: Namespace, chunks: list[Any]) -> Any:
     config = OptimizerConfig(**_fields(OptimizerConfig, args))
-    try:
-        from megatron.core.optimizer import get_standard_config_overrides
-    except ImportError:  # before 0.16 the rule for biases and norms was built in
-        return get_megatron_optimizer(config, chunks)
-    overrides = get_standard_config_overrides(config=config)
-    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    options = known(get_megatron_optimizer, **_group_options(args, config))
+    return get_megatron_optimizer(config, chunks, **options)
 
 
-def _scheduler(args: Namespace, optimizer: Any) -> Any:
+def _group_options(args: Namespace, config: Any) -> dict[str, Any]:
+    """What decides the param groups besides the configuration."""
+    options: dict[str, Any] = {
+        # 0.14 and 0.15
+        "default_skip_embedding_weight_decay": (
+            getattr(args, "embedding_init_method_std", None) is not None
+        )
+    }
+    # before 0.16 the rule for biases and norms was built in
+    standard = getattr(optimizer, "get_standard_config_overrides", None)
+    if standard is not None:
+        options["config_overrides"] = standard(config=config)
+    return options
+
+
+def param_groups(trainee: Trainee) -> list[dict[str, Any]]:
+    """As Megatron makes them of the chunks, before the optimizer takes its shards of them."""
+    config = OptimizerConfig(**_fields(OptimizerConfig, trainee.args))
+    divide = optimizer._get_param_groups
+    options = known(
+        divide,
+        **_group_options(trainee.args, config),
+        config=config,
+        no_weight_decay_cond=None,
+        scale_lr_cond=None,
+        lr_mult=1.0,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        decoupled_lr=config.decoupled_lr,
+        decoupled_min_lr=config.decoupled_min_lr,
+    )
+    groups: list[dict[str, Any]] = divide(trainee.chunks, **options)
+    return groups
+
+
+def _scheduler(args: Namespace, chain: Any) -> Any:
     """As ``get_optimizer_param_scheduler``: its state counts samples."""
     batch = args.global_batch_size
     return OptimizerParamScheduler(
-        optimizer,
+        chain,
         init_lr=0.0,
         max_lr=args.lr,
         min_lr=args.min_lr,

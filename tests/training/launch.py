@@ -21,7 +21,9 @@ from typing import IO, TYPE_CHECKING, Any
 from .spec import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    _Actions = Mapping[str, Callable[..., Any]]
 
 TIMEOUT = 300.0
 _GRACE = 2.0
@@ -39,7 +41,7 @@ class Megatron:
         self._process = process
 
     def run(self, action: str, run: Run, **options: Any) -> list[Any]:
-        """Do an action of ``worker.ACTIONS`` in as many processes as the run needs.
+        """Do an action of ``rules`` or ``worker`` in as many processes as the run needs.
 
         Returns:
             what each rank returned.
@@ -63,10 +65,17 @@ class Megatron:
 
 
 @contextlib.contextmanager
-def megatron(environment: Mapping[str, str] | None = None) -> Iterator[Megatron]:
-    """A server; its processes end with the context."""
+def megatron(
+    environment: Mapping[str, str] | None = None, *, builds_models: bool = True
+) -> Iterator[Megatron]:
+    """A server; its processes end with the context.
+
+    Args:
+        environment: variables that it gets besides those of this process.
+        builds_models: also does the actions of ``worker``, not only those of ``rules``.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-m", __name__, *(["--models"] if builds_models else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -82,7 +91,7 @@ def megatron(environment: Mapping[str, str] | None = None) -> Iterator[Megatron]
         process.communicate()
 
 
-def _serve(answers: IO[str]) -> None:
+def _serve(answers: IO[str], *, builds_models: bool) -> None:
     """Answer each line of standard input, until it ends."""
     import torch
 
@@ -90,20 +99,29 @@ def _serve(answers: IO[str]) -> None:
 
     torch.set_num_threads(1)  # also because threads do not survive a fork
     cpu.install()
-    from . import worker  # brings Megatron in
+    from . import rules  # brings Megatron in
 
-    cpu.patch_megatron()
-    assert worker.ACTIONS
+    actions = rules.ACTIONS
+    if builds_models:
+        from . import worker
+
+        cpu.patch_megatron()
+        actions = {**actions, **worker.ACTIONS}
     for line in sys.stdin:
-        answers.write(json.dumps(_run_world(json.loads(line))) + "\n")
+        answers.write(json.dumps(_run_world(json.loads(line), actions)) + "\n")
         answers.flush()
 
 
-def _run_world(job: dict[str, Any]) -> dict[str, Any]:
+def _run_world(job: dict[str, Any], actions: _Actions) -> dict[str, Any]:
     """Fork the ranks of a run and wait for them."""
     run = Run.from_json(job["run"])
     with tempfile.TemporaryDirectory(prefix="megatron_world_") as folder:
-        ranks = {_fork_rank(rank, run, job, Path(folder)): rank for rank in range(run.world_size)}
+
+        def do(rank: int) -> Any:
+            _join_world(rank, run, Path(folder, "store"))
+            return actions[job["action"]](run, **job["options"])
+
+        ranks = {_fork_rank(rank, do, Path(folder)): rank for rank in range(run.world_size)}
         failed = _wait(dict(ranks), time.monotonic() + TIMEOUT)
         if failed is not None:
             log = Path(folder, f"{failed}.log")
@@ -136,7 +154,7 @@ def _wait(running: dict[int, int], deadline: float) -> int | None:
     return failed
 
 
-def _fork_rank(rank: int, run: Run, job: dict[str, Any], folder: Path) -> int:
+def _fork_rank(rank: int, do: Callable[[int], Any], folder: Path) -> int:
     """Start one rank; its process id. Its result and its log become files in the folder."""
     process = os.fork()
     if process:
@@ -146,8 +164,7 @@ def _fork_rank(rank: int, run: Run, job: dict[str, Any], folder: Path) -> int:
         log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        result = _run_rank(rank, run, job, folder / "store")
-        Path(folder, f"{rank}.json").write_text(json.dumps(result))
+        Path(folder, f"{rank}.json").write_text(json.dumps(do(rank)))
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -157,15 +174,12 @@ def _fork_rank(rank: int, run: Run, job: dict[str, Any], folder: Path) -> int:
         os._exit(status)
 
 
-def _run_rank(rank: int, run: Run, job: dict[str, Any], store: Path) -> Any:
+def _join_world(rank: int, run: Run, store: Path) -> None:
     import torch.distributed as dist
-
-    from . import worker
 
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=run.world_size
     )
-    return worker.ACTIONS[job["action"]](run, **job["options"])
 
 
 if __name__ == "__main__":
@@ -173,4 +187,4 @@ if __name__ == "__main__":
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever Megatron prints is not an answer
-    _serve(answers)
+    _serve(answers, builds_models="--models" in sys.argv)

@@ -53,6 +53,12 @@ class Run:
     """ddp_num_buckets, likewise."""
     overlap_step: bool = False
     """overlap_param_gather_with_optimizer_step."""
+    decoupled_lr: float | None = None
+    """Learning rate of embedding and output layer."""
+    decays_qk_norms: bool = False
+    """apply_wd_to_qk_layernorm."""
+    embedding_std: float | None = None
+    """embedding_init_method_std."""
 
     @property
     def world_size(self) -> int:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import __version__
+from megatron.core import parallel_state
 
 from . import checkpoint, values
-from .building import build, initialize
+from .building import build, initialize, param_groups
 from .train import train
 
 if TYPE_CHECKING:
@@ -62,11 +62,31 @@ def damage(run: Run, folder: str, kind: str) -> None:
     torch.save(optimizer, paths[1])
 
 
-def version(_: Run) -> str:
-    """Which Megatron-Core this is."""
-    return str(__version__)
+def groups(run: Run) -> dict[str, Any]:
+    """The param groups of one rank, as ``_get_param_groups`` makes them of its chunks: what each
+    tells of itself, and its members, by virtual stage and place in ``named_parameters()``."""
+    trainee = build(initialize(run))
+    places = {
+        id(parameter): (stage, place)
+        for stage, module in enumerate(trainee.modules)
+        for place, parameter in enumerate(module.parameters())
+    }
+    return {
+        "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
+        "ep_rank": parallel_state.get_expert_model_parallel_rank(),
+        "groups": [
+            {
+                "key": {name: value for name, value in group.items() if name in _TELLING},
+                "members": [places[id(parameter)] for parameter in group["params"]],
+            }
+            for group in param_groups(trainee)
+        ],
+    }
+
+
+_TELLING = ("wd_mult", "is_expert_parallel", "is_decoupled_lr", "default_config")
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
-    action.__name__: action for action in (save, load, train, damage, version)
+    action.__name__: action for action in (save, load, train, damage, groups)
 }
