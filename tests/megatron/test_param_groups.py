@@ -83,6 +83,14 @@ def test_embeddings_may_be_kept_from_decay() -> None:
     assert key("decoder.layers.0.mlp.linear_fc1.weight", of, arguments) == PLAIN
 
 
+def test_a_bias_of_any_shape_does_not_decay() -> None:
+    of = family(DENSE, "source")
+    (matrix,) = (i for i in of.items() if i.name == "decoder.layers.0.mlp.linear_fc1.weight")
+    assert key_of_item(matrix, of.arguments, of.rules) == PLAIN
+    bias = replace(matrix, rest=".mlp.linear_fc1.bias")
+    assert key_of_item(bias, of.arguments, of.rules) == FLAT
+
+
 def norm_of(name: str) -> Item:
     """A norm inside an attention, of the shape of a vector."""
     of = family(DENSE, "source")

@@ -1,6 +1,11 @@
-"""Layer placement against Megatron's own formulas, written out literally."""
+"""Layer placement: layers dealt out like cards, and what layout strings say.
+
+Megatron's own placement judges in tests/test_megatron_rules.py.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 from hypothesis import assume, given
@@ -13,60 +18,37 @@ from pp_to_vpp.megatron.pipeline import PipelineLayout, Placement, parse_layout
 from ..strategies import layout_strings, placements
 
 
-def megatron_layers(num_layers: int, pp_size: int, p: int, v: int, placement: Placement) -> range:
-    """Layers of a chunk as TransformerBlock computes them (0.16.1, without a layout string):
-    ``get_num_layers_to_build`` and ``get_transformer_layer_offset``, transcribed."""
-    vp = placement.vp_size
-    first, last = placement.first_layers, placement.last_layers
-    is_first, is_last = p == 0, p == pp_size - 1
-    if first is not None or last is not None:
-        left, stages = num_layers, pp_size
-        if first is not None:
-            left, stages = left - first, stages - 1
-        if last is not None:
-            left, stages = left - last, stages - 1
-        per_rank = left // stages if stages > 0 else 0
-        if is_first and first is not None:
-            per_rank = first
-        if is_last and last is not None:
-            per_rank = last
-        count = per_rank // vp
-        middle_stages = pp_size - sum(1 for x in (first, last) if x is not None)
-        f, e = first or 0, last or 0
-        middle = num_layers - f - e
-        per_first = f // vp
-        per_last = e // vp
-        per_middle = middle // vp
-        total = per_first + per_last + per_middle
-        per_stage = 0 if middle_stages == 0 else per_middle // middle_stages
-        middle_rank = p if first is None else p - 1
-        offset = v * total if is_first else v * total + middle_rank * per_stage + per_first
-        return range(offset, offset + count)
-    slots = num_layers + placement.account_for_embedding + placement.account_for_loss
-    per_rank = slots // pp_size
-    count = per_rank // vp
-    offset = v * (slots // vp) + p * count
-    if placement.account_for_embedding:
-        if is_first and v == 0:
-            count -= 1
-        else:
-            offset -= 1
-    if placement.account_for_loss and is_last and v == vp - 1:
-        count -= 1
-    return range(offset, offset + count)
+def dealt(num_layers: int, pp_size: int, placement: Placement) -> list[list[int]]:
+    """The layers of each chunk, in order of execution: dealt out one after the other.
+
+    Without given ends all chunks get as many cards, and embedding and loss may be cards too. With
+    ends each stage has its number, and its chunks have equal parts of it or those of its split.
+    """
+    vp_size = placement.vp_size
+    sizes = {0: placement.first_layers, pp_size - 1: placement.last_layers}
+    ends = {p: size for p, size in sizes.items() if size is not None}
+    cards = ["E"] * placement.account_for_embedding + list(map(str, range(num_layers)))
+    cards += ["L"] * placement.account_for_loss
+    middle = len(cards) - sum(ends.values())
+    hands = {p: [size // vp_size] * vp_size for p, size in ends.items()}
+    for p in set(range(pp_size)) - set(ends):
+        hands[p] = [middle // (pp_size - len(ends)) // vp_size] * vp_size
+    for p, split in ((0, placement.first_split), (pp_size - 1, placement.last_split)):
+        hands[p] = hands[p] if split is None else list(split)
+    deck = iter(cards)
+    found = [
+        list(itertools.islice(deck, hands[p][v])) for v in range(vp_size) for p in range(pp_size)
+    ]
+    assert not list(deck)
+    return [[int(card) for card in hand if card not in ("E", "L")] for hand in found]
 
 
 @given(placements())
-def test_counts_and_offsets_are_megatrons(case: tuple[int, int, Placement]) -> None:
+def test_layers_are_dealt_out_in_order_of_execution(case: tuple[int, int, Placement]) -> None:
     num_layers, pp_size, placement = case
-    assume(placement.layout is None and placement.first_split is None)
-    # Megatron cannot divide by zero middle stages (FORMAT 4.3): nothing to compare with
-    assume(pp_size > 2 or None in (placement.first_layers, placement.last_layers))
+    assume(placement.layout is None)
     layout = placement.place(num_layers, pp_size)
-    for p in range(pp_size):
-        for v in range(placement.vp_size):
-            wanted = megatron_layers(num_layers, pp_size, p, v, placement)
-            assert list(layout.chunk(p, v).layers) == list(wanted)
+    assert [list(chunk.layers) for chunk in layout.chunks] == dealt(num_layers, pp_size, placement)
 
 
 @given(placements(), st.integers(0, 2))
@@ -134,7 +116,7 @@ def test_zero_layer_chunks_are_allowed() -> None:
 
 
 def test_the_final_norm_follows_the_layers_with_mtp() -> None:
-    """FORMAT 9.18."""
+    """From 0.16: to the chunk of the last decoder layer, where the last has none (FORMAT 9.18)."""
     text = "Ett|tt|tt|t|m|L"
     layout = Placement(2, layout=text).place(7, 3, mtp_num_layers=1, mtp_may_stand_alone=True)
     assert layout.chunk(0, 1).sections == (Section.FINAL_NORM,)
@@ -223,6 +205,7 @@ def test_impossible_placements_are_refused(
         ("Et|m|t|tL", "after an MTP layer"),
         ("Etm|t|t|L", "after an MTP layer|last virtual stage"),
         ("Ett|tm|mt|L", "more than one stage|after"),
+        ("Ett|t|m|mL", "more than one stage"),
         ("Ett|tm||L", "last one"),
     ],
 )
