@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from . import __version__, outputs
 from .errors import ConversionError, CopyError
+from .options import Depth, Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from .run.convert import Outcome, Prepared, Verified
+    from .run.convert import Outcome, Prepared
+    from .run.verify_pair import Verified
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM."""
@@ -35,28 +37,6 @@ unsupported checkpoint, 5 copying failed, 6 verification failed, 130 interrupted
 Without a target layout, an existing --save-iteration-dir is verified against the source."""
 
 
-class _Arguments(argparse.Namespace):
-    """The arguments that ``_parser`` produces, typed for the rest of the module."""
-
-    load_iteration_dir: Path
-    save_iteration_dir: Path | None
-    pipeline_model_parallel_size: int | None
-    expert_model_parallel_size: int | None
-    tensor_model_parallel_size: int | None
-    target_virtual_pipeline_model_parallel_size: int | None
-    target_first_virtual_pipeline_num_layers_split: list[int] | None
-    target_last_virtual_pipeline_num_layers_split: list[int] | None
-    target_pipeline_model_parallel_layout: str | None
-    target_overlap_param_gather_with_optimizer_step: bool
-    num_max_processing_processes: int
-    pipeline_ranks_to_process: list[int] | None
-    dry_run: bool
-    verify: str
-    resume: bool
-    report: Path | None
-    log_file: Path | None
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -65,6 +45,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Fills an ``Options``: each ``dest`` is one of its fields, defaults are there."""
     parser = argparse.ArgumentParser(
         prog="pp_to_vpp",
         description="Rewrite a Megatron-LM checkpoint (--ckpt-format torch) from one pipeline "
@@ -77,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("source and target").add_argument
     add(
         "--load-iteration-dir",
+        dest="load_dir",
         type=Path,
         required=True,
         metavar="DIR",
@@ -84,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--save-iteration-dir",
+        dest="save_dir",
         type=Path,
         metavar="DIR",
         help="iteration folder of the target; not needed for --dry-run",
@@ -91,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind in ("pipeline", "expert", "tensor"):
         add(
             f"--{kind}-model-parallel-size",
+            dest=f"{kind[0]}p_size" if kind != "pipeline" else "pp_size",
             type=_positive,
             metavar="N",
             help=f"{kind} parallel size of the source; taken from the checkpoint, must agree with "
@@ -99,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("target layout").add_argument
     add(
         "--target-virtual-pipeline-model-parallel-size",
+        dest="target_vp_size",
         type=_positive,
         metavar="V",
         help="virtual stages per pipeline rank; 1 means plain pipeline parallelism",
@@ -106,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     for end in ("first", "last"):
         add(
             f"--target-{end}-virtual-pipeline-num-layers-split",
+            dest=f"{end}_split",
             type=int,
             nargs="+",
             metavar="n",
@@ -114,24 +100,27 @@ def _parser() -> argparse.ArgumentParser:
         )
     add(
         "--target-pipeline-model-parallel-layout",
+        dest="layout_string",
         metavar="STR",
         help="Megatron's layout string of the target, e.g. 'Et*3|(tt|)*29,m|L'",
     )
     add(
         "--target-overlap-param-gather-with-optimizer-step",
+        dest="overlaps",
         action="store_true",
         help="the target run uses this Megatron flag",
     )
     add = parser.add_argument_group("running").add_argument
     add(
         "--num-max-processing-processes",
+        dest="processes",
         type=_positive,
-        default=8,
         metavar="N",
-        help="worker processes [default: %(default)s]",
+        help="worker processes [default: 8]",
     )
     add(
         "--pipeline-ranks-to-process",
+        dest="pp_ranks",
         type=int,
         nargs="+",
         metavar="r",
@@ -139,14 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--dry-run",
+        dest="is_dry_run",
         action="store_true",
         help="print layer table, files, bytes, memory and disk; write nothing",
     )
     add(
         "--verify",
-        choices=("none", "structure", "full"),
-        default="structure",
-        help="how much of the result is proved before it gets its name [default: %(default)s]",
+        dest="depth",
+        type=Depth,
+        choices=list(Depth),
+        help="how much of the result is proved before it gets its name [default: structure]",
     )
     add(
         "--resume",
@@ -164,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     parser = _parser()
-    given = parser.parse_args(arguments, _Arguments())
+    given = parser.parse_args(arguments, Options(Path()))
     _check(parser, given)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -175,7 +166,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _log_and_plan(given: _Arguments) -> Iterator[None]:
+def _log_and_plan(given: Options) -> Iterator[None]:
     """Open the log; where standard output is asked for, the plan goes to standard error."""
     with contextlib.ExitStack() as stack:
         if outputs.STANDARD_OUTPUT in (given.report, given.log_file):
@@ -187,7 +178,7 @@ def _log_and_plan(given: _Arguments) -> Iterator[None]:
         yield
 
 
-def _guarded_run(given: _Arguments) -> int:
+def _guarded_run(given: Options) -> int:
     """Run; the exit status of whatever happens."""
     try:
         content = _run(given)
@@ -217,33 +208,30 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _check(parser: argparse.ArgumentParser, given: _Arguments) -> None:
+def _check(parser: argparse.ArgumentParser, given: Options) -> None:
     """Refuse what contradicts itself before anything is read."""
-    first = given.target_first_virtual_pipeline_num_layers_split
-    last = given.target_last_virtual_pipeline_num_layers_split
-    v = given.target_virtual_pipeline_model_parallel_size
-    layout = given.target_pipeline_model_parallel_layout
-    may_verify_only = given.save_iteration_dir is not None and given.verify != "none"
-    if v is None and layout is None and (given.dry_run or given.resume or not may_verify_only):
+    first, last, vp_size = given.first_split, given.last_split, given.target_vp_size
+    may_verify_only = given.save_dir is not None and given.depth is not Depth.NONE
+    if given.verifies_only and (given.is_dry_run or given.resume or not may_verify_only):
         parser.error(
             "give --target-virtual-pipeline-model-parallel-size or "
             "--target-pipeline-model-parallel-layout"
         )
-    if given.save_iteration_dir is None and not given.dry_run:
+    if given.save_dir is None and not given.is_dry_run:
         parser.error("--save-iteration-dir is required unless --dry-run is given")
     if (first is None) != (last is None):
         parser.error("give both --target-first-... and --target-last-...-num-layers-split, or none")
     if first is not None and last is not None:
-        if layout is not None:
+        if given.layout_string is not None:
             parser.error("give layer splits or a layout string, not both")
-        if v is None or len(first) != v or len(last) != v:
+        if vp_size is None or {len(first), len(last)} != {vp_size}:
             parser.error(
                 "each layer split needs one number for each of the "
                 "--target-virtual-pipeline-model-parallel-size virtual stages"
             )
         if min(*first, *last) < 1:
             parser.error("layer splits are positive numbers")
-    folders = [d for d in (given.load_iteration_dir, given.save_iteration_dir) if d is not None]
+    folders = [d for d in (given.load_dir, given.save_dir) if d is not None]
     for option, path in (("--report", given.report), ("--log-file", given.log_file)):
         reason = None if path is None else outputs.why_unwritable(path, folders)
         if reason is not None:
@@ -275,43 +263,23 @@ def _logging(log: TextIO | None) -> Iterator[None]:
             handler.close()
 
 
-def _run(given: _Arguments) -> dict[str, object]:
+def _run(given: Options) -> dict[str, object]:
     """Do what is asked for; the report of it."""
     # numpy would start a thread for each core, for nothing, and forking wants a single thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from . import report
-    from .options import Depth, Options
-    from .run import convert  # --help must not wait for numpy
+    from . import report  # --help must not wait for numpy
+    from .run.convert import Listener, convert
+    from .run.verify_pair import verify_existing
 
-    first = given.target_first_virtual_pipeline_num_layers_split
-    last = given.target_last_virtual_pipeline_num_layers_split
-    ranks = given.pipeline_ranks_to_process
-    options = Options(
-        load_dir=given.load_iteration_dir,
-        save_dir=given.save_iteration_dir,
-        pp_size=given.pipeline_model_parallel_size,
-        ep_size=given.expert_model_parallel_size,
-        tp_size=given.tensor_model_parallel_size,
-        target_vp_size=given.target_virtual_pipeline_model_parallel_size,
-        first_split=None if first is None else tuple(first),
-        last_split=None if last is None else tuple(last),
-        target_layout=given.target_pipeline_model_parallel_layout,
-        overlaps_param_gather_with_step=given.target_overlap_param_gather_with_optimizer_step,
-        processes=given.num_max_processing_processes,
-        pp_ranks=None if ranks is None else tuple(ranks),
-        is_dry_run=given.dry_run,
-        depth=Depth(given.verify),
-        resume=given.resume,
-    )
     with _Bar() as bar:
-        listener = convert.Listener(_print_plan, bar.start, bar.advance)
-        if options.verifies_only:
-            verified = convert.verify_existing(options, listener)
+        listener = Listener(_print_plan, bar.start, bar.advance)
+        if given.verifies_only:
+            verified = verify_existing(given, listener)
             _print_verified(verified)
             return report.of_verification(verified)
-        prepared, outcome = convert.convert(options, listener)
+        prepared, outcome = convert(given, listener)
     if outcome is None:
-        _print_dry_run(prepared, options.processes)
+        _print_dry_run(prepared, given.processes)
         return report.of_plan(prepared)
     _print_outcome(prepared, outcome)
     return report.of_conversion(prepared, outcome)
@@ -378,7 +346,7 @@ def _print_plan(prepared: Prepared) -> None:
     """The layer table and what will be written."""
     survey, target = prepared.survey, prepared.target
     _say(f"source: {survey.path} ({'; '.join(prepared.facts)})")
-    _say(_indented(prepared.source.table()))
+    _say(_indented(prepared.source.layout.table()))
     _say("target layers (E embedding, M multi-token prediction, L loss):")
     _say(_indented(target.layout.table()))
     files = sum(len(rank.files) for rank in prepared.ranks)
@@ -389,10 +357,10 @@ def _print_plan(prepared: Prepared) -> None:
 
 def _print_dry_run(prepared: Prepared, processes: int) -> None:
     """What only a dry run tells: each folder, memory and disk."""
-    width = max(len(rank.rank.folder) for rank in prepared.ranks)
+    width = max(len(rank.id.folder) for rank in prepared.ranks)
     for rank in prepared.ranks if len(prepared.ranks) <= _LISTED_FOLDERS else ():
         files = ", ".join(f"{file.name} {_size(file.length)}" for file in rank.files)
-        _say(f"  {rank.rank.folder:<{width}}  {files}")
+        _say(f"  {rank.id.folder:<{width}}  {files}")
     memory = _BASE_MEGABYTES + _WORKER_MEGABYTES * processes
     _say(f"memory: about {memory} MB with {processes} workers")
     _say(f"disk: {prepared.length} bytes ({_size(prepared.length)})")

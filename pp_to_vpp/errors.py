@@ -7,11 +7,14 @@
     ├── CopyError            5  reading or writing failed: disk full, I/O error, a killed worker
     └── VerificationError    6  the written files are not what they must be
 
-An error carries one line per problem, so a user sees all of them at once.
+An error carries one line per problem, so a user sees all of them at once. What is wrong with bytes
+or objects of a file begins as a ``FormatError``, which knows no file; ``located`` says which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, TypeVar
 
 _Kind = TypeVar("_Kind", bound="ConversionError")
@@ -91,6 +94,23 @@ class VerificationError(ConversionError):
     """What was written differs from what must be there."""
 
     exit_status = 6
+
+
+class FormatError(ValueError):
+    """Bytes or objects that are not what torch.save writes; says what, not where."""
+
+
+@contextmanager
+def located(where: object, *, expected: object = None, cure: str = ANOTHER_COPY) -> Iterator[None]:
+    """Say of a ``FormatError`` where it was.
+
+    Raises:
+        CheckpointError: instead of it.
+    """
+    try:
+        yield
+    except FormatError as error:
+        raise CheckpointError.of(where, str(error), expected=expected, cure=cure) from None
 
 
 _SHOWN = 120

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,28 +15,39 @@ class Depth(enum.Enum):
     STRUCTURE = "structure"
     FULL = "full"
 
+    def __str__(self) -> str:
+        return self.value
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Options:
-    """What a run is asked to do (the command line, typed)."""
+    """The command line; argparse fills the fields (see ``cli``)."""
 
     load_dir: Path
+    """Iteration folder of the source."""
     save_dir: Path | None = None
+    """Iteration folder of the target."""
     pp_size: int | None = None
     ep_size: int | None = None
     tp_size: int | None = None
     target_vp_size: int | None = None
-    first_split: tuple[int, ...] | None = None
-    last_split: tuple[int, ...] | None = None
-    target_layout: str | None = None
-    overlaps_param_gather_with_step: bool = False
+    first_split: Sequence[int] | None = None
+    """Layers of each virtual stage of the target's first pipeline stage."""
+    last_split: Sequence[int] | None = None
+    layout_string: str | None = None
+    """pipeline_model_parallel_layout of the target."""
+    overlaps: bool = False
+    """overlap_param_gather_with_optimizer_step of the target."""
     processes: int = 8
-    pp_ranks: tuple[int, ...] | None = None
+    pp_ranks: Sequence[int] | None = None
+    """Target pipeline ranks to be written; None for all."""
     is_dry_run: bool = False
     depth: Depth = Depth.STRUCTURE
     resume: bool = False
+    report: Path | None = None
+    log_file: Path | None = None
 
     @property
     def verifies_only(self) -> bool:
         """No target layout is asked for: the target is there and is to be verified."""
-        return self.target_vp_size is None and self.target_layout is None
+        return self.target_vp_size is None and self.layout_string is None

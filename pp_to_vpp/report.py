@@ -8,7 +8,8 @@ from . import __version__
 
 if TYPE_CHECKING:
     from .megatron.pipeline import PipelineLayout
-    from .run.convert import Outcome, Prepared, Verified
+    from .run.convert import Outcome, Prepared
+    from .run.verify_pair import Verified
 
 SCHEMA = 1
 
@@ -20,7 +21,7 @@ def of_plan(prepared: Prepared) -> dict[str, object]:
         **_sides(prepared),
         "ranks": [
             {
-                "folder": rank.rank.folder,
+                "folder": rank.id.folder,
                 "files": [{"name": file.name, "bytes": file.length} for file in rank.files],
             }
             for rank in prepared.ranks
@@ -39,7 +40,7 @@ def of_conversion(prepared: Prepared, outcome: Outcome) -> dict[str, object]:
         "tracker": outcome.tracker,
         "ranks": [
             {
-                "folder": rank.rank.folder,
+                "folder": rank.id.folder,
                 "kept": rank.was_kept,
                 "seconds": round(rank.seconds, 3),
                 "files": [
@@ -78,7 +79,7 @@ def _sides(prepared: Prepared) -> dict[str, object]:
             "path": prepared.survey.path,
             "iteration": prepared.survey.iteration,
             "facts": list(prepared.facts),
-            **_layout(prepared.source),
+            **_layout(prepared.source.layout),
         },
         "target": {
             "path": None if prepared.save_dir is None else str(prepared.save_dir),

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pp_to_vpp.container import archive, torch_file
-from pp_to_vpp.container.extents import Extent, Literal, Zeros
+from pp_to_vpp.container.extents import Extent, Literal, Piece, Zeros
 from pp_to_vpp.container.pickling import Global, Storage, ordered_dict
-from pp_to_vpp.container.tensors import flat_tensor
+from pp_to_vpp.container.tensors import TensorRef, flat_tensor
 from pp_to_vpp.container.torch_file import EncodedFile
 from pp_to_vpp.source import files
 
@@ -73,6 +73,25 @@ def float_tensor(data: bytes) -> Any:
     return flat_tensor(storage)
 
 
+def pieces_of(tensor: TensorRef) -> tuple[Piece, ...]:
+    """What a tensor that is to be written covers of its storage, first to last element."""
+    start, length = tensor.offset * tensor.item_bytes, tensor.span * tensor.item_bytes
+    taken: list[Piece] = []
+    position = 0
+    for piece in tensor.storage.content:
+        low, high = max(start, position), min(start + length, position + piece.length)
+        if low < high:
+            match piece:
+                case Extent():
+                    taken.append(piece.cut(low - position, high - low))
+                case Zeros():
+                    taken.append(Zeros(high - low))
+                case Literal(data):
+                    taken.append(Literal(data[low - position : high - position]))
+        position += piece.length
+    return tuple(taken)
+
+
 def flip_byte(path: Path, offset: int, bit: int = 0x10) -> None:
     """Damage one byte of a file."""
     with path.open("r+b") as file:
@@ -88,6 +107,7 @@ __all__ = [
     "flip_byte",
     "float_tensor",
     "ordered_dict",
+    "pieces_of",
     "rewrite",
     "rewrite_all",
     "set_arguments",

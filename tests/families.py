@@ -11,17 +11,25 @@ import torch
 from pp_to_vpp.checkpoint.family import Family
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.tensors import TensorRef
+from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
-from pp_to_vpp.megatron.pipeline import PipelineLayout, Placement
-from pp_to_vpp.source import proof
-from pp_to_vpp.source.files import read_rank
+from pp_to_vpp.source.proof import proven_family
 from pp_to_vpp.source.survey import Survey, take_survey
-from pp_to_vpp.target.request import TargetSpec
 
-from .pairs import names, pair
+from .pairs import LION, PLAIN, SGD, WEIGHTS, names, pair
 
 SIDES = [(name, side) for name in names() for side in ("source", "truth")]
 """Every checkpoint in the test data."""
+
+_USUAL = OptimizerKind.DISTRIBUTED
+KINDS = {
+    PLAIN: OptimizerKind.PLAIN,
+    SGD: OptimizerKind.PLAIN,
+    LION: OptimizerKind.PLAIN,
+    WEIGHTS: OptimizerKind.NONE,
+}
+"""The optimizers of pairs that have not the usual one, told here so that no file need be decoded
+when tests are collected (test_family holds this to the files)."""
 
 
 def iteration(name: str, side: str) -> Path:
@@ -42,8 +50,8 @@ def families(name: str, side: str) -> tuple[Family, ...]:
     found = surveyed(name, side)
     read = []
     for key in found.families:
-        files = {p: read_rank(found.path, rank) for p, rank in found.family(key).items()}
-        read.append(proof.proven_family(files)[0])
+        folders = found.family(key)
+        read.append(proven_family(folders.read(folders.ranks))[0])
     return tuple(read)
 
 
@@ -52,18 +60,9 @@ def family(name: str, side: str) -> Family:
     return families(name, side)[0]
 
 
-def placed(of: Family, placement: Placement) -> PipelineLayout:
-    """What a placement means for the model of a family."""
-    return of.arguments.place(placement, of.rules)
-
-
-def target_of(name: str, other: str) -> TargetSpec:
-    """The layout of one side of a pair, as the target of converting the other side."""
-    there = family(name, other).arguments
-    placement = there.placement
-    return TargetSpec(
-        placement, placed(family(name, other), placement), there.overlaps_param_gather_with_step
-    )
+def target_of(name: str, other: str) -> Megatron:
+    """The run of one side of a pair, as the target of converting the other side."""
+    return family(name, other).megatron
 
 
 def opposite(side: str) -> str:
@@ -73,14 +72,12 @@ def opposite(side: str) -> str:
 
 def of_kind(kind: OptimizerKind) -> list[tuple[str, str]]:
     """The sides whose optimizer is of a kind."""
-    return [(name, side) for name, side in SIDES if family(name, side).kind is kind]
+    return [(name, side) for name, side in SIDES if KINDS.get(name, _USUAL) is kind]
 
 
 def values_of(tensor: TensorRef) -> Any:
     """The values of a source tensor, as torch reads raw bytes."""
-    (extent,) = tensor.content()
-    assert isinstance(extent, Extent)
-    return values_at(extent, getattr(torch, tensor.dtype))
+    return values_at(tensor.extent, getattr(torch, tensor.dtype))
 
 
 def values_at(extent: Extent, dtype: torch.dtype) -> torch.Tensor:

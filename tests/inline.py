@@ -1,11 +1,17 @@
-"""Workers that are no processes: tests of what is done need not wait for who does it."""
+"""Runs without processes: tests of what is done need not wait for who does it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Placement
+from pp_to_vpp.options import Depth, Options
+from pp_to_vpp.run import convert
 from pp_to_vpp.run.workers import Workers
 
 
@@ -32,3 +38,26 @@ class Inline(Workers):
     def kill(self) -> None:
         """Nobody is there to be ended."""
         self.killed = True
+
+
+def asking_for(source: Path, placement: Placement, *, overlaps: bool = False) -> Options:
+    """Options that ask for a placement."""
+    options = Options(source, target_vp_size=placement.vp_size, overlaps=overlaps)
+    match placement.form:
+        case LayoutString(text):
+            options.target_vp_size, options.layout_string = None, text
+        case Ends():
+            options.first_split = placement.form.first_split
+            options.last_split = placement.form.last_split
+        case Even():
+            pass
+    return options
+
+
+def run(source: Path, target: Path, wanted: Placement, depth: Depth = Depth.NONE) -> None:
+    """Convert."""
+    options = asking_for(source, wanted)
+    options.save_dir, options.depth, options.processes = target, depth, 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "Workers", Inline)
+        convert.convert(options, convert.Listener())

@@ -19,6 +19,24 @@ from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
 
+# The pairs that tests ask for by name.
+DENSE = "dense-pp2-v016"
+MOE = "moe-pp2ep2-v016"
+DEEPSEEK = "deepseek-mtp-pp2ep2-v016"
+BUCKETS = "dense-pp2-buckets-odd-dp2-v016"
+ODD = "dense-pp2-odd-dp3-v012"
+HALF = "dense-pp2-fp16-v016"
+LAYOUT = "dense-pp2-layout-v016"
+PLAIN = "dense-pp2-nodistopt-v016"
+WEIGHTS = "dense-pp2-nosaveoptim-v016"
+OVERLAP = "dense-pp2-opgos-v016"
+SGD = "dense-pp2-sgd-v016"
+LION = "moe-pp2ep2-lion-v019"
+EMPTY_OLD = "dense-pp3-empty-v013"
+EMPTY = "dense-pp3-empty-v015"
+ETP = "moe-pp2tp2etp1-v019"
+FORK = "uneven-31layers-pp4-fork"
+
 
 @dataclass(frozen=True)
 class Pair:

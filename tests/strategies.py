@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.megatron.arguments import SavedArguments
 from pp_to_vpp.megatron.buffers import BucketPolicy, BufferParameter
-from pp_to_vpp.megatron.pipeline import Placement
+from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Placement
 from pp_to_vpp.megatron.rules import CHANGES, Rules
 
 rules = st.builds(Rules, **{change.rule: st.booleans() for change in CHANGES})
@@ -55,29 +55,26 @@ def placements(draw: st.DrawFn) -> tuple[int, int, Placement]:
     if kind == "accounted":
         embedding, loss = draw(st.booleans()), draw(st.booleans())
         layers = draw(st.integers(1, 4)) * chunks - embedding - loss
-        return layers, pp_size, Placement(vp_size, embedding, loss)
+        return layers, pp_size, Placement(vp_size, Even(embedding, loss))
     if kind == "string":
         layers = draw(st.integers(0, 12))
         text = draw(layout_strings(layers, chunks))
-        return layers, pp_size, Placement(vp_size, layout=text)
+        return layers, pp_size, Placement(vp_size, LayoutString(text))
     middle = draw(st.integers(1, 3)) * vp_size
     splits = st.lists(st.integers(1, 4), min_size=vp_size, max_size=vp_size).map(tuple)
     if kind == "split":
         first, last = draw(splits), draw(splits)
         layers = sum(first) + sum(last) + middle * (pp_size - 2)
-        placement = Placement(
-            vp_size,
-            first_layers=sum(first),
-            last_layers=sum(last),
-            first_split=first,
-            last_split=last,
-        )
-        return layers, pp_size, placement
+        return layers, pp_size, Placement(vp_size, Ends(sum(first), sum(last), first, last))
     sizes = st.integers(1, 3).map(lambda n: n * vp_size)
     ends = [draw(st.none() | sizes), draw(st.none() | sizes)]
     given = [end for end in ends if end is not None]
     layers = sum(given) + middle * (pp_size - len(given))
-    return layers, pp_size, Placement(vp_size, first_layers=ends[0], last_layers=ends[1])
+    return (
+        layers,
+        pp_size,
+        Placement(vp_size, Ends(ends[0], ends[1])) if given else Placement(vp_size),
+    )
 
 
 @st.composite
@@ -95,4 +92,4 @@ def targets(draw: st.DrawFn, arguments: SavedArguments) -> Placement:
     stages[-1] = stages[-1].removesuffix("L")
     stages[holder] += "m" * mtp
     stages[-1] += "L"
-    return Placement(vp_size, layout="|".join(stages))
+    return Placement(vp_size, LayoutString("|".join(stages)))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pp_to_vpp import errors
-from pp_to_vpp.errors import ConversionError, problem, show
+from pp_to_vpp.errors import CheckpointError, ConversionError, FormatError, located, problem, show
 
 
 def _subclasses(kind: type[ConversionError]) -> list[type[ConversionError]]:
@@ -72,3 +72,15 @@ def test_show_is_short_whatever_it_is_given(value: object, expected: str) -> Non
 
 def test_show_cuts_long_texts() -> None:
     assert len(show("x" * 10**6)) < 200
+
+
+def test_what_is_wrong_with_bytes_is_told_with_their_file() -> None:
+    with pytest.raises(CheckpointError) as caught, located("a/b", expected="x", cure="do this"):
+        raise FormatError("two\nlines")
+    assert caught.value.problems == ("a/b: two lines, expected x; do this",)
+    with pytest.raises(CheckpointError, match="the file is damaged: use another copy"), located(1):
+        raise FormatError
+    for error in (KeyError("other"), CheckpointError("located already")):
+        with pytest.raises(type(error)) as same, located("a/b"):
+            raise error
+        assert same.value is error

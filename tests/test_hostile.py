@@ -20,7 +20,7 @@ from pp_to_vpp.container.pickling import Global, Instance
 from .edit import copy_of, rewrite
 from .fuzz import forked
 from .hostile import make
-from .pairs import pair
+from .pairs import BUCKETS, pair
 from .runs import Run, environment
 
 FILES = sorted(path.stem for path in make.FOLDER.glob("*.pt"))
@@ -36,7 +36,7 @@ runpy.run_module("pp_to_vpp", run_name="__main__", alter_sys=True)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of a real checkpoint for all tests of this module."""
-    real = pair("dense-pp2-buckets-odd-dp2-v016").source
+    real = pair(BUCKETS).source
     return copy_of(real, tmp_path_factory.mktemp("hostile"))
 
 

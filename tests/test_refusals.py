@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from pp_to_vpp.container.pickling import Global, Instance, as_mapping
 
 from .edit import copy_of, float_tensor, rewrite, rewrite_all, set_arguments
-from .pairs import pair
+from .pairs import DENSE, MOE, PLAIN, pair
 from .runs import Program
 
 Edit = Callable[[Path], None]
@@ -196,7 +197,7 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_refused(name: str, program: Program, tmp_path: Path) -> None:
     edit, reasons = CASES[name]
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     edit(source)
     target = tmp_path / "target" / "iter_0000001"
     run = program.convert(source, target)
@@ -222,7 +223,7 @@ def test_a_chain_of_other_optimizers_is_refused(program: Program, tmp_path: Path
 
         root["optimizer"] = [share(0), share(1)]
 
-    source = copy_of(pair("dense-pp2-nodistopt-v016").source, tmp_path)
+    source = copy_of(pair(PLAIN).source, tmp_path)
     rewrite_all(source, chain)
     run = program.convert(source, tmp_path / "target")
     program.refuses(4, run, "no known layout", "param group 0 does not have")
@@ -236,14 +237,14 @@ def test_a_chain_of_other_optimizers_is_refused(program: Program, tmp_path: Path
     ],
 )
 def test_missing_files_are_named(name: str, reason: str, program: Program, tmp_path: Path) -> None:
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     (source / "mp_rank_00_001" / name).unlink()
     program.refuses(4, program.convert(source, tmp_path / "x"), reason)
 
 
 def test_a_missing_dense_optimizer_is_noticed(program: Program, tmp_path: Path) -> None:
     """All files of a dense model gone: no rank can tell by itself."""
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     for path in source.glob("*/distrib_optim.pt"):
         path.unlink()
     program.refuses(4, program.convert(source, tmp_path / "x"), "holds the dense optimizer state")
@@ -254,7 +255,7 @@ def test_folders_of_two_iterations_are_refused(
     folder: str, program: Program, tmp_path: Path
 ) -> None:
     """In one family of ranks or in another; a folder of a stage that is asked for alone too."""
-    source = copy_of(pair("moe-pp2ep2-v016").source, tmp_path)
+    source = copy_of(pair(MOE).source, tmp_path)
     rewrite(source / folder / "model_optim_rng.pt", lambda root: root.update(iteration=2))
     reason = f"{folder}/model_optim_rng.pt: it was saved at another iteration"
     program.refuses(4, program.convert(source, tmp_path / "x"), reason, "found iteration 2")
@@ -262,7 +263,7 @@ def test_folders_of_two_iterations_are_refused(
 
 def test_folders_of_two_saves_are_refused(program: Program, tmp_path: Path) -> None:
     """Weights of one iteration, optimizer of another."""
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
 
     def train(root: dict[Any, Any]) -> None:
         ((_, states),) = root[0].items()
@@ -275,13 +276,13 @@ def test_folders_of_two_saves_are_refused(program: Program, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["layer_wise_optimizer_0.pt", "optim.pt", "model_rng.pt"])
 def test_files_of_other_formats_are_refused(name: str, program: Program, tmp_path: Path) -> None:
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     (source / "mp_rank_00_000" / name).write_bytes(b"x")
     program.refuses(4, program.convert(source, tmp_path / "x"), name)
 
 
 def test_links_out_of_the_checkpoint_are_refused(program: Program, tmp_path: Path) -> None:
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     rank = source / "mp_rank_00_001"
     shutil.move(rank, tmp_path / "elsewhere")
     rank.symlink_to(tmp_path / "elsewhere")
@@ -290,14 +291,12 @@ def test_links_out_of_the_checkpoint_are_refused(program: Program, tmp_path: Pat
 
 def test_the_iteration_folder_itself_may_be_a_link(program: Program, tmp_path: Path) -> None:
     link = tmp_path / "linked"
-    link.symlink_to(pair("dense-pp2-v016").source)
+    link.symlink_to(pair(DENSE).source)
     assert program.convert(link, tmp_path / "iter_0000001").status == 0
 
 
 def test_devices_and_pipes_do_not_hang_the_program(program: Program, tmp_path: Path) -> None:
-    import os
-
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     path = source / "mp_rank_00_001" / "model_optim_rng.pt"
     path.unlink()
     os.mkfifo(path)
@@ -305,11 +304,9 @@ def test_devices_and_pipes_do_not_hang_the_program(program: Program, tmp_path: P
 
 
 def test_unreadable_files_are_named(program: Program, tmp_path: Path) -> None:
-    import os
-
     if os.geteuid() == 0:
         pytest.skip("root reads everything")
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     path = source / "mp_rank_00_001" / "model_optim_rng.pt"
     path.chmod(0)
     program.refuses(4, program.convert(source, tmp_path / "x"), "cannot be read (Permission")

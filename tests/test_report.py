@@ -13,7 +13,7 @@ import pytest
 
 from pp_to_vpp import __version__, report
 
-from .pairs import Pair, names, pair
+from .pairs import DENSE, Pair, names, pair
 from .runs import ROOT, Program
 
 _PATH, _NUMBER = str, (int, float)
@@ -154,7 +154,7 @@ def check_ranks(found: dict[str, Any], target: Path, written: dict[Path, bytes])
 
 
 def test_a_dry_run_needs_no_target(program: Program, tmp_path: Path) -> None:
-    case, path = pair("dense-pp2-v016"), tmp_path / "plan.json"
+    case, path = pair(DENSE), tmp_path / "plan.json"
     run = program("--load-iteration-dir", case.source, *case.options, "--dry-run", "--report", path)
     assert run.status == 0
     found = json.loads(path.read_text())

@@ -16,39 +16,20 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
-from pp_to_vpp.megatron.pipeline import Placement
-from pp_to_vpp.options import Depth, Options
-from pp_to_vpp.run import convert
+from pp_to_vpp.megatron.pipeline import Ends, LayoutString, Placement
+from pp_to_vpp.options import Depth
 from pp_to_vpp.source.survey import take_survey
 
 from .compare import differences
 from .examples import examples
-from .families import SIDES, family, iteration, placed
-from .inline import Inline
-from .pairs import names, pair
+from .families import SIDES, family, iteration
+from .inline import run
+from .pairs import DENSE, LAYOUT, MOE, ODD, names, pair
 from .strategies import targets
 
 _IDENTITY = ".data/serialization_id"
 _FEW = settings(examples(4), phases=(Phase.explicit, Phase.generate))
 """A failure is told as it was found: making it smaller takes minutes."""
-
-
-def run(source: Path, target: Path, wanted: Placement, depth: Depth = Depth.NONE) -> None:
-    """Convert."""
-    splits = wanted.first_split is not None
-    options = Options(
-        load_dir=source,
-        save_dir=target,
-        target_vp_size=None if wanted.layout is not None else wanted.vp_size,
-        first_split=wanted.first_split if splits else None,
-        last_split=wanted.last_split if splits else None,
-        target_layout=wanted.layout,
-        processes=1,
-        depth=depth,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "Workers", Inline)
-        convert.convert(options, convert.Listener())
 
 
 def records(path: Path) -> dict[str, tuple[int, bytes]]:
@@ -87,36 +68,31 @@ def splits(draw: st.DrawFn, first: int, last: int, middle: int) -> Placement:
         ends = [0, *sorted(cuts), count]
         return tuple(b - a for a, b in itertools.pairwise(ends))
 
-    return Placement(
-        vp_size,
-        first_layers=first,
-        last_layers=last,
-        first_split=split(first),
-        last_split=split(last),
-    )
+    return Placement(vp_size, Ends(first, last, split(first), split(last)))
 
 
 def placements(name: str) -> st.SearchStrategy[Placement]:
     """Targets of a pair; splits where its source has them."""
-    arguments = family(name, "source").arguments
-    own = arguments.placement
-    if own.first_layers is not None and own.last_layers is not None:
-        rest = arguments.num_layers - own.first_layers - own.last_layers
-        return splits(own.first_layers, own.last_layers, rest // (arguments.pp_size - 2))
+    arguments = family(name, "source").megatron.arguments
+    own = arguments.placement.form
+    if isinstance(own, Ends) and own.first is not None and own.last is not None:
+        rest = arguments.num_layers - own.first - own.last
+        return splits(own.first, own.last, rest // (arguments.pp_size - 2))
     return targets(arguments)
 
 
 def draw_way(data: st.DataObject, name: str, side: str) -> tuple[Placement, Placement]:
     """Two layouts other than the source's and than each other."""
-    of = family(name, side)
+    own = family(name, side).megatron
     first, second = data.draw(placements(name)), data.draw(placements(name))
-    start, middle, end = (placed(of, one) for one in (of.arguments.placement, first, second))
+    ways = (own.arguments.placement, first, second)
+    start, middle, end = (own.relaunched(one, overlaps=False).layout for one in ways)
     assume(start != middle != end != start)
     return first, second
 
 
 def check_round_trip(name: str, side: str, first: Placement, second: Placement) -> None:
-    own = family(name, side).arguments.placement
+    own = family(name, side).megatron.arguments.placement
     origin = iteration(name, side)
     with tempfile.TemporaryDirectory() as folder:
         a, b, direct, back = (Path(folder) / word / "iter_0000001" for word in "abcd")
@@ -134,7 +110,7 @@ def test_there_and_back_by_any_way(name: str, data: st.DataObject) -> None:
     check_round_trip(name, "source", *draw_way(data, name, "source"))
 
 
-@pytest.mark.parametrize("name", ["dense-pp2-v016", "dense-pp2-layout-v016"])
+@pytest.mark.parametrize("name", [DENSE, LAYOUT])
 @_FEW
 @given(data=st.data())
 def test_virtual_stages_come_back_too(name: str, data: st.DataObject) -> None:
@@ -144,29 +120,26 @@ def test_virtual_stages_come_back_too(name: str, data: st.DataObject) -> None:
 
 def test_steps_that_come_back_are_written_as_before(tmp_path: Path) -> None:
     """A way through a rank without experts: the pickles, too, should be the source's."""
-    source = pair("moe-pp2ep2-v016").source
+    source = pair(MOE).source
     there, back = tmp_path / "there" / "iter_0000001", tmp_path / "back" / "iter_0000001"
-    run(source, there, Placement(2, layout="E|tt||ttttttL"))
+    run(source, there, Placement(2, LayoutString("E|tt||ttttttL")))
     run(there, back, Placement(1))
     assert differences(back, source, source) == []
     assert differing(back, source) == []
 
 
-_OLD = "dense-pp2-odd-dp3-v012"
-
-
 def test_groups_from_other_ranks_share_the_default_betas() -> None:
     """A way through a rank with the embedding alone, which has one of the two param groups."""
-    way = [Placement(1, layout="E|ttttttttL"), Placement(3, layout="E|tt||t||tttttL")]
-    check_round_trip(_OLD, "source", *way)
+    first = Placement(1, LayoutString("E|ttttttttL"))
+    check_round_trip(ODD, "source", first, Placement(3, LayoutString("E|tt||t||tttttL")))
 
 
 def test_layout_strings_reach_checkpoints_of_old_versions(tmp_path: Path) -> None:
     """The program notes that a newer version is needed to launch, so it must write the layout."""
-    source, layout = pair(_OLD).source, "Et|tt|ttt|ttL"
+    source, layout = pair(ODD).source, "Et|tt|ttt|ttL"
     target, back = tmp_path / "there" / "iter_0000001", tmp_path / "back" / "iter_0000001"
-    run(source, target, Placement(2, layout=layout), Depth.STRUCTURE)
-    assert take_survey(str(target)).arguments.placement.layout == layout
+    run(source, target, Placement(2, LayoutString(layout)), Depth.STRUCTURE)
+    assert take_survey(str(target)).arguments.placement.form == LayoutString(layout)
     run(target, back, Placement(1), Depth.STRUCTURE)
     assert [text for text in differences(back, source, source) if "/args" not in text] == []
 
@@ -174,5 +147,5 @@ def test_layout_strings_reach_checkpoints_of_old_versions(tmp_path: Path) -> Non
 def test_the_pairs_cover_what_the_round_trips_are_about() -> None:
     kinds = {family(name, side).kind for name, side in SIDES}
     assert kinds == set(OptimizerKind)
-    assert any(family(name, "source").has_expert_part for name in names())
-    assert any(family(name, "source").arguments.mtp_num_layers for name in names())
+    assert any(family(name, "source").has_expert_optimizer for name in names())
+    assert any(family(name, "source").megatron.arguments.mtp_num_layers for name in names())

@@ -12,8 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..container.pickling import as_mapping
-from ..container.tensors import TensorError, as_tensor
-from ..errors import ANOTHER_COPY, AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, problem, show
+from ..container.tensors import as_tensor
+from ..errors import (
+    ANOTHER_COPY,
+    AS_SAVED,
+    ASK_FOR_SUPPORT,
+    CheckpointError,
+    located,
+    problem,
+    show,
+)
 from ..megatron import naming
 from ..megatron.naming import Section
 from ..megatron.parameters import Item
@@ -161,6 +169,7 @@ def _place_keys(
             )
             continue
         if section < previous:
+            # The order of keys is that of parameters, hence of their buffers (FORMAT 3.1).
             problems.append(
                 problem(
                     where,
@@ -177,18 +186,23 @@ def _place_keys(
 
 
 def _section_in(chunk: ModelChunk, key: str, previous: Section) -> Section | None:
-    """The section of a non-layer key of this chunk; None when it can have no place here.
+    """The section of a non-layer key of this chunk; None when it can have no place here."""
+    section = _section_of(chunk, key, is_key=True)
+    is_told = naming.section_by_name(key) is not None
+    if not is_told and section is not Section.HEAD and previous is not Section.EMBEDDING:
+        return None
+    return section if section in chunk.sections else None
 
-    A name that says nothing belongs to the first chunk's front or the last chunk's end.
-    """
-    section = naming.section_by_name(key)
-    if section is None:
+
+def _section_of(chunk: ModelChunk, name: str, *, is_key: bool) -> Section | None:
+    """The section that a name tells. A key whose name says nothing, and the modules above it,
+    belong to the first chunk's front or the last chunk's end."""
+    section = naming.section_by_name(name)
+    if section is None and is_key:
         section = Section.HEAD if Section.HEAD in chunk.sections else Section.EMBEDDING
-        if section is Section.EMBEDDING and previous is not Section.EMBEDDING:
-            return None
     if section is Section.EMBEDDING and section not in chunk.sections:
         section = Section.MTP_EMBEDDING
-    return section if section in chunk.sections else None
+    return section
 
 
 def _make_item(
@@ -198,10 +212,8 @@ def _make_item(
         name = naming.global_name(section, rest)
     else:
         name = naming.join_layer(stack, layer, rest)
-    try:
+    with located(f"{where}, {name}"):
         tensor = as_tensor(value)
-    except TensorError as error:
-        raise CheckpointError.of(where, f"{name} is {error}", cure=ANOTHER_COPY) from None
     is_parameter = naming.is_parameter(rest)
     if is_parameter and (tensor is None or not tensor.is_contiguous):
         raise CheckpointError.of(
@@ -229,11 +241,7 @@ def _place_modules(
             after = Section.LAYERS
             yield Module(Section.LAYERS, after, chunk.layers[place[1]], place[2], value)
             continue
-        section = naming.section_by_name(path)
-        if section is None and path in owners and path not in containers:
-            section = Section.HEAD if Section.HEAD in chunk.sections else Section.EMBEDDING
-        if section is Section.EMBEDDING and section not in chunk.sections:
-            section = Section.MTP_EMBEDDING
+        section = _section_of(chunk, path, is_key=path in owners and path not in containers)
         if section is not None:
             after = max(section, Section.MTP_EMBEDDING)
         yield Module(section, after, None, path, value)

@@ -7,31 +7,33 @@ ones. Values are compared by whoever can read files, from the ``samples``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..container.extents import Extent, Piece
+from ..container.extents import Extent
 from ..container.pickling import as_mapping
+from ..container.tensors import TensorRef
 from ..container.torch_file import TorchFile
 from ..errors import COPY_MISSING, FROM_MEGATRON, ONE_SAVE, CheckpointError, LayoutError, show
 from ..megatron.arguments import SavedArguments, read_arguments
-from ..megatron.buffers import RankBuffers, rank_buffers
+from ..megatron.buffers import RankBuffers, buffers_of
+from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
 from ..megatron.optimizer_chain import (
+    ChainedOptimizer,
     OptimizerKind,
-    OptimizerPart,
-    chained_optimizers,
+    chain_of,
+    has_expert_optimizer,
     has_optimizer,
 )
-from ..megatron.parameters import Item, have_experts
+from ..megatron.parameters import Item, Parameters
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules, candidates
-from . import flat_states
 from .chunks import ChunkContents, read_chunks
-from .flat_states import FlatState, Unexplained
-from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_parts
+from .flat_states import FlatState, Unexplained, are_views_of_buffers, read_flat_states
+from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
 
 _CHECKPOINT_VERSION = 3.0
@@ -41,7 +43,7 @@ _CHECKPOINT_VERSION = 3.0
 class RankFiles:
     """The decoded files of one rank folder."""
 
-    rank: RankId
+    id: RankId
     model: TorchFile
     """``model_optim_rng.pt``."""
     optimizer: TorchFile | None
@@ -54,13 +56,24 @@ class RankFiles:
         return found if type(found) is int else None
 
     @property
-    def files(self) -> tuple[TorchFile, ...]:
+    def all(self) -> tuple[TorchFile, ...]:
         """Those that are there."""
         return (self.model,) if self.optimizer is None else (self.model, self.optimizer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RankInventory:
+class SourceOptimizer:
+    """One optimizer of a rank, as its files tell."""
+
+    kind: ChainedOptimizer
+    entry: OptimizerEntry
+    """In ``model_optim_rng.pt``."""
+    holds_state: bool
+    """Its state is in ``distrib_optim.pt`` of this folder."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceRank:
     """One rank's files, understood."""
 
     files: RankFiles
@@ -68,22 +81,40 @@ class RankInventory:
     """Top level of ``model_optim_rng.pt``."""
     contents: tuple[ChunkContents, ...]
     """The chunk of each virtual stage."""
-    parts: tuple[OptimizerPart, ...]
-    """The optimizers chained on this rank; empty for weights only."""
-    entries: tuple[OptimizerEntry, ...]
-    """The entry of each in ``model_optim_rng.pt``."""
+    optimizers: tuple[SourceOptimizer, ...]
+    """Those chained on this rank; empty for weights only."""
     buffers: RankBuffers | None
     """Flat buffers; None without the distributed optimizer."""
     shares_storages: bool
     """Weights are views of the flat buffers."""
-    held: tuple[bool, ...]
-    """For each optimizer, whether ``distrib_optim.pt`` of this folder holds its state."""
     buffer_keys: Mapping[str, Any]
 
     @property
-    def parameters(self) -> list[tuple[Item, ...]]:
+    def parameters(self) -> Parameters:
         """Those of each virtual stage."""
         return [content.parameters for content in self.contents]
+
+
+class TensorName(NamedTuple):
+    """What a tensor of a checkpoint is called wherever it lies."""
+
+    parameter: str
+    """Global name."""
+    kind: str
+    """Of the optimizer state; "" for the weight itself."""
+
+    def __str__(self) -> str:
+        return f"{self.parameter} [{self.kind}]" if self.kind else self.parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A parameter's weight and its fp32 main parameter: the first must be the second, rounded."""
+
+    name: str
+    dtype: str
+    weight: Extent
+    main: Extent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,11 +124,10 @@ class Family:
     Where only some ranks were read, ``layers`` and ``sections`` hold only theirs.
     """
 
-    arguments: SavedArguments
-    rules: Rules
-    layout: PipelineLayout
+    megatron: Megatron
+    """The run that saved it."""
     kind: OptimizerKind
-    ranks: Mapping[int, RankInventory]
+    ranks: Mapping[int, SourceRank]
     """By pipeline rank."""
     layers: Mapping[int, tuple[Item, ...]]
     """Items of each decoder layer, by global number."""
@@ -106,7 +136,12 @@ class Family:
     """Optimizer state by global name."""
 
     @property
-    def any_rank(self) -> RankInventory:
+    def layout(self) -> PipelineLayout:
+        """Where the layers are."""
+        return self.megatron.layout
+
+    @property
+    def any_rank(self) -> SourceRank:
         """One of the ranks, for what is alike in all."""
         return next(iter(self.ranks.values()))
 
@@ -115,28 +150,19 @@ class Family:
         """Weights are views of flat buffers."""
         return any(rank.shares_storages for rank in self.ranks.values())
 
+    @property
+    def has_expert_optimizer(self) -> bool:
+        """Some rank has an optimizer for expert buffers."""
+        optimizers = (own for rank in self.ranks.values() for own in rank.optimizers)
+        return any(own.kind.is_expert for own in optimizers)
+
     def holds_state(self, *, is_expert: bool) -> bool:
         """Whether the optimizer files of this family hold the state of the dense or the expert
         parameters. Only one family of those with the same parameters does."""
-        return any(
-            is_held
-            for rank in self.ranks.values()
-            for part, is_held in zip(rank.parts, rank.held, strict=True)
-            if part.is_expert == is_expert
-        )
+        optimizers = (own for rank in self.ranks.values() for own in rank.optimizers)
+        return any(own.holds_state and own.kind.is_expert == is_expert for own in optimizers)
 
-    @property
-    def has_expert_part(self) -> bool:
-        """Some rank has an optimizer for expert buffers."""
-        return any(part.is_expert for rank in self.ranks.values() for part in rank.parts)
-
-    def chains_expert_part(self, parameters: Sequence[Sequence[Item]]) -> bool:
-        """Whether a rank with these parameters of each virtual stage has an optimizer for expert
-        buffers: by newer rules every rank has, if any has."""
-        everywhere = self.rules.keeps_all_groups and self.has_expert_part
-        return everywhere or have_experts(parameters, self.arguments, self.rules)
-
-    def ranks_for(self, layout: PipelineLayout, pp_rank: int) -> list[RankInventory]:
+    def ranks_for(self, layout: PipelineLayout, pp_rank: int) -> list[SourceRank]:
         """The ranks, for making one of another layout: the same folder, those that hold what it
         needs, then the others; so what comes first does not depend on which others were read."""
         needed = self.layout.sources_of(layout, pp_rank)
@@ -149,20 +175,33 @@ class Family:
         for section in self.sections.values():
             yield from section
 
+    def items_in(self, layout: PipelineLayout, pp_rank: int) -> Iterator[Item]:
+        """Those that a pipeline rank of a layout holds."""
+        chunks = layout.rank_chunks(pp_rank)
+        for layer in (layer for chunk in chunks for layer in chunk.layers):
+            yield from self.layers.get(layer, ())
+        for section in (section for chunk in chunks for section in chunk.sections):
+            yield from self.sections.get(section, ())
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A parameter's weight and its fp32 main parameter: the first must be the second, rounded."""
+    def manifest(self, items: Iterable[Item] | None = None) -> dict[TensorName, TensorRef]:
+        """Every tensor that belongs to some items, or to all: weights, buffers, optimizer state."""
+        found: dict[TensorName, TensorRef] = {}
+        for item in self.items() if items is None else items:
+            if item.tensor is not None:
+                found[TensorName(item.name, "")] = item.tensor
+            state = self.states.get(item.name)
+            for kind, tensor in state.tensors.items() if state is not None else ():
+                found[TensorName(item.name, kind)] = tensor
+        return found
 
-    name: str
-    dtype: str
-    weight: tuple[Piece, ...]
-    main: tuple[Piece, ...]
-
-    @property
-    def main_path(self) -> str:
-        """The file that holds the main parameter."""
-        return next((piece.path for piece in self.main if isinstance(piece, Extent)), "")
+    def samples(self) -> Iterator[Sample]:
+        """For each parameter with an fp32 main parameter, what must agree: nothing else ties a
+        parameter to its state (FORMAT 7.6, FORMAT 7.7)."""
+        for item in self.items():
+            state = self.states.get(item.name)
+            main = None if state is None else state.main
+            if main is not None and item.tensor is not None:
+                yield Sample(item.name, item.tensor.dtype, item.tensor.extent, main.extent)
 
 
 def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> Iterator[Family]:
@@ -184,7 +223,7 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
     is_explained = False
     for rules in candidates(arguments.names) if only is None else (only,):
         try:
-            family = _read_family(files, arguments, rules)
+            family = _read_family(files, Megatron(arguments, rules))
         except (CheckpointError, Unexplained) as failure:
             failures.append(failure)
         except LayoutError as error:
@@ -233,45 +272,41 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
     Raises:
         LayoutError: they tell an impossible one.
     """
-    arguments = read_arguments(_root(files), files.model.path)
-    return arguments.place(arguments.placement, rules)
+    return Megatron(read_arguments(_root(files), files.model.path), rules).layout
 
 
-def _read_family(files: Mapping[int, RankFiles], arguments: SavedArguments, rules: Rules) -> Family:
-    layout = layout_of(next(iter(files.values())), rules)
-    kinds = {pp_rank: _optimizer_kind(of, arguments) for pp_rank, of in files.items()}
+def _read_family(files: Mapping[int, RankFiles], megatron: Megatron) -> Family:
+    kinds = {pp_rank: _optimizer_kind(of, megatron.arguments) for pp_rank, of in files.items()}
     kind = next(
         (own for own in kinds.values() if own is not OptimizerKind.NONE), OptimizerKind.NONE
     )
-    ranks: dict[int, RankInventory] = {}
+    ranks: dict[int, SourceRank] = {}
     layers: dict[int, list[Item]] = {}
     sections: dict[Section, list[Item]] = {}
-    found: dict[str, FlatState | PlainState] = {}
+    states: dict[str, FlatState | PlainState] = {}
     for pp_rank, rank_files in files.items():
-        own_kind = kinds[pp_rank]
-        rank, rank_states = _read_rank(rank_files, pp_rank, layout, arguments, rules, own_kind)
-        if own_kind is not kind and has_optimizer(rank.parameters, rules):
+        rank, rank_states = _read_rank(rank_files, pp_rank, megatron, kinds[pp_rank])
+        if kinds[pp_rank] is not kind and has_optimizer(rank.parameters, megatron):
             raise CheckpointError.of(
                 rank_files.model.path, f"its siblings hold {kind.value}, it does not", cure=ONE_SAVE
             )
         ranks[pp_rank] = rank
-        found |= rank_states
+        states |= rank_states
         for item in (item for content in rank.contents for item in content.items):
             if item.layer is not None:
                 layers.setdefault(item.layer, []).append(item)
             else:
                 sections.setdefault(item.section, []).append(item)
     family = Family(
-        arguments=arguments,
-        rules=rules,
-        layout=layout,
+        megatron=megatron,
         kind=kind,
         ranks=ranks,
         layers={layer: tuple(items) for layer, items in layers.items()},
         sections={section: tuple(items) for section, items in sections.items()},
-        states=found,
+        states=states,
     )
-    _check_parts(family)
+    if kind is OptimizerKind.DISTRIBUTED:
+        _check_optimizers(family)
     return family
 
 
@@ -291,19 +326,21 @@ def _check_arguments(files: RankFiles, first: SavedArguments) -> None:
         )
 
 
-def _check_parts(family: Family) -> None:
+def _check_optimizers(family: Family) -> None:
     """Every rank must chain the optimizers, and have the file, that the rules expect."""
+    arguments, others_have = family.megatron.arguments, family.has_expert_optimizer
     for rank in family.ranks.values():
         where = rank.files.model.path
-        has_part = any(part.is_expert for part in rank.parts)
-        is_expected = family.chains_expert_part(rank.parameters)
-        if family.kind is OptimizerKind.DISTRIBUTED and has_part != is_expected:
-            raise Unexplained(f"an expert optimizer is {'' if has_part else 'not '}there ({where})")
-        # Families share the state of experts only where those have fewer tensor-parallel ranks.
-        has_own_experts = has_part and family.arguments.etp_size == family.arguments.tp_size
-        needs_file = family.kind is OptimizerKind.DISTRIBUTED and (
-            has_own_experts
-            or any(family.holds_state(is_expert=part.is_expert) for part in rank.parts)
+        has_experts = any(own.kind.is_expert for own in rank.optimizers)
+        if has_experts != has_expert_optimizer(
+            rank.parameters, family.megatron, others_have=others_have
+        ):
+            there = "there" if has_experts else "not there"
+            raise Unexplained(f"an expert optimizer is {there} ({where})")
+        # Families share the state of experts only where those have fewer tensor-parallel ranks
+        # (FORMAT 1.3).
+        needs_file = (has_experts and arguments.etp_size == arguments.tp_size) or any(
+            family.holds_state(is_expert=own.kind.is_expert) for own in rank.optimizers
         )
         if needs_file and rank.files.optimizer is None:
             raise CheckpointError.of(
@@ -326,80 +363,51 @@ def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKin
 
 
 def _read_rank(
-    files: RankFiles,
-    pp_rank: int,
-    layout: PipelineLayout,
-    arguments: SavedArguments,
-    rules: Rules,
-    kind: OptimizerKind,
-) -> tuple[RankInventory, Mapping[str, FlatState | PlainState]]:
+    files: RankFiles, pp_rank: int, megatron: Megatron, kind: OptimizerKind
+) -> tuple[SourceRank, Mapping[str, FlatState | PlainState]]:
     root = _root(files)
     where = files.model.path
-    contents = read_chunks(root, layout, pp_rank, where)
-    overlaps = arguments.overlaps_param_gather_with_step
-    parts: tuple[OptimizerPart, ...] = ()
+    contents = read_chunks(root, megatron.layout, pp_rank, where)
+    parameters = [content.parameters for content in contents]
     entries: tuple[OptimizerEntry, ...] = ()
+    chain: tuple[ChainedOptimizer, ...] = ()
     if kind is not OptimizerKind.NONE:
         entries = read_entries(root[OPTIMIZER], where)
-        parts = _parts(entries, contents, arguments, rules, where)
+        chain = _chain(entries, parameters, megatron, where)
     buffers: RankBuffers | None = None
     shares = False
-    if arguments.uses_distributed_optimizer:
-        buffers = rank_buffers(
-            [(content.chunk, content.parameters) for content in contents],
-            arguments,
-            rules,
-            overlaps_param_gather_with_step=overlaps,
-        )
+    if megatron.arguments.uses_distributed_optimizer:
+        buffers = buffers_of(parameters, pp_rank, megatron)
         try:
-            shares = flat_states.are_views_of_buffers(contents, buffers)
+            shares = are_views_of_buffers(contents, buffers)
         except Unexplained:
             if kind is OptimizerKind.DISTRIBUTED:
                 raise
-    found: Mapping[str, FlatState | PlainState] = {}
-    held = tuple(False for _ in parts)
+    states: Mapping[str, FlatState | PlainState] = {}
+    held = tuple(False for _ in chain)
     keys: Mapping[str, Any] = {}
     if kind is OptimizerKind.PLAIN:
-        found = read_plain_states(entries, contents, parts, arguments, rules, where)
+        states = read_plain_states(entries, contents, chain, megatron, where)
     elif kind is OptimizerKind.DISTRIBUTED and buffers is not None and files.optimizer is not None:
-        flat = flat_states.read_flat_states(
-            files.optimizer.root, contents, parts, buffers, files.optimizer.path
+        flat = read_flat_states(
+            files.optimizer.root, contents, chain, buffers, files.optimizer.path
         )
-        found, keys, held = flat.by_name, flat.buffer_keys, flat.held
-    return (
-        RankInventory(files, root, contents, parts, entries, buffers, shares, held, keys),
-        found,
-    )
+        states, keys, held = flat.by_name, flat.buffer_keys, flat.held
+    optimizers = tuple(map(SourceOptimizer, chain, entries, held))
+    return SourceRank(files, root, contents, optimizers, buffers, shares, keys), states
 
 
-def _parts(
-    entries: Sequence[OptimizerEntry],
-    contents: Sequence[ChunkContents],
-    arguments: SavedArguments,
-    rules: Rules,
-    where: str,
-) -> tuple[OptimizerPart, ...]:
+def _chain(
+    entries: Sequence[OptimizerEntry], parameters: Parameters, megatron: Megatron, where: str
+) -> tuple[ChainedOptimizer, ...]:
     """The optimizers of a rank, from the number and the groups of their entries."""
-    has_experts = have_experts((content.parameters for content in contents), arguments, rules)
-    overlaps = arguments.overlaps_param_gather_with_step
+    own = has_expert_optimizer(parameters, megatron, others_have=False)
     computed = [
-        chained_optimizers(
-            len(contents), has_expert_part=has_part, overlaps_param_gather_with_step=overlaps
-        )
-        for has_part in (has_experts, True)
+        chain_of(parameters, megatron, has_experts=has_experts) for has_experts in (own, True)
     ]
-    for parts in (routed_parts(entries, len(contents)), *computed):
-        if len(parts) == len(entries):
-            return parts
+    for chain in (routed_chain(entries, len(parameters)), *computed):
+        if len(chain) == len(entries):
+            return chain
     raise Unexplained(
         f"{len(entries)} optimizers in the file, {len(computed[0])} computed ({where})"
     )
-
-
-def samples(family: Family) -> Iterator[Sample]:
-    """For each parameter with an fp32 main parameter, what must agree."""
-    for item in family.items():
-        state = family.states.get(item.name)
-        main = None if state is None else state.main_content()
-        if main is not None and item.tensor is not None:
-            yield Sample(item.name, item.tensor.dtype, item.tensor.content(), main)

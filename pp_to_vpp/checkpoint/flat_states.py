@@ -1,8 +1,7 @@
-"""The optimizer state of each parameter, found in the files of a rank.
+"""The states of the distributed optimizer: flat fp32 tensors in ``distrib_optim.pt``.
 
-Distributed optimizer: flat fp32 tensors in ``distrib_optim.pt``, laid out like the buffers of the
-chunks (distrib_optimizer.py ``get_parameter_state_dp_zero``, 0.7 to 0.19). Other optimizers: torch
-state dicts inside ``model_optim_rng.pt``, numbered through the param groups (optimizer.py).
+They are laid out like the buffers of the chunks (distrib_optimizer.py
+``get_parameter_state_dp_zero``, 0.7 to 0.19).
 """
 
 from __future__ import annotations
@@ -12,20 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..container.extents import Piece, cut_pieces
 from ..container.pickling import Global
-from ..container.tensors import TensorError, TensorRef, as_tensor
-from ..errors import ANOTHER_COPY, NOT_CONVERTED, ONE_SAVE, CheckpointError, show
+from ..container.tensors import TensorRef, as_tensor
+from ..errors import ANOTHER_COPY, NOT_CONVERTED, ONE_SAVE, CheckpointError, located, show
 from ..megatron.buffers import Buffer, RankBuffers
-from ..megatron.optimizer_chain import OptimizerPart
+from ..megatron.optimizer_chain import ChainedOptimizer
 from ..megatron.parameters import Item
 from .chunks import ChunkContents
-from .optimizer_entries import part_entries, unknown_entry
+from .optimizer_entries import optimizer_entries, unknown_entry
 
 COALESCED = "buckets_coalesced"
 NUMEL = "numel_unpadded"
 PARAM = "param"
-_FLOAT_BYTES = 4
 _LEGACY_CURE = (
     "load and save it once with Megatron 0.9 and --ckpt-convert-update-legacy-dist-opt-format"
 )
@@ -37,16 +34,14 @@ class Unexplained(Exception):  # noqa: N818  (not an error yet: other rules may 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatState:
-    """State of one parameter in flat tensors: the bytes of each, by name.
+    """State of one parameter in flat tensors, by name."""
 
-    ``param`` is the fp32 main parameter.
-    """
+    tensors: Mapping[str, TensorRef]
 
-    parts: Mapping[str, tuple[Piece, ...]]
-
-    def main_content(self) -> tuple[Piece, ...]:
-        """The bytes of the main parameter."""
-        return self.parts[PARAM]
+    @property
+    def main(self) -> TensorRef:
+        """The fp32 main parameter."""
+        return self.tensors[PARAM]
 
 
 def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers) -> bool:
@@ -66,6 +61,7 @@ def are_views_of_buffers(contents: Sequence[ChunkContents], buffers: RankBuffers
     odd = [text for items, buffer in pairs for text in _misplaced(items, buffer)]
     if not odd:
         return bool(pairs)
+    # What other tools rewrote has a storage for each tensor (FORMAT 2.2).
     owners = [item.weight.storage for items, _ in pairs for item in items]
     if len(set(owners)) == len(owners):
         return False
@@ -96,17 +92,17 @@ class RankStates:
     """What the optimizer file of a rank says."""
 
     by_name: Mapping[str, FlatState]
-    """State of each parameter whose part this file holds."""
+    """State of each parameter whose optimizer has it in this file."""
     buffer_keys: Mapping[str, Any]
     """For each dtype of parameters, the key under which its buffers stand."""
     held: tuple[bool, ...]
-    """For each part, whether this file holds it."""
+    """For each optimizer of the chain, whether this file holds its state."""
 
 
 def read_flat_states(
     root: Any,
     contents: Sequence[ChunkContents],
-    parts: Sequence[OptimizerPart],
+    chain: Sequence[ChainedOptimizer],
     buffers: RankBuffers,
     where: str,
 ) -> RankStates:
@@ -116,32 +112,33 @@ def read_flat_states(
         CheckpointError: the file has an unknown structure.
         Unexplained: a buffer has another size than computed.
     """
-    entries = part_entries(root, where)
-    if len(entries) != len(parts):
+    entries = optimizer_entries(root, where)
+    if len(entries) != len(chain):
         raise CheckpointError.of(
             where,
             "it holds another number of optimizers than the rank's 'optimizer' entry",
-            expected=len(parts),
+            expected=len(chain),
             found=len(entries),
             cure=ONE_SAVE,
         )
     by_name: dict[str, FlatState] = {}
     keys: dict[str, Any] = {}
-    for part, entry in zip(parts, entries, strict=True):
+    for optimizer, entry in zip(chain, entries, strict=True):
         if entry is None:
             continue
-        states = _checked_part(entry, buffers.of_part(part), where)
-        for (stage, buffer), (key, tensors) in zip(buffers.of_part(part), states, strict=True):
+        expected = buffers.of(optimizer)
+        found = _checked_entry(entry, expected, where)
+        for (stage, buffer), (key, tensors) in zip(expected, found, strict=True):
             keys[buffer.dtype] = key
             for member, start in zip(buffer.members, buffer.saved_starts, strict=True):
                 item = contents[stage].parameters[member]
-                low, length = start * _FLOAT_BYTES, item.weight.numel * _FLOAT_BYTES
-                cut = {n: cut_pieces(t.content(), low, length) for n, t in tensors.items()}
-                by_name[item.name] = FlatState(cut)
+                numel = item.weight.numel
+                own = {name: tensor.segment(start, numel) for name, tensor in tensors.items()}
+                by_name[item.name] = FlatState(own)
     return RankStates(by_name, keys, tuple(entry is not None for entry in entries))
 
 
-def _checked_part(
+def _checked_entry(
     entry: Any, expected: list[tuple[int, Buffer]], where: str
 ) -> list[tuple[Any, dict[str, TensorRef]]]:
     """Key and tensors of each buffer of one optimizer."""
@@ -185,10 +182,8 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
     for name, value in states.items():
         if name == NUMEL:
             continue
-        try:
+        with located(f"{where}, state {show(name)}"):
             tensor = as_tensor(value)
-        except TensorError as error:
-            raise CheckpointError.of(where, f"{show(name)} is {error}", cure=ANOTHER_COPY) from None
         if (
             not isinstance(name, str)
             or tensor is None

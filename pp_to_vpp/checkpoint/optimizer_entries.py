@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, show
-from ..megatron.optimizer_chain import OptimizerPart
+from ..megatron.optimizer_chain import ChainedOptimizer
 from ..megatron.param_groups import key_of_group
 
 OPTIMIZER = "optimizer"
@@ -24,14 +24,14 @@ _KNOWN_KEYS = frozenset((OPTIMIZER, STATE, GROUPS, MAINS, "grad_scaler"))
 """Of an optimizer and of the torch optimizer in it (optimizer.py, 0.7 to 0.19)."""
 
 
-def routed_parts(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[OptimizerPart, ...]:
+def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[ChainedOptimizer, ...]:
     """The optimizers of a chain in which some param groups tell that another optimizer than the
     run's own takes them; () if none does. Every rank has them all, in the same order."""
     routed = [any(_ROUTED in group for group in entry.groups) for entry in entries]
     if not any(routed):
         return ()
     return tuple(
-        OptimizerPart(
+        ChainedOptimizer(
             is_expert=any(key_of_group(group).is_expert for group in entry.groups),
             vp_stages=tuple(range(vp_size)),
             takes_matrices=not is_routed,
@@ -67,7 +67,7 @@ class OptimizerEntry:
         return {**self.node, OPTIMIZER: changed, **outer}
 
 
-def part_entries(node: Any, where: str) -> list[Any]:
+def optimizer_entries(node: Any, where: str) -> list[Any]:
     """The values of the chained optimizers: a list if there are several, else one by itself.
 
     Raises:
@@ -88,7 +88,7 @@ def read_entries(node: Any, where: str) -> tuple[OptimizerEntry, ...]:
     Raises:
         CheckpointError: an entry is no dict, or has what no known optimizer saves.
     """
-    return tuple(_read_entry(entry, where) for entry in part_entries(node, where))
+    return tuple(_read_entry(entry, where) for entry in optimizer_entries(node, where))
 
 
 def _read_entry(node: Any, where: str) -> OptimizerEntry:

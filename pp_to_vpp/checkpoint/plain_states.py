@@ -11,49 +11,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..container.extents import Piece
-from ..container.tensors import TensorError, TensorRef, unwrap_tensor
-from ..errors import NOT_CONVERTED, CheckpointError, show
-from ..megatron.arguments import SavedArguments
-from ..megatron.optimizer_chain import OptimizerPart, items_by_group
+from ..container.tensors import TensorRef, unwrap_tensor
+from ..errors import NOT_CONVERTED, CheckpointError, located, show
+from ..megatron.megatron import Megatron
+from ..megatron.optimizer_chain import ChainedOptimizer, items_by_group
 from ..megatron.param_groups import key_of_group
 from ..megatron.parameters import Item
-from ..megatron.rules import Rules
+from ..megatron.rounding import SIXTEEN_BIT
 from .chunks import ChunkContents
 from .flat_states import Unexplained
 from .optimizer_entries import MAINS, STATE, OptimizerEntry
 
-_SIXTEEN_BIT = ("bfloat16", "float16")
+MAIN = "main parameter"
+"""Name of the main parameter among the tensors of a state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainState:
     """State of one parameter of a non-distributed optimizer."""
 
-    state: Any
+    entry: Any
     """Entry of the torch state dict, None if it had none."""
-    main: Any
+    main_node: Any
     """Its tensor in ``fp32_from_fp16_params``, None for parameters that are fp32 themselves."""
+    tensors: Mapping[str, TensorRef]
+    """Those of both, by name."""
 
-    def main_content(self) -> tuple[Piece, ...] | None:
-        """The bytes of the main parameter, if there is one in the order of its elements."""
-        tensor = unwrap_tensor(self.main)
-        return tensor.content() if tensor is not None and tensor.is_contiguous else None
-
-    def tensors(self) -> dict[str, TensorRef]:
-        """Its tensors by name."""
-        values = dict(self.state) if isinstance(self.state, dict) else {}
-        values["main parameter"] = self.main
-        found = {name: unwrap_tensor(value) for name, value in values.items()}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+    @property
+    def main(self) -> TensorRef | None:
+        """The main parameter, if there is one in the order of its elements."""
+        tensor = self.tensors.get(MAIN)
+        return tensor if tensor is not None and tensor.is_contiguous else None
 
 
 def read_plain_states(
     entries: Sequence[OptimizerEntry],
     contents: Sequence[ChunkContents],
-    parts: Sequence[OptimizerPart],
-    arguments: SavedArguments,
-    rules: Rules,
+    chain: Sequence[ChainedOptimizer],
+    megatron: Megatron,
     where: str,
 ) -> dict[str, PlainState]:
     """The states of a non-distributed optimizer, by global name of the parameter.
@@ -63,10 +58,9 @@ def read_plain_states(
         Unexplained: groups or shapes are not those of the parameters.
     """
     found: dict[str, PlainState] = {}
-    for part, entry in zip(parts, entries, strict=True):
-        by_key = items_by_group(
-            [content.parameters for content in contents], part, arguments, rules
-        )
+    parameters = [content.parameters for content in contents]
+    for optimizer, entry in zip(chain, entries, strict=True):
+        by_key = items_by_group(parameters, optimizer, megatron)
         states, mains = _plain_entry(entry, where)
         unclaimed = set(states)
         for index, group in enumerate(entry.groups):
@@ -74,7 +68,8 @@ def read_plain_states(
             numbers = group.get("params")
             if not isinstance(numbers, list) or len(numbers) != len(items):
                 raise Unexplained(f"param group {index} does not have {len(items)} parameters")
-            halves = [item for item in items if item.weight.dtype in _SIXTEEN_BIT]
+            # fp32 parameters are their own mains and have none here (FORMAT 6.4).
+            halves = [item for item in items if item.weight.dtype in SIXTEEN_BIT]
             group_mains = mains[index] if mains is not None and index < len(mains) else []
             if not isinstance(group_mains, list) or len(group_mains) != len(halves):
                 raise Unexplained(
@@ -82,10 +77,10 @@ def read_plain_states(
                 )
             queue = iter(group_mains)
             for item, number in zip(items, numbers, strict=True):
-                main = next(queue, None) if item.weight.dtype in _SIXTEEN_BIT else None
+                main = next(queue, None) if item.weight.dtype in SIXTEEN_BIT else None
                 state = _claim(number, states, unclaimed)
-                _check_shapes(item, main, state)
-                found[item.name] = PlainState(state, main)
+                tensors = _checked_tensors(item, main, state, where)
+                found[item.name] = PlainState(state, main, tensors)
         if by_key:
             raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
         if unclaimed:
@@ -117,18 +112,19 @@ def _plain_entry(entry: OptimizerEntry, where: str) -> tuple[Mapping[Any, Any], 
     )
 
 
-def _check_shapes(item: Item, main: Any, state: Any) -> None:
-    """Every tensor of the state must have the parameter's shape, or be a scalar."""
+def _checked_tensors(item: Item, main: Any, state: Any, where: str) -> dict[str, TensorRef]:
+    """The tensors of a state: each has the parameter's shape, or is a scalar."""
     values = dict(state) if isinstance(state, dict) else {}
-    values["main parameter"] = main
+    values[MAIN] = main
+    tensors: dict[str, TensorRef] = {}
     for name, value in values.items():
-        try:
+        with located(f"{where}, {item.name}, {show(name)}"):
             tensor = unwrap_tensor(value)
-        except TensorError as error:
-            raise Unexplained(f"{item.name}: {show(name)} is {error}") from None
-        if tensor is not None and tensor.shape not in (item.weight.shape, ()):
+        if tensor is None:
+            continue
+        if tensor.shape not in (item.weight.shape, ()):
             raise Unexplained(f"{item.name} of shape {item.weight.shape}: {show(name)} differs")
-    if main is not None:
-        tensor = unwrap_tensor(main)
-        if tensor is None or tensor.dtype != "float32":
-            raise Unexplained(f"{item.name}: its main parameter is no float32 tensor")
+        tensors[name] = tensor
+    if main is not None and (MAIN not in tensors or tensors[MAIN].dtype != "float32"):
+        raise Unexplained(f"{item.name}: its main parameter is no float32 tensor")
+    return tensors

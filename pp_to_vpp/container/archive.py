@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from ..errors import FormatError
+
 ALIGNMENT = 64
 """Bytes; newer files state their own in the record ``.storage_alignment``."""
 
@@ -42,10 +44,6 @@ _MAX_DIRECTORY = 64 << 20
 """Bytes; a real rank file has some kilobytes."""
 
 
-class ArchiveError(ValueError):
-    """The bytes are not an archive that ``torch.save`` could have written."""
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """One stored record of an archive."""
@@ -67,29 +65,29 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
     """The archive's leading folder and its records by name, in file order.
 
     Raises:
-        ArchiveError: not a zip file; truncated; deflated, encrypted, overlapping or oddly named
+        FormatError: not a zip file; truncated; deflated, encrypted, overlapping or oddly named
             records.
     """
     size = file.seek(0, 2)
     entries, directory_offset = _read_directory(file, size)
     stems = {name.partition("/")[0] for name, *_ in entries}
     if len(stems) != 1:
-        raise ArchiveError("the records do not share one leading folder")
+        raise FormatError("the records do not share one leading folder")
     stem = stems.pop()
     records: dict[str, Record] = {}
     end = 0
     for name, header_offset, length, crc32 in sorted(entries, key=lambda entry: entry[1]):
         short = name.partition("/")[2]
         if not short or short in records or ".." in short.split("/") or "\0" in short:
-            raise ArchiveError(f"record name {name[:80]!r} is not one that torch writes")
+            raise FormatError(f"record name {name[:80]!r} is not one that torch writes")
         if header_offset < end:
-            raise ArchiveError(f"record {short[:80]!r} overlaps the record before it")
+            raise FormatError(f"record {short[:80]!r} overlaps the record before it")
         if header_offset >= directory_offset:
-            raise ArchiveError(f"record {short[:80]!r} starts past the end of the data")
+            raise FormatError(f"record {short[:80]!r} starts past the end of the data")
         offset = _data_offset(file, header_offset, name)
         end = offset + length
         if end > directory_offset:
-            raise ArchiveError(f"record {short[:80]!r} ends past the end of the data")
+            raise FormatError(f"record {short[:80]!r} ends past the end of the data")
         records[short] = Record(short, offset, length, crc32)
     return stem, records
 
@@ -98,17 +96,17 @@ def _read_at(file: BinaryIO, offset: int, length: int, what: str) -> bytes:
     file.seek(offset)
     data = file.read(length)
     if len(data) != length:
-        raise ArchiveError(f"{what} is cut off")
+        raise FormatError(f"{what} is cut off")
     return data
 
 
 def _read_directory(file: BinaryIO, size: int) -> tuple[list[tuple[str, int, int, int]], int]:
     """(name, local header offset, length, CRC-32) of each record; offset of the directory."""
     if size < _END.size:
-        raise ArchiveError("the file is too short for a zip archive")
+        raise FormatError("the file is too short for a zip archive")
     tail = _END.unpack(_read_at(file, size - _END.size, _END.size, "the end record"))
     if tail[0] != _END_SIGNATURE:
-        raise ArchiveError("no end record of a zip archive: cut off, or no file of torch.save")
+        raise FormatError("no end record of a zip archive: cut off, or no file of torch.save")
     count, directory_size, directory_offset = tail[4:7]
     end_offset = size - _END.size
     locator_offset = end_offset - _LOCATOR.size
@@ -117,18 +115,18 @@ def _read_directory(file: BinaryIO, size: int) -> tuple[list[tuple[str, int, int
         if locator[0] == _LOCATOR_SIGNATURE:
             end_offset = locator[2]
             if end_offset > locator_offset - _END64.size:
-                raise ArchiveError("the 64-bit end record lies past the end of the file")
+                raise FormatError("the 64-bit end record lies past the end of the file")
             end64 = _END64.unpack(_read_at(file, end_offset, _END64.size, "the 64-bit end record"))
             if end64[0] != _END64_SIGNATURE:
-                raise ArchiveError("the 64-bit end record has a wrong signature")
+                raise FormatError("the 64-bit end record has a wrong signature")
             count, directory_size, directory_offset = end64[7:10]
     if directory_offset + directory_size > end_offset or directory_size > _MAX_DIRECTORY:
-        raise ArchiveError("the central directory does not fit into the file")
+        raise FormatError("the central directory does not fit into the file")
     data = _read_at(file, directory_offset, directory_size, "the central directory")
     entries, position = [], 0
     for _ in range(count):
         if position + _ENTRY.size > len(data):
-            raise ArchiveError("the central directory is cut off")
+            raise FormatError("the central directory is cut off")
         entry, length = _read_entry(data, position)
         entries.append(entry)
         position += length
@@ -143,16 +141,16 @@ def _read_entry(data: bytes, position: int) -> tuple[tuple[str, int, int, int], 
     raw_name = data[start : start + name_length]
     extra = data[start + name_length : start + name_length + extra_length]
     if signature != _ENTRY_SIGNATURE or len(raw_name) + len(extra) != name_length + extra_length:
-        raise ArchiveError("the central directory is damaged")
+        raise FormatError("the central directory is damaged")
     try:
         name = raw_name.decode("utf-8")
     except UnicodeDecodeError:
-        raise ArchiveError(f"record name {raw_name[:80]!r} is not UTF-8") from None
+        raise FormatError(f"record name {raw_name[:80]!r} is not UTF-8") from None
     length, packed, offset = _widen(extra, length, packed, offset)
     if method != 0 or packed != length:
-        raise ArchiveError(f"record {name[:80]!r} is compressed; torch.save stores records as is")
+        raise FormatError(f"record {name[:80]!r} is compressed; torch.save stores records as is")
     if flags & _ENCRYPTED:
-        raise ArchiveError(f"record {name[:80]!r} is encrypted")
+        raise FormatError(f"record {name[:80]!r} is encrypted")
     total = _ENTRY.size + name_length + extra_length + comment_length
     return (name, offset, length, crc32), total
 
@@ -183,7 +181,7 @@ def _data_offset(file: BinaryIO, header_offset: int, name: str) -> int:
     data = _read_at(file, header_offset, _LOCAL_HEADER.size + len(encoded), what)
     header = _LOCAL_HEADER.unpack_from(data)
     if header[0] != _LOCAL_SIGNATURE or data[_LOCAL_HEADER.size :] != encoded:
-        raise ArchiveError(f"{what} does not agree with the central directory")
+        raise FormatError(f"{what} does not agree with the central directory")
     extra_length: int = header[10]
     return header_offset + len(data) + extra_length
 

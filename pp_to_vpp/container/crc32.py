@@ -7,10 +7,11 @@ are reflected as in zlib: the most significant bit of an int is the coefficient 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .extents import Extent
+from .extents import Extent, Literal, Piece, Zeros
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
@@ -160,3 +161,39 @@ def _tile(record: Extent, extents: Sequence[Extent]) -> list[Extent] | None:
     if position < end:
         tiles.append(Extent(record.path, position, end - position))
     return tiles
+
+
+class Ledger:
+    """CRC-32 of ranges that are copied in segments, as they become known."""
+
+    def __init__(self, derivations: Mapping[Extent, Derivation], segment_bytes: int) -> None:
+        self._derivations = derivations
+        self._segment_bytes = segment_bytes
+        self._segments: dict[Extent, int] = {}
+
+    def enter(self, pieces: Iterable[Piece], crc32s: Iterable[int | None]) -> None:
+        """Take down what copying some segments has found."""
+        for piece, crc32 in zip(pieces, crc32s, strict=True):
+            if isinstance(piece, Extent) and crc32 is not None:
+                self._segments[piece] = crc32
+
+    def of(self, pieces: Iterable[Piece]) -> int:
+        """The checksum of pieces whose bytes have all been copied, one after the other."""
+        joined = 0
+        for piece in pieces:
+            joined = concatenate(joined, self._of_piece(piece), piece.length)
+        return joined
+
+    def _of_piece(self, piece: Piece) -> int:
+        match piece:
+            case Literal(data):
+                return zlib.crc32(data)
+            case Zeros(length):
+                return of_zeros(length)
+            case Extent() if piece in self._derivations:
+                return self._derivations[piece].solve(self._of_extent)
+            case Extent():
+                return self._of_extent(piece)
+
+    def _of_extent(self, extent: Extent) -> int:
+        return _join(tuple(extent.segments(self._segment_bytes)), self._segments.__getitem__)

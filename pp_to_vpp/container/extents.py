@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,16 +19,17 @@ class Extent:
         """The part that begins ``start`` bytes into this extent."""
         return Extent(self.path, self.offset + start, length)
 
+    def segments(self, length: int) -> Iterator[Extent]:
+        """The extent in parts of ``length`` bytes, the last one shorter."""
+        for start in range(0, self.length, length):
+            yield self.cut(start, min(length, self.length - start))
+
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
     """``length`` zero bytes: alignment holes and bucket padding."""
 
     length: int
-
-    def cut(self, start: int, length: int) -> Zeros:  # noqa: ARG002  (zeros are alike everywhere)
-        """A part of these zeros."""
-        return Zeros(length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +43,8 @@ class Literal:
         """Number of bytes."""
         return len(self.data)
 
-    def cut(self, start: int, length: int) -> Literal:
-        """The part that begins ``start`` bytes into this literal."""
-        return Literal(self.data[start : start + length])
-
 
 Piece: TypeAlias = Extent | Zeros | Literal
-
-
-def cut_pieces(pieces: tuple[Piece, ...], start: int, length: int) -> tuple[Piece, ...]:
-    """The bytes ``start .. start + length`` of a sequence of pieces, as pieces."""
-    if len(pieces) == 1:
-        return (pieces[0].cut(start, length),)
-    taken: list[Piece] = []
-    position = 0
-    for piece in pieces:
-        low, high = max(start, position), min(start + length, position + piece.length)
-        if low < high:
-            taken.append(piece.cut(low - position, high - low))
-        position += piece.length
-    return tuple(taken)
 
 
 def join_pieces(pieces: list[Piece]) -> tuple[Piece, ...]:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, cast
 
-from .extents import Piece
+from ..errors import FormatError
+from .extents import Extent, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,13 @@ class Storage:
     content: tuple[Piece, ...]
     """The bytes, in order."""
 
+    @property
+    def extent(self) -> Extent:
+        """The bytes of a storage that was read: one range of its file."""
+        (extent,) = self.content
+        assert isinstance(extent, Extent)
+        return extent
+
 
 ORDERED_DICT = Global("collections", "OrderedDict")
 
@@ -127,6 +135,7 @@ _OPCODES = (
     pickle.BINPERSID,
 )  # fmt: skip
 _PROTOCOL = 2
+_UNWRITABLE = "its objects cannot be written back: {}"
 _MAX_KEY_PARTS = 64
 
 
@@ -235,19 +244,20 @@ def load(data: bytes, make_storage: Callable[[Global, str, str, int], Storage]) 
         make_storage: called once per storage key with (type, key, location, numel).
 
     Raises:
-        pickle.UnpicklingError: the pickle is not one that torch.save writes at protocol 2.
+        FormatError: the pickle is not one that torch.save writes at protocol 2.
     """
     try:
         return _InertUnpickler(data, make_storage).load()
-    except pickle.UnpicklingError:
+    except FormatError:
         raise
+    except pickle.UnpicklingError as error:
+        reason = str(error)
     except KeyError as error:
         opcode = error.args[0] if error.args else None
-        raise pickle.UnpicklingError(
-            f"opcode {opcode!r} is not one that torch.save writes at protocol 2"
-        ) from None
+        reason = f"opcode {opcode!r} is not one that torch.save writes at protocol 2"
     except (ValueError, IndexError, AttributeError, TypeError, EOFError, RecursionError) as error:
-        raise pickle.UnpicklingError(f"not a pickle of torch.save ({error})") from None
+        reason = f"not a pickle of torch.save ({error})"
+    raise FormatError(f"its pickle is refused: {reason}")
 
 
 class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot import
@@ -282,7 +292,7 @@ class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot im
         return ("storage", obj.type, key, location, obj.numel)
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise pickle.PicklingError("an object that does not belong in a checkpoint")
+        raise FormatError(_UNWRITABLE.format("one does not belong in a checkpoint"))
 
     save_reduce = save_global = _refuse  # where the base would pickle any live object
 
@@ -302,7 +312,7 @@ class _InertPickler(pickle._Pickler):  # the C one cannot name what it cannot im
         words = tuple(map(self._word, obj.arguments))
         me.save(obj.arguments if all(map(operator.is_, words, obj.arguments)) else words)
         if id(obj) in self.memo:
-            raise pickle.PicklingError("an object that is made of itself")
+            raise FormatError(_UNWRITABLE.format("one is made of itself"))
         me.write(pickle.NEWOBJ if obj.by_new else pickle.REDUCE)
         me.memoize(obj)
         me._batch_appends(obj.appended)
@@ -326,12 +336,12 @@ def dump(graph: Any) -> tuple[bytes, tuple[Storage, ...]]:
     """Pickle a graph; the i-th storage returned is the record ``data/i`` of the file.
 
     Raises:
-        pickle.PicklingError: the graph holds an object of another kind, or is nested too deeply.
+        FormatError: the graph holds an object of another kind, or is nested too deeply.
     """
     file = io.BytesIO()
     pickler = _InertPickler(file)
     try:
         pickler.dump(graph)
     except RecursionError:
-        raise pickle.PicklingError("the objects are nested too deeply") from None
+        raise FormatError(_UNWRITABLE.format("they are nested too deeply")) from None
     return file.getvalue(), tuple(pickler.storages)

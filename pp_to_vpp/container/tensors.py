@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .extents import Piece, cut_pieces
+from ..errors import FormatError
+from .extents import Extent, Piece, Zeros
 from .pickling import Global, Instance, Storage
 
-ITEM_BYTES = {
-    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
-    "LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1,
-    "BoolStorage": 1, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16,
-    "QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4, "UntypedStorage": 1,
+_STORAGES = {
+    "DoubleStorage": ("float64", 8), "FloatStorage": ("float32", 4), "HalfStorage": ("float16", 2),
+    "BFloat16Storage": ("bfloat16", 2), "LongStorage": ("int64", 8), "IntStorage": ("int32", 4),
+    "ShortStorage": ("int16", 2), "CharStorage": ("int8", 1), "ByteStorage": ("uint8", 1),
+    "BoolStorage": ("bool", 1), "ComplexFloatStorage": ("complex64", 8),
+    "ComplexDoubleStorage": ("complex128", 16), "QInt8Storage": ("qint8", 1),
+    "QUInt8Storage": ("quint8", 1), "QInt32Storage": ("qint32", 4),
+    "UntypedStorage": ("untyped", 1),
 }  # fmt: skip
-"""Bytes of one element, by the storage class that torch.save names."""
+"""Dtype and bytes of one element, by the storage class that torch.save names."""
+_ITEM_BYTES = dict(_STORAGES.values())
 
-_DTYPES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
-    "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
-}  # fmt: skip
-
+FLOAT_BYTES = _ITEM_BYTES["float32"]
 FLOAT_STORAGE = Global("torch", "FloatStorage")
 _REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_WITH_ATTRIBUTES = Global("torch._tensor", "_rebuild_from_type_v2")
@@ -32,8 +32,16 @@ _MAX_DIMENSIONS = 64
 _MAX_SIZE = 1 << 62
 
 
-class TensorError(ValueError):
-    """A tensor whose description is impossible."""
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element of a dtype."""
+    return _ITEM_BYTES[dtype]
+
+
+def storage_item_bytes(kind: Global) -> int | None:
+    """Bytes of one element of a storage class; None for classes that are none of torch."""
+    if kind.module not in ("torch", "torch.storage"):
+        return None
+    return _STORAGES.get(kind.name, ("", None))[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +62,12 @@ class TensorRef:
     @property
     def dtype(self) -> str:
         """``bfloat16`` and the like."""
-        return _DTYPES.get(self.storage.type.name, self.storage.type.name)
+        return _STORAGES[self.storage.type.name][0]
 
     @property
     def item_bytes(self) -> int:
         """Bytes of one element."""
-        return ITEM_BYTES[self.storage.type.name]
+        return _STORAGES[self.storage.type.name][1]
 
     @property
     def span(self) -> int:
@@ -78,10 +86,15 @@ class TensorRef:
             expected *= n
         return True
 
-    def content(self) -> tuple[Piece, ...]:
-        """The bytes it covers, first to last element."""
+    @property
+    def extent(self) -> Extent:
+        """The bytes it covers in the file that it was read from, first to last element."""
         start, length = self.offset * self.item_bytes, self.span * self.item_bytes
-        return cut_pieces(self.storage.content, start, length)
+        return self.storage.extent.cut(start, length)
+
+    def segment(self, start: int, numel: int) -> TensorRef:
+        """The flat tensor of some elements of this flat one."""
+        return replace(self, offset=self.offset + start, shape=(numel,))
 
     def moved(self, storage: Storage, offset: int) -> Instance:
         """The node of the same tensor as a view of another storage."""
@@ -93,24 +106,24 @@ def as_tensor(node: Any) -> TensorRef | None:
     """The tensor that a node rebuilds, None when it is no plain tensor.
 
     Raises:
-        TensorError: negative or non-integer sizes, or a view that leaves its storage.
+        FormatError: negative or non-integer sizes, or a view that leaves its storage.
     """
     if not isinstance(node, Instance) or node.factory != _REBUILD_TENSOR:
         return None
     if len(node.arguments) != _REBUILD_ARGUMENTS or node.by_new:
-        raise TensorError("a tensor with unknown arguments")
+        raise FormatError("a tensor with unknown arguments")
     storage, offset, shape, stride = node.arguments[:4]
-    if not isinstance(storage, Storage) or storage.type.name not in ITEM_BYTES:
-        raise TensorError("a tensor without a storage of a known type")
+    if not isinstance(storage, Storage) or storage_item_bytes(storage.type) is None:
+        raise FormatError("a tensor without a storage of a known type")
     if not (isinstance(shape, tuple) and isinstance(stride, tuple)) or len(shape) != len(stride):
-        raise TensorError("a tensor whose shape and strides do not agree")
+        raise FormatError("a tensor whose shape and strides do not agree")
     if len(shape) > _MAX_DIMENSIONS:
-        raise TensorError(f"a tensor of {len(shape)} dimensions")
+        raise FormatError(f"a tensor of {len(shape)} dimensions")
     if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in (offset, *shape, *stride)):
-        raise TensorError("a tensor with a negative or absurd size, stride or offset")
+        raise FormatError("a tensor with a negative or absurd size, stride or offset")
     tensor = TensorRef(storage, offset, shape, stride, node)
     if offset + tensor.span > storage.numel:
-        raise TensorError(
+        raise FormatError(
             f"a tensor of elements {offset} to {offset + tensor.span} in a storage of "
             f"{storage.numel}"
         )
@@ -143,6 +156,24 @@ def sharing_lists(node: Any, lists: dict[tuple[Any, ...], list[Any]]) -> Any:
         for name, value in attributes.items()
     }
     return replace(node, arguments=(*node.arguments[:-1], shared))
+
+
+def gathered(
+    kind: Global, location: str, numel: int, places: Iterable[tuple[int, TensorRef]]
+) -> Storage:
+    """A storage of ``numel`` elements with the bytes of tensors of its kind at their places, and
+    zeros between and behind them, as in Megatron's own (FORMAT 2.2)."""
+    size = storage_item_bytes(kind) or 0
+    pieces: list[Piece] = []
+    position = 0
+    for start, tensor in sorted(places, key=lambda place: place[0]):
+        if start > position:
+            pieces.append(Zeros((start - position) * size))
+        pieces.append(tensor.extent)
+        position = start + tensor.numel
+    if numel > position:
+        pieces.append(Zeros((numel - position) * size))
+    return Storage(kind, location, numel, tuple(pieces))
 
 
 def flat_tensor(storage: Storage) -> Instance:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import FormatError
 from . import archive, pickling
 from .archive import ArchiveLayout, Record
 from .extents import Extent, Literal, Piece, join_pieces
 from .pickling import Global, Storage
-from .tensors import ITEM_BYTES
+from .tensors import storage_item_bytes
 
 _PICKLE = "data.pkl"
 _DATA = "data/"
@@ -23,10 +23,6 @@ _IDENTITY = ".data/serialization_id"
 _MAX_PICKLE = 256 << 20
 _MAX_SMALL = 1 << 12
 _IDENTITY_DIGITS = 40
-
-
-class FileFormatError(ValueError):
-    """The file is not one that torch.save wrote, or is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +51,45 @@ def decode(
         read: the bytes of one record. Called for small records only.
 
     Raises:
-        FileFormatError: a record is missing, damaged or of another format.
+        FormatError: a record is missing, damaged or of another format.
     """
     for name in (_PICKLE, _VERSION):
         if name not in records:
-            raise FileFormatError(f"record {name!r} is missing: no file of torch.save")
+            raise FormatError(f"record {name!r} is missing: no file of torch.save")
     if "constants.pkl" in records:
-        raise FileFormatError("it is a TorchScript archive, not a checkpoint")
+        raise FormatError("it is a TorchScript archive, not a checkpoint")
     small = {
         name: _read_checked(record, read)
         for name, record in records.items()
         if not name.startswith(_DATA)
     }
     if small.get("byteorder", b"little") != b"little":
-        raise FileFormatError("its tensors are big-endian")
+        raise FormatError("its tensors are big-endian")
 
     def make_storage(kind: Global, key: str, location: str, numel: int) -> Storage:
         record = records.get(_DATA + key)
         if record is None:
-            raise FileFormatError(f"record 'data/{key[:40]}' is missing")
-        if kind.module not in ("torch", "torch.storage") or kind.name not in ITEM_BYTES:
-            raise FileFormatError(f"storages of type {kind} are unknown")
-        if record.length != numel * ITEM_BYTES[kind.name]:
-            raise FileFormatError(
+            raise FormatError(f"record 'data/{key[:40]}' is missing")
+        size = storage_item_bytes(kind)
+        if size is None:
+            raise FormatError(f"storages of type {kind} are unknown")
+        if record.length != numel * size:
+            raise FormatError(
                 f"record 'data/{key[:40]}' has {record.length} bytes, not those of {numel} elements"
             )
         return Storage(kind, location, numel, (Extent(path, record.offset, record.length),))
 
-    try:
-        root = pickling.load(small.pop(_PICKLE), make_storage)
-    except pickle.UnpicklingError as error:
-        raise FileFormatError(f"its pickle is refused: {error}") from None
+    root = pickling.load(small.pop(_PICKLE), make_storage)
     return TorchFile(path, root, stem, records, small)
 
 
 def _read_checked(record: Record, read: Callable[[Record], bytes]) -> bytes:
     limit = _MAX_PICKLE if record.name == _PICKLE else _MAX_SMALL
     if record.length > limit:
-        raise FileFormatError(f"record {record.name!r} of {record.length} bytes is absurdly large")
+        raise FormatError(f"record {record.name!r} of {record.length} bytes is absurdly large")
     data = read(record)
     if record.has_checksum and zlib.crc32(data) != record.crc32:
-        raise FileFormatError(f"record {record.name!r} is damaged: its CRC-32 is wrong")
+        raise FormatError(f"record {record.name!r} is damaged: its CRC-32 is wrong")
     return data
 
 
@@ -115,12 +109,9 @@ def encode(root: Any, template: TorchFile) -> EncodedFile:
     from it in the serialization id at most.
 
     Raises:
-        FileFormatError: the graph cannot be pickled.
+        FormatError: the graph cannot be pickled.
     """
-    try:
-        pickled, storages = pickling.dump(root)
-    except pickle.PicklingError as error:
-        raise FileFormatError(f"its objects cannot be written back: {error}") from None
+    pickled, storages = pickling.dump(root)
     names = list(template.records)
     old_data = [name for name in names if name.startswith(_DATA)]
     data = [f"{_DATA}{i}" for i in range(len(storages))]
@@ -148,7 +139,7 @@ def archive_of(file: TorchFile) -> tuple[ArchiveLayout, list[int]]:
     """Where torch places the records that a file has, and their CRC-32.
 
     Raises:
-        FileFormatError: the file states an absurd alignment.
+        FormatError: the file states an absurd alignment.
     """
     sizes = [(name, record.length) for name, record in file.records.items()]
     layout = archive.lay_out(file.stem, sizes, _alignment(file))
@@ -160,5 +151,5 @@ def _alignment(template: TorchFile) -> int:
     if stated is None:
         return archive.ALIGNMENT
     if not stated.isdigit() or not 0 < int(stated) <= 1 << 15:
-        raise FileFormatError("its record '.storage_alignment' is no sensible number")
+        raise FormatError("its record '.storage_alignment' is no sensible number")
     return int(stated)

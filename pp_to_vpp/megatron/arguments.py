@@ -23,12 +23,12 @@ from ..errors import (
     show,
 )
 from .naming import chunk_keys
-from .pipeline import PipelineLayout, Placement
-from .rules import Rules
+from .pipeline import PLACEMENT_ARGUMENTS, Ends, Even, LayoutString, Placement
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
 _VP_SIZE = "virtual_pipeline_model_parallel_size"
+_OVERLAPS = "overlap_param_gather_with_optimizer_step"
 _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1 << 16
 
@@ -67,19 +67,6 @@ class SavedArguments:
     """0.14 and 0.15 do when embedding_init_method_std is given."""
     decays_qk_norms: bool
     """apply_wd_to_qk_layernorm (0.16)."""
-
-    def place(self, placement: Placement, rules: Rules) -> PipelineLayout:
-        """The layout that a placement gives this model on its pipeline ranks.
-
-        Raises:
-            LayoutError: it is impossible.
-        """
-        return placement.place(
-            self.num_layers,
-            self.pp_size,
-            mtp_num_layers=self.mtp_num_layers,
-            mtp_may_stand_alone=rules.mtp_may_stand_alone,
-        )
 
     @property
     def dense_shards(self) -> int:
@@ -198,6 +185,37 @@ def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
     ]
 
 
+def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
+    """The placement, in the one form that the run used."""
+    given = 1 if _VP_SIZE in read.values else default_vp_size
+    vp_size = read.size(_VP_SIZE, default=given)
+    text = read.text("pipeline_model_parallel_layout")
+    ends = Ends(
+        first=read.optional("decoder_first_pipeline_num_layers", high=_MAX_LAYERS),
+        last=read.optional("decoder_last_pipeline_num_layers", high=_MAX_LAYERS),
+        first_split=read.split("decoder_first_pipeline_num_layers_split"),
+        last_split=read.split("decoder_last_pipeline_num_layers_split"),
+    )
+    even = Even(
+        counts_embedding=read.flag("account_for_embedding_in_pipeline_split"),
+        counts_loss=read.flag("account_for_loss_in_pipeline_split"),
+    )
+    if text is not None:
+        return Placement(vp_size, LayoutString(text))
+    if ends == Ends():
+        return Placement(vp_size, even)
+    if even != Even():
+        read.problems.append(
+            problem(
+                read.where,
+                "args tell account_for_*_in_pipeline_split together with "
+                "decoder_first/last_pipeline_num_layers; Megatron takes one of the two",
+                cure=AS_SAVED,
+            )
+        )
+    return Placement(vp_size, ends.with_splits(vp_size))
+
+
 def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
     """The typed arguments of a rank file, given its top level.
 
@@ -208,7 +226,6 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
             converted.
     """
     values = namespace_values(root.get("args"), where)
-    vp_size = max(1, len(chunk_keys(root))) if _VP_SIZE not in values else 1
     read = _Reader(values, where)
     tp_size = read.size("tensor_model_parallel_size")
     arguments = SavedArguments(
@@ -223,24 +240,15 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         cp_size=read.size("context_parallel_size"),
         dp_size=read.size("data_parallel_size"),
         optimizer_instances=read.size("num_distributed_optimizer_instances"),
-        placement=Placement(
-            vp_size=read.size(_VP_SIZE, default=vp_size),
-            account_for_embedding=read.flag("account_for_embedding_in_pipeline_split"),
-            account_for_loss=read.flag("account_for_loss_in_pipeline_split"),
-            first_layers=read.optional("decoder_first_pipeline_num_layers", high=_MAX_LAYERS),
-            last_layers=read.optional("decoder_last_pipeline_num_layers", high=_MAX_LAYERS),
-            first_split=read.split("decoder_first_pipeline_num_layers_split"),
-            last_split=read.split("decoder_last_pipeline_num_layers_split"),
-            layout=read.text("pipeline_model_parallel_layout"),
-        ).with_even_splits(),
+        placement=_placement(read, default_vp_size=max(1, len(chunk_keys(root)))),
         uses_distributed_optimizer=read.flag("use_distributed_optimizer"),
         overlaps_grad_reduce=read.flag("overlap_grad_reduce"),
-        overlaps_param_gather_with_step=read.flag("overlap_param_gather_with_optimizer_step"),
+        overlaps_param_gather_with_step=read.flag(_OVERLAPS),
         ddp_bucket_size=read.optional("ddp_bucket_size"),
         ddp_num_buckets=read.optional("ddp_num_buckets", low=1),
         pads_buckets=read.flag("ddp_pad_buckets_for_high_nccl_busbw"),
         decoupled_lr=values.get("decoupled_lr") is not None,
-        skips_embedding_weight_decay=(
+        skips_embedding_weight_decay=(  # 0.16 dropped it and brought the other (FORMAT 6.2)
             values.get("embedding_init_method_std") is not None
             and "apply_wd_to_qk_layernorm" not in values
         ),
@@ -270,6 +278,9 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
     return arguments
 
 
+FOLLOWING_PLACEMENT = PLACEMENT_ARGUMENTS | {"overlap_p2p_comm", "align_param_gather", _OVERLAPS}
+"""Arguments that say where layers are, that Megatron derives from that, or that are asked for."""
+
 _ALWAYS_TOLD = frozenset(
     (
         "decoder_first_pipeline_num_layers_split", "decoder_last_pipeline_num_layers_split",
@@ -278,25 +289,20 @@ _ALWAYS_TOLD = frozenset(
 )  # fmt: skip
 
 
-def patch_arguments(
-    node: Instance,
-    source: SavedArguments,
-    placement: Placement,
-    *,
-    overlap_param_gather_with_step: bool,
-) -> Instance:
-    """The saved ``args`` as a run with the target placement would have saved them.
+def patch_arguments(node: Instance, source: SavedArguments, target: SavedArguments) -> Instance:
+    """The saved ``args`` as the run with the target's placement would have saved them.
 
     Attributes keep their order, and only those that the version knows are set; except for the
     fork's splits and layout strings, without which the target could not be told from an even one.
     They are appended to the arguments of versions without them, and taken away again.
     """
-    changes = dict(placement.arguments(source.num_layers, source.pp_size))
-    if (placement.vp_size > 1) != (source.placement.vp_size > 1):
-        # validate_args forces both off without interleaving; both are on by default with it.
-        changes["overlap_p2p_comm"] = placement.vp_size > 1
-        changes["align_param_gather"] = placement.vp_size > 1
-    changes["overlap_param_gather_with_optimizer_step"] = overlap_param_gather_with_step
+    changes = dict(target.placement.arguments(source.num_layers, source.pp_size))
+    is_virtual = target.placement.vp_size > 1
+    if is_virtual != (source.placement.vp_size > 1):
+        # validate_args forces both off without interleaving; both are on by default with it
+        # (FORMAT 2.3).
+        changes["overlap_p2p_comm"] = changes["align_param_gather"] = is_virtual
+    changes[_OVERLAPS] = target.overlaps_param_gather_with_step
     values = dict(namespace_values(node, "args"))
     appended = itertools.takewhile(
         lambda name: name in _ALWAYS_TOLD and changes.get(name) is None, reversed(list(values))

@@ -2,9 +2,9 @@
 
 Each chunk has a buffer per (dense or expert, dtype), created in the order in which
 ``named_parameters()`` first meets them; inside one, parameters lie in reverse order, each aligned,
-cut into buckets whose ends are padded (param_and_grad_buffer.py, 0.7 to 0.18;
-distrib_optimizer.py ``_compute_per_buffer_param_layout``, 0.19). The optimizer file holds the same
-buffer with the padding of bucket ends taken out, the holes inside buckets kept.
+cut into buckets whose ends are padded (param_and_grad_buffer.py, 0.7 to 0.17;
+distrib_optimizer.py ``_compute_per_buffer_param_layout``, 0.18 and 0.19). The optimizer file holds
+the same buffer with the padding of bucket ends taken out, the holes inside buckets kept.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError
-from .arguments import SavedArguments
-from .optimizer_chain import OptimizerPart
-from .parameters import Item, in_expert_buffer, is_shared_embedding
+from .megatron import Megatron
+from .optimizer_chain import ChainedOptimizer
+from .parameters import Parameters, is_in_expert_buffer, is_shared_embedding
 from .pipeline import ModelChunk
 from .rules import Rules
 
@@ -80,34 +80,24 @@ class BucketPolicy:
         return math.lcm(*divisors)
 
 
-def bucket_policy(
-    arguments: SavedArguments,
-    rules: Rules,
-    *,
-    pp_rank: int,
-    vp_stage: int,
-    rank_numel: int,
-    overlaps_param_gather_with_step: bool,
-) -> BucketPolicy:
+def bucket_policy(chunk: ModelChunk, rank_numel: int, megatron: Megatron) -> BucketPolicy:
     """The policy of one chunk (training.py get_model; distributed_data_parallel.py).
 
     Args:
-        arguments: of the run; they must be those of the relaunch too.
-        rules: of the version.
-        pp_rank: only the first stage has buckets,
-        vp_stage: and of its chunks only the first.
+        chunk: only the first one of the first stage has buckets: elsewhere there is no gradient
+            left to reduce while others are still computed (FORMAT 5.4).
         rank_numel: parameters of all chunks of the rank, for ``ddp_num_buckets``.
-        overlaps_param_gather_with_step: overlap_param_gather_with_optimizer_step of the run.
+        megatron: the run; what it was told of buckets must be told to the relaunch too.
     """
+    arguments = megatron.arguments
     size: int | None = None
     if (
         arguments.overlaps_grad_reduce
-        and pp_rank == 0
-        and vp_stage == 0
-        and not overlaps_param_gather_with_step
+        and (chunk.pp_rank, chunk.vp_stage) == (0, 0)
+        and not arguments.overlaps_param_gather_with_step
     ):
         ranks = arguments.dp_size
-        if rules.counts_cp_in_default_bucket:
+        if megatron.rules.counts_cp_in_default_bucket:
             ranks *= arguments.cp_size
         size = max(_DEFAULT_BUCKET, _DEFAULT_BUCKET_PER_RANK * ranks)
         if arguments.ddp_num_buckets is not None:
@@ -138,6 +128,7 @@ def chunk_buffers(
     groups: dict[tuple[bool, str], list[int]] = {}
     for index, parameter in enumerate(parameters):
         groups.setdefault((parameter.is_expert, parameter.dtype), []).append(index)
+    # Stable: dense first, dtypes as named_parameters() meets them (FORMAT 5.2).
     ordered = sorted(groups, key=lambda group: group[0])
     return tuple(_lay_out(parameters, groups[group], rules, policy, *group) for group in ordered)
 
@@ -205,7 +196,7 @@ def _lay_out(
     cursor = _Cursor(policy.divisor(is_expert=is_expert))
     starts: dict[int, int] = {}
     saved_starts: dict[int, int] = {}
-    for member in reversed(members):
+    for member in reversed(members):  # in this order gradients arrive (FORMAT 5.4)
         parameter = parameters[member]
         if rules.aligns_parameters:
             cursor.position = _ceil(cursor.position, _PARAMETER_ALIGNMENT)
@@ -240,48 +231,41 @@ class RankBuffers:
     by_stage: tuple[tuple[Buffer, ...], ...]
     """For each virtual stage, the buffers of its chunk."""
 
-    def of_part(self, part: OptimizerPart) -> list[tuple[int, Buffer]]:
+    def of(self, optimizer: ChainedOptimizer) -> list[tuple[int, Buffer]]:
         """(virtual stage, buffer) of each buffer of an optimizer, in the order of its index
         ``gbuf_idx``: chunks without such parameters have none."""
         return [
             (stage, buffer)
-            for stage in part.vp_stages
+            for stage in optimizer.vp_stages
             for buffer in self.by_stage[stage]
-            if buffer.is_expert == part.is_expert
+            if buffer.is_expert == optimizer.is_expert
         ]
 
 
-def rank_buffers(
-    chunks: Sequence[tuple[ModelChunk, Sequence[Item]]],
-    arguments: SavedArguments,
-    rules: Rules,
-    *,
-    overlaps_param_gather_with_step: bool,
-) -> RankBuffers:
-    """The flat buffers of a rank with these chunks and parameters.
+def buffers_of(parameters: Parameters, pp_rank: int, megatron: Megatron) -> RankBuffers:
+    """The flat buffers of a pipeline rank with these parameters.
 
     Raises:
         LayoutError: Megatron could not build them.
     """
-    rank_numel = sum(item.weight.numel for _, items in chunks for item in items)
-    by_stage = []
-    for chunk, items in chunks:
-        parameters = [
-            BufferParameter(
-                numel=item.weight.numel,
-                dtype=item.weight.dtype,
-                is_expert=in_expert_buffer(item, arguments, rules),
-                is_shared_embedding=is_shared_embedding(item, chunk, arguments),
+    chunks = megatron.layout.rank_chunks(pp_rank)
+    # ddp_num_buckets divides the parameters of all chunks of the rank (FORMAT 5.4).
+    rank_numel = sum(item.weight.numel for items in parameters for item in items)
+    return RankBuffers(
+        tuple(
+            chunk_buffers(
+                [
+                    BufferParameter(
+                        numel=item.weight.numel,
+                        dtype=item.weight.dtype,
+                        is_expert=is_in_expert_buffer(item, megatron),
+                        is_shared_embedding=is_shared_embedding(item, chunk, megatron),
+                    )
+                    for item in items
+                ],
+                megatron.rules,
+                bucket_policy(chunk, rank_numel, megatron),
             )
-            for item in items
-        ]
-        policy = bucket_policy(
-            arguments,
-            rules,
-            pp_rank=chunk.pp_rank,
-            vp_stage=chunk.vp_stage,
-            rank_numel=rank_numel,
-            overlaps_param_gather_with_step=overlaps_param_gather_with_step,
+            for chunk, items in zip(chunks, parameters, strict=True)
         )
-        by_stage.append(chunk_buffers(parameters, rules, policy))
-    return RankBuffers(tuple(by_stage))
+    )

@@ -14,7 +14,9 @@ from typing import Any
 
 _LAYER = re.compile(r"(?P<stack>decoder|encoder)\.layers\.(?P<index>[0-9]{1,9})(?P<rest>\..+)?")
 _FINAL_NORM = re.compile(r"(?:decoder|encoder)\.final_(?:layernorm|norm)(?:\.|$)")
+# A whole component of the key: shared_experts are dense (FORMAT 9.8).
 _EXPERT = re.compile(r"(?:^|\.)experts\.")
+# Counted as a parameter, one of these would shift all places after it (FORMAT 3.3).
 _NOT_A_PARAMETER = re.compile(r"(?:^|\.)(?:_extra_state\d*|router\.expert_bias|router\.qb_beta)$")
 _CHUNK = re.compile(r"model([0-9]{1,4})")
 

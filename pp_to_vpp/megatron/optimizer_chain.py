@@ -9,67 +9,11 @@ later).
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .arguments import SavedArguments
+from .megatron import Megatron
 from .param_groups import GroupKey, key_of_item
-from .parameters import Item, is_layer_matrix
-from .rules import Rules
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerPart:
-    """One optimizer of the chain."""
-
-    is_expert: bool
-    vp_stages: tuple[int, ...]
-    """The chunks it is responsible for."""
-    takes_matrices: bool | None = None
-    """Whether it takes the matrices of layers or all other parameters; None for both."""
-
-    def is_like(self, other: OptimizerPart) -> bool:
-        """Whether both are for the same kind of parameters, of whichever chunks."""
-        return replace(self, vp_stages=other.vp_stages) == other
-
-
-def has_optimizer(parameters: Sequence[Sequence[Item]], rules: Rules) -> bool:
-    """Whether a rank with these parameters of each virtual stage has an optimizer: without any it
-    has one only for the param groups of others."""
-    return rules.keeps_all_groups or any(parameters)
-
-
-def chained_optimizers(
-    vp_size: int, *, has_expert_part: bool, overlaps_param_gather_with_step: bool
-) -> tuple[OptimizerPart, ...]:
-    """The optimizers of a rank, in the order of its entries.
-
-    Overlapping the parameter gather with the step splits off the dense part of the first chunk.
-    """
-    stages = tuple(range(vp_size))
-    dense = [stages[:1], stages[1:]] if overlaps_param_gather_with_step else [stages]
-    parts = [OptimizerPart(is_expert=False, vp_stages=part) for part in dense]
-    if has_expert_part:
-        parts.append(OptimizerPart(is_expert=True, vp_stages=stages))
-    return tuple(parts)
-
-
-def items_by_group(
-    parameters: Sequence[Sequence[Item]],
-    part: OptimizerPart,
-    arguments: SavedArguments,
-    rules: Rules,
-) -> dict[GroupKey, list[Item]]:
-    """The parameters of one optimizer by param group, in first-seen order; ``parameters`` are
-    those of each virtual stage."""
-    by_key: dict[GroupKey, list[Item]] = {}
-    for stage in part.vp_stages:
-        for item in parameters[stage]:
-            key = key_of_item(item, arguments, rules)
-            is_taken = part.takes_matrices in (None, is_layer_matrix(item, rules))
-            if is_taken and key.is_expert == part.is_expert:
-                by_key.setdefault(key, []).append(item)
-    return by_key
+from .parameters import Item, Parameters, is_in_expert_buffer, is_layer_matrix
 
 
 class OptimizerKind(enum.Enum):
@@ -78,3 +22,63 @@ class OptimizerKind(enum.Enum):
     NONE = "weights only"
     DISTRIBUTED = "distributed optimizer"
     PLAIN = "non-distributed optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class ChainedOptimizer:
+    """One optimizer of the chain."""
+
+    is_expert: bool
+    vp_stages: tuple[int, ...]
+    """The chunks it is responsible for."""
+    takes_matrices: bool | None = None
+    """Whether it takes the matrices of layers or all other parameters; None for both."""
+
+    def is_like(self, other: ChainedOptimizer) -> bool:
+        """Whether both are for the same kind of parameters, of whichever chunks."""
+        return replace(self, vp_stages=other.vp_stages) == other
+
+
+def has_optimizer(parameters: Parameters, megatron: Megatron) -> bool:
+    """Whether a rank with these parameters has an optimizer: without any it has one only for the
+    param groups of others."""
+    return megatron.rules.keeps_all_groups or any(parameters)
+
+
+def has_expert_optimizer(parameters: Parameters, megatron: Megatron, *, others_have: bool) -> bool:
+    """Whether a rank with these parameters has an optimizer for expert buffers: by newer rules
+    every rank has, if any has."""
+    return (others_have and megatron.rules.keeps_all_groups) or any(
+        is_in_expert_buffer(item, megatron) for items in parameters for item in items
+    )
+
+
+def chain_of(
+    parameters: Parameters, megatron: Megatron, *, has_experts: bool
+) -> tuple[ChainedOptimizer, ...]:
+    """The optimizers of a rank with these parameters, in the order of its entries.
+
+    Overlapping the parameter gather with the step splits off the dense part of the first chunk
+    (FORMAT 5.3).
+    """
+    stages = tuple(range(len(parameters)))
+    overlaps = megatron.arguments.overlaps_param_gather_with_step
+    dense = [stages[:1], stages[1:]] if overlaps else [stages]
+    chain = [ChainedOptimizer(is_expert=False, vp_stages=part) for part in dense]
+    if has_experts:
+        chain.append(ChainedOptimizer(is_expert=True, vp_stages=stages))
+    return tuple(chain)
+
+
+def items_by_group(
+    parameters: Parameters, optimizer: ChainedOptimizer, megatron: Megatron
+) -> dict[GroupKey, list[Item]]:
+    """The parameters of one optimizer by param group, in first-seen order."""
+    by_key: dict[GroupKey, list[Item]] = {}
+    for stage in optimizer.vp_stages:
+        for item in parameters[stage]:
+            key = key_of_item(item, megatron)
+            is_taken = optimizer.takes_matrices in (None, is_layer_matrix(item, megatron))
+            if is_taken and key.is_expert == optimizer.is_expert:
+                by_key.setdefault(key, []).append(item)
+    return by_key

@@ -7,13 +7,13 @@ decoupled learning rates make further groups (optimizer/__init__.py ``_get_param
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import SavedArguments
-from .parameters import Item, in_expert_buffer, is_embedding_or_output
-from .rules import Rules
+from ..errors import show
+from .megatron import Megatron
+from .parameters import Item, is_embedding_or_output, is_in_expert_buffer
 
 STEP = "step"
 """Count of optimizer steps, kept in each group by the fused optimizers."""
@@ -29,8 +29,9 @@ class GroupKey:
     """Learning rate of its own for embeddings and output layer."""
 
 
-def key_of_item(item: Item, arguments: SavedArguments, rules: Rules) -> GroupKey:
+def key_of_item(item: Item, megatron: Megatron) -> GroupKey:
     """The group of a parameter."""
+    arguments = megatron.arguments
     is_flat = item.rest.endswith(".bias") or len(item.weight.shape) == 1
     if arguments.decays_qk_norms and ("q_layernorm." in item.rest or "k_layernorm." in item.rest):
         is_flat = False
@@ -38,8 +39,8 @@ def key_of_item(item: Item, arguments: SavedArguments, rules: Rules) -> GroupKey
         is_flat = True
     return GroupKey(
         decays=not is_flat,
-        is_expert=in_expert_buffer(item, arguments, rules),
-        is_decoupled=arguments.decoupled_lr and is_embedding_or_output(item, rules),
+        is_expert=is_in_expert_buffer(item, megatron),
+        is_decoupled=arguments.decoupled_lr and is_embedding_or_output(item, megatron),
     )
 
 
@@ -53,3 +54,14 @@ def key_of_group(group: Mapping[Any, Any]) -> GroupKey:
         is_expert=group.get("is_expert_parallel") is True,
         is_decoupled=group.get("is_decoupled_lr") is True or group.get("default_config") is False,
     )
+
+
+def are_sorted(groups: Iterable[Mapping[Any, Any]]) -> bool:
+    """Whether they are those of all ranks in one order for all: from 0.16, known by a key that
+    came with it (FORMAT 6.2)."""
+    return any("default_config" in group for group in groups)
+
+
+def steps(groups: Iterable[Mapping[Any, Any]], held: Collection[GroupKey]) -> set[str]:
+    """The step counts of the groups that hold parameters, as text: one, in a file of Megatron."""
+    return {show(group.get(STEP)) for group in groups if key_of_group(group) in held}

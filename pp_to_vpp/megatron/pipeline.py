@@ -1,8 +1,9 @@
 """How Megatron places decoder layers, embedding, MTP and loss on (pipeline rank, virtual stage).
 
-Chunks run in the order (v=0: p=0..P-1), (v=1: p=0..P-1), ...; the layers of a chunk are a
-contiguous range that follows from the counts of all chunks before it. So a placement is a list of
-counts in that order (transformer_block.py and transformer_layer.py, 0.6 to 0.19;
+The layers of a chunk are a contiguous range that follows from the counts of all chunks that run
+before it. So a placement is *counts in order of execution*, and a *map from the number of a chunk
+to its pipeline rank and virtual stage* (FORMAT 4). The counts come from one of several forms, each
+with its own arguments (transformer_block.py and transformer_layer.py, 0.6 to 0.19;
 pipeline_parallel_layer_layout.py, 0.13 to 0.19; microsoft/ltp-megatron-lm, branch uneven-pp-opt).
 """
 
@@ -12,6 +13,7 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from ..errors import LayoutError, show
 from .naming import Section
@@ -36,20 +38,17 @@ class PipelineLayout:
     pp_size: int
     vp_size: int
     chunks: tuple[ModelChunk, ...]
-    """In execution order: chunk of (p, v) at v * pp_size + p."""
+    """In order of execution."""
 
     def __str__(self) -> str:
         """For messages: virtual pipeline size and layers of each chunk in order of execution."""
         counts = " ".join(str(len(chunk.layers)) for chunk in self.chunks)
         return f"virtual pipeline size {self.vp_size}, layers {counts}"
 
-    def chunk(self, pp_rank: int, vp_stage: int) -> ModelChunk:
-        """The chunk of one pipeline rank and virtual stage."""
-        return self.chunks[vp_stage * self.pp_size + pp_rank]
-
     def rank_chunks(self, pp_rank: int) -> tuple[ModelChunk, ...]:
         """The chunks of one pipeline rank, by virtual stage."""
-        return self.chunks[pp_rank :: self.pp_size]
+        own = (chunk for chunk in self.chunks if chunk.pp_rank == pp_rank)
+        return tuple(sorted(own, key=lambda chunk: chunk.vp_stage))
 
     def sources_of(self, target: PipelineLayout, pp_rank: int) -> tuple[int, ...]:
         """The pipeline ranks of this layout that hold what rank ``pp_rank`` of another needs; the
@@ -66,9 +65,7 @@ class PipelineLayout:
 
     def table(self) -> str:
         """The layers of each rank and virtual stage, as text."""
-        marks = {
-            Section.EMBEDDING: "E", Section.MTP: "M", Section.HEAD: "L",
-        }  # fmt: skip
+        marks = {Section.EMBEDDING: "E", Section.MTP: "M", Section.HEAD: "L"}
         rows = [["", *(f"vp{v}" for v in range(self.vp_size))]]
         for p in range(self.pp_size):
             row = [f"pp{p}"]
@@ -87,24 +84,229 @@ class PipelineLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """A run's own words for its layer placement: the values of Megatron's arguments.
+class Shape:
+    """What is to be cut, and into what."""
 
-    At most one of the three uneven forms (account_for_*, first/last, layout string) may be used.
-    """
+    num_layers: int
+    """Decoder layers."""
+    pp_size: int
+    vp_size: int
+    mtp_num_layers: int
 
-    vp_size: int = 1
-    account_for_embedding: bool = False
-    account_for_loss: bool = False
-    first_layers: int | None = None
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return self.pp_size * self.vp_size
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A model cut into chunks, in order of execution."""
+
+    counts: tuple[int, ...]
+    """Decoder layers of each."""
+    mtp_chunk: int
+    """The one that holds the MTP layers, if there are any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Even:
+    """The same number of layers for all chunks; embedding and loss may count as a layer each."""
+
+    counts_embedding: bool = False
+    """account_for_embedding_in_pipeline_split."""
+    counts_loss: bool = False
+
+    def _slots(self, shape: Shape) -> int:
+        return shape.num_layers + self.counts_embedding + self.counts_loss
+
+    def cut(self, shape: Shape) -> Cut:
+        """See ``Placement.place``."""
+        slots, chunks = self._slots(shape), shape.chunks
+        if slots % chunks:
+            extra = " (embedding and loss included)" if slots != shape.num_layers else ""
+            raise LayoutError(
+                f"layer placement: {slots} layers{extra} do not divide into {shape.pp_size} "
+                f"pipeline ranks x {shape.vp_size} virtual stages; choose another VPP size, or "
+                "give --target-pipeline-model-parallel-layout"
+            )
+        counts = [slots // chunks] * chunks
+        counts[0] -= self.counts_embedding
+        counts[-1] -= self.counts_loss
+        return Cut(tuple(counts), chunks - 1)
+
+    def arguments(self, shape: Shape) -> dict[str, object]:
+        """See ``Placement.arguments``."""
+        per_stage = self._slots(shape) // shape.chunks
+        return {
+            "num_layers_per_virtual_pipeline_stage": per_stage if shape.vp_size > 1 else None,
+            "account_for_embedding_in_pipeline_split": self.counts_embedding,
+            "account_for_loss_in_pipeline_split": self.counts_loss,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Numbers of layers of their own for the first and last pipeline stage; the others are even."""
+
+    first: int | None = None
     """decoder_first_pipeline_num_layers."""
-    last_layers: int | None = None
+    last: int | None = None
     first_split: tuple[int, ...] | None = None
     """decoder_first_pipeline_num_layers_split of the Microsoft fork: layers of each virtual stage
     of the first pipeline stage."""
     last_split: tuple[int, ...] | None = None
-    layout: str | None = None
-    """pipeline_model_parallel_layout."""
+
+    def with_splits(self, vp_size: int) -> Ends:
+        """With those that the fork chooses itself where V does not divide a stage: the remainder
+        goes to the first chunks (transformer_config.py of the fork)."""
+
+        def split(count: int | None, given: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            if given is not None or count is None or count % vp_size == 0:
+                return given
+            quotient, remainder = divmod(count, vp_size)
+            return tuple(quotient + (v < remainder) for v in range(vp_size))
+
+        return replace(
+            self,
+            first_split=split(self.first, self.first_split),
+            last_split=split(self.last, self.last_split),
+        )
+
+    def cut(self, shape: Shape) -> Cut:
+        """See ``Placement.place``."""
+        splits = {0: self.first_split, shape.pp_size - 1: self.last_split}
+        by_rank = [
+            _split_stage(pp_rank, count, shape.vp_size, splits.get(pp_rank))
+            for pp_rank, count in enumerate(self._stage_counts(shape.num_layers, shape.pp_size))
+        ]
+        places = (interleaved(index, shape.pp_size) for index in range(shape.chunks))
+        return Cut(tuple(by_rank[p][v] for p, v in places), shape.chunks - 1)
+
+    def _stage_counts(self, num_layers: int, pp_size: int) -> list[int]:
+        fixed = {0: self.first, pp_size - 1: self.last}
+        given = {rank: count for rank, count in fixed.items() if count is not None}
+        rest, middle = num_layers - sum(given.values()), pp_size - len(given)
+        if rest < 0 or (rest if middle == 0 else rest % middle):
+            raise LayoutError(
+                f"layer placement: {rest} of {num_layers} layers are left for {middle} middle "
+                f"stages when the first and last take {self.first} and {self.last}; "
+                "they must divide evenly"
+            )
+        return [given.get(rank, rest // middle if middle else 0) for rank in range(pp_size)]
+
+    def arguments(self, shape: Shape) -> dict[str, object]:
+        """See ``Placement.arguments``."""
+        return {
+            "num_virtual_stages_per_pipeline_rank": shape.vp_size if shape.vp_size > 1 else None,
+            "decoder_first_pipeline_num_layers": self.first,
+            "decoder_last_pipeline_num_layers": self.last,
+            "decoder_first_pipeline_num_layers_split": self.first_split and [*self.first_split],
+            "decoder_last_pipeline_num_layers_split": self.last_split and [*self.last_split],
+        }
+
+
+def _split_stage(
+    pp_rank: int, count: int, vp_size: int, split: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The layers of each virtual stage of a pipeline stage."""
+    if split is None:
+        if count % vp_size:
+            raise LayoutError(
+                f"pipeline rank {pp_rank}: its {count} layers do not divide into "
+                f"{vp_size} virtual stages; choose another VPP size, or give "
+                "--target-first-virtual-pipeline-num-layers-split and "
+                "--target-last-virtual-pipeline-num-layers-split or a layout string"
+            )
+        return (count // vp_size,) * vp_size
+    if len(split) != vp_size or min(split) < 1 or sum(split) != count:
+        raise LayoutError(
+            f"pipeline rank {pp_rank}: virtual stages of {' '.join(map(str, split))} layers do not "
+            f"fit; expected {vp_size} positive numbers that add up to {count}"
+        )
+    return split
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutString:
+    """Every stage by itself: pipeline_model_parallel_layout."""
+
+    text: str
+
+    def cut(self, shape: Shape) -> Cut:
+        """See ``Placement.place`` (validate_layer_layout)."""
+        text = f"pipeline layout {show(self.text)}"
+        stages = parse_layout(self.text)
+        if len(stages) != shape.chunks:
+            raise LayoutError(
+                f"{text}: {len(stages)} stages do not make {shape.vp_size} virtual stages on "
+                f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages (empty ones "
+                "count, each | begins a new one)"
+            )
+        letters = "".join(stages)
+        problems = [
+            f"{text}: expected {count} of {letter} ({meaning}), found {letters.count(letter)}; "
+            "write one letter for each"
+            for letter, count, meaning in (
+                ("E", 1, "embedding"),
+                ("t", shape.num_layers, "decoder layers"),
+                ("m", shape.mtp_num_layers, "MTP layers"),
+                ("L", 1, "loss"),
+            )
+            if letters.count(letter) != count
+        ]
+        if not letters.startswith("E") or not letters.endswith("L"):
+            problems.append(f"{text}: the first element must be E and the last one L; reorder it")
+        if "t" in letters.partition("m")[2]:
+            problems.append(f"{text}: a decoder layer t after an MTP layer m; put all t first")
+        holders = [index for index, stage in enumerate(stages) if "m" in stage]
+        if len(holders) > 1:
+            problems.append(f"{text}: MTP layers in more than one stage; put all m together")
+        if holders and interleaved(holders[0], shape.pp_size)[1] != shape.vp_size - 1:
+            problems.append(
+                f"{text}: MTP layers before the last virtual stage of their rank; Megatron allows "
+                "m only in the last one"
+            )
+        if problems:
+            raise LayoutError(*problems)
+        counts = tuple(stage.count("t") for stage in stages)
+        return Cut(counts, holders[0] if holders else len(stages) - 1)
+
+    def arguments(self, _: Shape) -> dict[str, object]:
+        """See ``Placement.arguments``."""
+        return {"pipeline_model_parallel_layout": self.text}
+
+
+Form: TypeAlias = Even | Ends | LayoutString
+
+_ARGUMENTS: Mapping[str, object] = {
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "pipeline_model_parallel_layout": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "decoder_first_pipeline_num_layers_split": None,
+    "decoder_last_pipeline_num_layers_split": None,
+}
+"""The attributes of ``args`` that tell a placement, with the values of those not used."""
+PLACEMENT_ARGUMENTS = frozenset(_ARGUMENTS)
+
+
+def interleaved(index: int, pp_size: int) -> tuple[int, int]:
+    """Pipeline rank and virtual stage of the chunk that runs as number ``index``: all ranks of
+    virtual stage 0, then all of 1, ..."""
+    return index % pp_size, index // pp_size
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A run's own words for its layer placement: the values of Megatron's arguments."""
+
+    vp_size: int = 1
+    form: Form = Even()
 
     def place(
         self,
@@ -126,152 +328,40 @@ class Placement:
         Raises:
             LayoutError: Megatron could not build it either.
         """
-        if self.layout is not None:
-            stages = parse_layout(self.layout)
-            counts, mtp_chunk = self._counts_of_string(stages, num_layers, pp_size, mtp_num_layers)
-            if mtp_num_layers and mtp_chunk != len(counts) - 1 and not mtp_may_stand_alone:
-                raise LayoutError(
-                    f"pipeline layout {show(self.layout)}: MTP layers in another stage than the "
-                    "loss, which Megatron before 0.16 cannot build; put m before L"
-                )
-        else:
-            counts = self._counts(num_layers, pp_size)
-            mtp_chunk = len(counts) - 1
-        return _build(
-            counts,
-            pp_size,
-            mtp_chunk if mtp_num_layers else None,
-            mtp_may_stand_alone=mtp_may_stand_alone and mtp_num_layers > 0,
-        )
-
-    def _counts_of_string(
-        self, stages: tuple[str, ...], num_layers: int, pp_size: int, mtp_num_layers: int
-    ) -> tuple[list[int], int]:
-        """Layers of each chunk and the chunk that holds the MTP layers (validate_layer_layout)."""
-        text = f"pipeline layout {show(self.layout)}"
-        if len(stages) != pp_size * self.vp_size:
+        cut = self.form.cut(Shape(num_layers, pp_size, self.vp_size, mtp_num_layers))
+        last = norm_chunk = len(cut.counts) - 1
+        if mtp_num_layers and mtp_may_stand_alone:
+            # Then the norm goes with the last decoder layer (FORMAT 3.4).
+            norm_chunk = max((i for i, count in enumerate(cut.counts) if count), default=last)
+        elif mtp_num_layers and cut.mtp_chunk != last:
             raise LayoutError(
-                f"{text}: {len(stages)} stages do not make {self.vp_size} virtual stages on "
-                f"{pp_size} pipeline ranks; give {pp_size * self.vp_size} stages (empty ones "
-                "count, each | begins a new one)"
+                f"layer placement: MTP layers in another stage ({cut.mtp_chunk}) than the loss "
+                f"({last}), where Megatron before 0.16 does not put them; put m before L"
             )
-        flat = "".join(stages)
-        problems = []
-        for letter, count, meaning in (
-            ("E", 1, "embedding"),
-            ("t", num_layers, "decoder layers"),
-            ("m", mtp_num_layers, "MTP layers"),
-            ("L", 1, "loss"),
-        ):
-            if flat.count(letter) != count:
-                problems.append(
-                    f"{text}: expected {count} of {letter} ({meaning}), found "
-                    f"{flat.count(letter)}; write one letter for each"
-                )
-        if not flat.startswith("E") or not flat.endswith("L"):
-            problems.append(f"{text}: the first element must be E and the last one L; reorder it")
-        if "t" in flat.partition("m")[2]:
-            problems.append(f"{text}: a decoder layer t after an MTP layer m; put all t first")
-        holders = [index for index, stage in enumerate(stages) if "m" in stage]
-        if len(holders) > 1:
-            problems.append(f"{text}: MTP layers in more than one stage; put all m together")
-        if holders and (holders[0] // pp_size != self.vp_size - 1 or holders[0] == 0):
-            problems.append(
-                f"{text}: MTP layers before the last virtual stage of their rank; Megatron allows "
-                "m only in the last one"
-            )
-        if problems:
-            raise LayoutError(*problems)
-        return [stage.count("t") for stage in stages], holders[0] if holders else len(stages) - 1
-
-    def _counts(self, num_layers: int, pp_size: int) -> list[int]:
-        """Layers of each chunk in execution order, without a layout string."""
-        if self.first_layers is None and self.last_layers is None:
-            return self._accounted_counts(num_layers, pp_size)
-        if self.account_for_embedding or self.account_for_loss:
-            raise LayoutError(
-                "layer placement: account_for_*_in_pipeline_split together with "
-                "decoder_first/last_pipeline_num_layers; Megatron takes one of the two"
-            )
-        stages = self._stage_counts(num_layers, pp_size)
-        by_rank = [[count // self.vp_size] * self.vp_size for count in stages]
-        splits = {0: self.first_split, pp_size - 1: self.last_split}
-        for pp_rank, count in enumerate(stages):
-            split = splits.get(pp_rank)
-            if split is not None:
-                by_rank[pp_rank] = self._checked_split(split, count, pp_rank)
-            elif count % self.vp_size:
-                raise LayoutError(
-                    f"pipeline rank {pp_rank}: its {count} layers do not divide into "
-                    f"{self.vp_size} virtual stages; choose another VPP size, or give "
-                    "--target-first-virtual-pipeline-num-layers-split and "
-                    "--target-last-virtual-pipeline-num-layers-split or a layout string"
-                )
-        return [by_rank[p][v] for v in range(self.vp_size) for p in range(pp_size)]
-
-    def _checked_split(self, split: tuple[int, ...], count: int, pp_rank: int) -> list[int]:
-        if len(split) != self.vp_size or min(split) < 1 or sum(split) != count:
-            shown = " ".join(map(str, split))
-            raise LayoutError(
-                f"pipeline rank {pp_rank}: virtual stages of {shown} layers do not fit; expected "
-                f"{self.vp_size} positive numbers that add up to {count}"
-            )
-        return list(split)
-
-    def _stage_counts(self, num_layers: int, pp_size: int) -> list[int]:
-        """Layers of each pipeline stage with decoder_first/last_pipeline_num_layers."""
-        fixed = {0: self.first_layers, pp_size - 1: self.last_layers}
-        given = {rank: count for rank, count in fixed.items() if count is not None}
-        rest, middle = num_layers - sum(given.values()), pp_size - len(given)
-        if rest < 0 or (rest if middle == 0 else rest % middle):
-            raise LayoutError(
-                f"layer placement: {rest} of {num_layers} layers are left for {middle} middle "
-                f"stages when the first and last take {self.first_layers} and {self.last_layers}; "
-                "they must divide evenly"
-            )
-        return [given.get(rank, rest // middle if middle else 0) for rank in range(pp_size)]
-
-    def _accounted_counts(self, num_layers: int, pp_size: int) -> list[int]:
-        """Even counts; embedding and loss may count as a layer each."""
-        slots = num_layers + self.account_for_embedding + self.account_for_loss
-        chunks = pp_size * self.vp_size
-        if slots % chunks:
-            extra = " (embedding and loss included)" if slots != num_layers else ""
-            raise LayoutError(
-                f"layer placement: {slots} layers{extra} do not divide into {pp_size} pipeline "
-                f"ranks x {self.vp_size} virtual stages; choose another VPP size, or give "
-                "--target-pipeline-model-parallel-layout"
-            )
-        counts = [slots // chunks] * chunks
-        counts[0] -= self.account_for_embedding
-        counts[-1] -= self.account_for_loss
-        return counts
+        mtp_chunk = cut.mtp_chunk if mtp_num_layers else None
+        # Layers are dealt out in order of execution, so the counts say all (FORMAT 4).
+        starts = [0, *itertools.accumulate(cut.counts)]
+        chunks = []
+        for index, count in enumerate(cut.counts):
+            held = {
+                Section.EMBEDDING: index == 0,
+                Section.MTP_EMBEDDING: index == mtp_chunk != 0,
+                Section.FINAL_NORM: index == norm_chunk,
+                Section.MTP: index == mtp_chunk,
+                Section.HEAD: index == last,
+            }
+            pp_rank, vp_stage = interleaved(index, pp_size)
+            layers = range(starts[index], starts[index] + count)
+            sections = tuple(section for section, here in held.items() if here)
+            chunks.append(ModelChunk(pp_rank, vp_stage, layers, sections))
+        return PipelineLayout(pp_size, self.vp_size, tuple(chunks))
 
     def arguments(self, num_layers: int, pp_size: int) -> Mapping[str, object]:
         """The attributes of ``args`` that say this placement, as validate_args leaves them."""
-        is_virtual = self.vp_size > 1
-        slots = num_layers + self.account_for_embedding + self.account_for_loss
-        by_count = is_virtual and self.layout is None and self.first_layers is None
-        by_count = by_count and self.last_layers is None
         return {
-            "virtual_pipeline_model_parallel_size": self.vp_size if is_virtual else None,
-            "num_layers_per_virtual_pipeline_stage": (
-                slots // (pp_size * self.vp_size) if by_count else None
-            ),
-            "num_virtual_stages_per_pipeline_rank": (
-                self.vp_size if is_virtual and not by_count and self.layout is None else None
-            ),
-            "pipeline_model_parallel_layout": self.layout,
-            "account_for_embedding_in_pipeline_split": self.account_for_embedding,
-            "account_for_loss_in_pipeline_split": self.account_for_loss,
-            "decoder_first_pipeline_num_layers": self.first_layers,
-            "decoder_last_pipeline_num_layers": self.last_layers,
-            "decoder_first_pipeline_num_layers_split": (
-                None if self.first_split is None else list(self.first_split)
-            ),
-            "decoder_last_pipeline_num_layers_split": (
-                None if self.last_split is None else list(self.last_split)
-            ),
+            **_ARGUMENTS,
+            "virtual_pipeline_model_parallel_size": self.vp_size if self.vp_size > 1 else None,
+            **self.form.arguments(Shape(num_layers, pp_size, self.vp_size, 0)),
         }
 
     def launch_flags(self, num_layers: int, pp_size: int) -> str:
@@ -291,51 +381,8 @@ class Placement:
                 flags.append(f"{flag} {value}")
         return " ".join(flags)
 
-    def with_even_splits(self) -> Placement:
-        """The splits that the fork chooses itself where V does not divide a stage: the remainder
-        goes to the first chunks (transformer_config.py of the fork)."""
 
-        def split(count: int | None, given: tuple[int, ...] | None) -> tuple[int, ...] | None:
-            if given is not None or count is None or count % self.vp_size == 0:
-                return given
-            quotient, remainder = divmod(count, self.vp_size)
-            return tuple(quotient + (v < remainder) for v in range(self.vp_size))
-
-        return replace(
-            self,
-            first_split=split(self.first_layers, self.first_split),
-            last_split=split(self.last_layers, self.last_split),
-        )
-
-
-def _build(
-    counts: list[int], pp_size: int, mtp_chunk: int | None, *, mtp_may_stand_alone: bool
-) -> PipelineLayout:
-    last = len(counts) - 1
-    norm_chunk = last
-    if mtp_may_stand_alone:
-        norm_chunk = max((i for i, count in enumerate(counts) if count), default=last)
-    starts = [0, *itertools.accumulate(counts)]
-    chunks = []
-    for index, count in enumerate(counts):
-        held = {
-            Section.EMBEDDING: index == 0,
-            Section.MTP_EMBEDDING: index == mtp_chunk != 0,
-            Section.FINAL_NORM: index == norm_chunk,
-            Section.MTP: index == mtp_chunk,
-            Section.HEAD: index == last,
-        }
-        chunks.append(
-            ModelChunk(
-                pp_rank=index % pp_size,
-                vp_stage=index // pp_size,
-                layers=range(starts[index], starts[index] + count),
-                sections=tuple(section for section, here in held.items() if here),
-            )
-        )
-    return PipelineLayout(pp_size, len(counts) // pp_size, tuple(chunks))
-
-
+# Groups first, and once: Megatron's do not nest (FORMAT 4.4).
 _GROUP_TIMES = re.compile(r"\(([^()]+)\)\*([0-9]+)")
 _LETTER_TIMES = re.compile(r"(.)\*([0-9]+)")
 _MAX_LAYOUT_LENGTH = 100_000

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 MODEL_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
 
+# Widths are minimums; without the second number the last would be the expert rank (FORMAT 1.1).
 _RANK_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})_([0-9]{3,9})(?:_([0-9]{3,9}))?")
 
 

@@ -2,7 +2,7 @@
 
 Megatron copies each main parameter into its weight after a step, rounding to nearest even. With
 stored remainders the weight may instead be the main parameter cut off at 16 bits
-(distrib_optimizer.py, ``store_param_remainders``, 0.12 and later).
+(``store_param_remainders``: optimizer/__init__.py from 0.11, distrib_optimizer.py from 0.13).
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ if TYPE_CHECKING:
     _Bits = NDArray[np.uint32]
 
 WAYS = ("rounded", "cut off")
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _EXPONENT, _QUIET = 0x7F800000, 0x7FFFFFFF
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of one element; 1 for dtypes that are not compared."""
-    return _ITEM_BYTES.get(dtype, 1)
 
 
 def _bfloat16_rounded(bits: _Bits) -> NDArray[np.uint16]:
@@ -48,6 +42,10 @@ _CONVERSIONS: dict[str, dict[str, Callable[[_Bits], NDArray[np.uint16]]]] = {
 }
 
 
+SIXTEEN_BIT = tuple(_CONVERSIONS)
+"""Dtypes of weights that have an fp32 main parameter beside them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """How weights follow from main parameters."""
@@ -66,12 +64,12 @@ def explain(dtype: str, weights: Sequence[bytes], mains: Sequence[bytes]) -> Exp
         weights: raw elements, little-endian, one entry per parameter.
         mains: the fp32 elements of the same parameters.
     """
-    if dtype not in _ITEM_BYTES:
-        return Explanation(frozenset(WAYS), ())
     if dtype == "float32":
         differing = [i for i, (w, m) in enumerate(zip(weights, mains, strict=True)) if w != m]
         return Explanation(frozenset(() if differing else WAYS), tuple(differing))
-    sizes = [len(weight) // item_bytes(dtype) for weight in weights]
+    if dtype not in _CONVERSIONS:
+        return Explanation(frozenset(WAYS), ())
+    sizes = [len(weight) // 2 for weight in weights]
     found = np.frombuffer(b"".join(weights), dtype="<u2")
     bits = np.frombuffer(b"".join(mains), dtype="<u4")
     wrong = {

@@ -58,7 +58,7 @@ CHANGES = (
     ),
     Change(
         "pads_shared_embedding", "0.9", "align_param_gather",
-        "param_and_grad_buffer.py: data_start_index % data_parallel_world_size != 0",
+        "param_and_grad_buffer.py: param_start_index % self.data_parallel_world_size != 0",
     ),
     Change(
         "closes_bucket_cleanly", "0.13", "nccl_ub",

@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..checkpoint.family import TensorName
 from ..container import crc32
 from ..container.extents import Extent
-from ..errors import (
-    ANOTHER_COPY,
-    CheckpointError,
-    CopyError,
-    UsageError,
-    VerificationError,
-    problem,
-)
-from ..megatron.pipeline import PipelineLayout
+from ..errors import ANOTHER_COPY, CheckpointError, problem
+from ..megatron.megatron import Megatron
 from ..megatron.ranks import RankId
-from ..megatron.rules import Rules
 from ..options import Depth, Options
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..target.plan import RankPlan
-from ..target.request import TargetSpec
-from ..verify import compare
-from ..verify.compare import Side, VerifyJob
-from . import finishing, folders, plan_family
-from .finishing import FinishContext, KeptJob, RankDone
-from .plan_family import PlanJob, PlannedFamily
+from ..verify.compare import Proof, prepare
+from ..verify.digests import digest_folder
+from . import target_folder
+from .finishing import FinishContext, KeptJob, RankDone, check_kept, finish_rank
+from .plan_family import PlanJob, PlannedFamily, check_families, plan_family
 from .schedule import Copier, FamilyCopy
 from .workers import Workers
 
 log = logging.getLogger("pp_to_vpp")
-
-TRACKER = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_([0-9]{7,})|(release)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +35,10 @@ class Prepared:
 
     survey: Survey
     save_dir: Path | None
-    source: PipelineLayout
-    target: TargetSpec
+    source: Megatron
+    """The run that saved the source."""
+    target: Megatron
+    """The run that will load the target."""
     ranks: tuple[RankPlan, ...]
     """What the target will hold; after a dry run, without contents."""
     facts: tuple[str, ...]
@@ -66,9 +54,9 @@ class Prepared:
     @property
     def launch_flags(self) -> str:
         """Megatron's flags to train from the target."""
-        arguments = self.survey.arguments
-        flags = self.target.placement.launch_flags(arguments.num_layers, arguments.pp_size)
-        if self.target.overlaps_param_gather_with_step:
+        arguments = self.target.arguments
+        flags = arguments.placement.launch_flags(arguments.num_layers, arguments.pp_size)
+        if arguments.overlaps_param_gather_with_step:
             flags += " --overlap-param-gather-with-optimizer-step"
         return flags or "(none: plain pipeline parallelism)"
 
@@ -101,21 +89,6 @@ class Listener:
     """So many more are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """An existing pair of folders that was verified."""
-
-    source: str
-    target: str
-    layout: PipelineLayout
-    """Of the target."""
-    depth: Depth
-    ranks: int
-    length: int
-    """Bytes of the target's tensors."""
-    seconds: float
-
-
 def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | None]:
     """Convert a checkpoint; the plan and what was done (None after a dry run).
 
@@ -125,133 +98,32 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
     began = time.monotonic()
     survey = take_survey(str(options.load_dir))
     pp_ranks = request.wanted_ranks(options, survey.arguments)
-    target = request.target_spec(options, survey.arguments)
-    compare.prepare(options.depth)
+    if options.save_dir is not None:
+        target_folder.check_place(options.load_dir, options.save_dir)
+    target = request.wanted_target(options, survey.arguments)
+    prepare(options.depth)
     with Workers(options.processes) as workers:
-        families = list(
-            workers.map(plan_family.plan_family, _plan_jobs(options, survey, pp_ranks, target))
-        )
-        plan_family.check_families(families, survey.path)
-        prepared = _prepare(options, survey, families, target)
+        jobs = [
+            PlanJob(survey.family(key), survey.iteration, pp_ranks, target, not options.is_dry_run)
+            for key in survey.families
+        ]
+        families = list(workers.map(plan_family, jobs))
+        check_families(families, survey.path)
+        prepared = _prepare(options, survey, families)
         listener.planned(prepared)
         if options.is_dry_run or options.save_dir is None:
             return prepared, None
-        _check_target(workers, options.save_dir, prepared, families[0].rules)
-        there = _existing(options, options.save_dir, prepared.ranks)
-        missing = [plan for plan in prepared.ranks if plan.rank not in there]
-        _check_space(options.save_dir, sum(plan.length for plan in missing))
-        contexts = _contexts(options, survey, families, _digest(options, workers, survey))
-        done = _keep(workers, options.save_dir, prepared.ranks, there, contexts)
-        listener.started(sum(plan.length for plan in missing))
-        copier = Copier(workers, options.save_dir, finishing.finish_rank, listener.advanced)
-        for rank in copier.run(_copies(families, there, contexts)):
-            log.info("%s: %d bytes written", rank.rank.folder, rank.length)
-            done.append(rank)
-        _check_target(workers, options.save_dir, prepared, families[0].rules)
+        done = _write(workers, options, options.save_dir, prepared, families, listener)
     outcome = Outcome(
-        ranks=tuple(sorted(done, key=lambda rank: rank.rank)),
+        ranks=tuple(sorted(done, key=lambda rank: rank.id)),
         seconds=time.monotonic() - began,
         depth=options.depth,
-        tracker=_write_tracker(options.save_dir, survey),
+        tracker=target_folder.write_tracker(options.save_dir, survey.ranks),
     )
     return prepared, outcome
 
 
-def verify_existing(options: Options, listener: Listener) -> Verified:
-    """Verify a target that is there, whoever wrote it, against its source.
-
-    Raises:
-        VerificationError: it does not hold what the source holds.
-        CheckpointError: the source cannot be read, or is damaged itself.
-    """
-    began = time.monotonic()
-    if options.save_dir is None or not options.save_dir.exists():
-        raise UsageError.of(
-            options.save_dir,
-            "there is nothing to verify",
-            cure="to convert, give --target-virtual-pipeline-model-parallel-size or "
-            "--target-pipeline-model-parallel-layout",
-        )
-    source = take_survey(str(options.load_dir))
-    request.wanted_ranks(options, source.arguments)
-    target = _survey_target(options.save_dir, source)
-    sides = {key: Side(source.path, source.family(key)) for key in source.families}
-    compare.prepare(options.depth)
-    with Workers(options.processes) as workers:
-        sizes = [_size(options.save_dir / rank.folder) for rank in target.ranks]
-        listener.started(sum(sizes))
-        digests = _digest(options, workers, source)
-        rules = dict(zip(sides, workers.map(compare.rules_of, sides.values()), strict=True))
-        layout = compare.told_layout((target.path, target.ranks[0], next(iter(rules.values()))))
-        jobs = [
-            VerifyJob(
-                source=sides[rank.family],
-                rules=rules[rank.family],
-                directory=target.path,
-                rank=rank,
-                layout=layout,
-                digests=digests.get(rank.family, {}) if options.depth is Depth.FULL else None,
-            )
-            for rank in source.ranks
-        ]
-        length = 0
-        for size, count in zip(sizes, workers.map(compare.verify_folder, jobs), strict=True):
-            length += count
-            listener.advanced(size)
-    return Verified(
-        source=source.path,
-        target=target.path,
-        layout=layout,
-        depth=options.depth,
-        ranks=len(target.ranks),
-        length=length,
-        seconds=time.monotonic() - began,
-    )
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files of a rank folder."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
-
-
-def _survey_target(save_dir: Path, source: Survey) -> Survey:
-    """The folders of an existing target.
-
-    Raises:
-        VerificationError: they are not those of the source.
-    """
-    try:
-        target = take_survey(str(save_dir))
-    except CheckpointError as error:
-        raise VerificationError(*error.problems) from None
-    if target.ranks != source.ranks:
-        odd = min(set(target.ranks) ^ set(source.ranks))
-        raise VerificationError.of(
-            save_dir / odd.folder,
-            "source and target do not have the same rank folders",
-            cure="convert again",
-        )
-    return target
-
-
-def _plan_jobs(
-    options: Options, survey: Survey, pp_ranks: tuple[int, ...], target: TargetSpec
-) -> Iterable[PlanJob]:
-    for family in survey.families:
-        ranks = survey.family(family)
-        yield PlanJob(
-            survey.path,
-            survey.iteration,
-            ranks,
-            pp_ranks,
-            target,
-            needs_contents=not options.is_dry_run,
-        )
-
-
-def _prepare(
-    options: Options, survey: Survey, families: Sequence[PlannedFamily], target: TargetSpec
-) -> Prepared:
+def _prepare(options: Options, survey: Survey, families: Sequence[PlannedFamily]) -> Prepared:
     first = families[0]
     arguments = survey.arguments
     sizes = (
@@ -269,123 +141,73 @@ def _prepare(
         survey=survey,
         save_dir=options.save_dir,
         source=first.source,
-        target=replace(target, layout=first.target),
+        target=first.target,
         ranks=tuple(rank for family in families for rank in family.ranks),
         facts=tuple(facts),
         notes=(
-            *request.notes(target, arguments),
+            *request.notes(first.source, first.target),
             *(f"not copied, no part of a checkpoint: {name}" for name in left),
         ),
     )
 
 
-def _existing(options: Options, save_dir: Path, plans: Sequence[RankPlan]) -> set[RankId]:
-    """The rank folders of the target that are there, after clearing away what is half done.
-
-    Raises:
-        UsageError: there are some, and ``--resume`` was not given; or another run is writing now.
-    """
-    there = [plan.rank for plan in plans if _is_filled(save_dir / plan.rank.folder)]
-    if there and not options.resume:
-        raise UsageError.of(
-            save_dir / there[0].folder,
-            f"the target exists already ({len(there)} of {len(plans)} rank folders)",
-            cure="use --resume to keep what an earlier run of this conversion finished, or "
-            "remove it",
-        )
-    folders.clear_leftovers(save_dir, [plan.rank.folder for plan in plans])
-    return set(there)
-
-
-def _check_target(workers: Workers, save_dir: Path, prepared: Prepared, rules: Rules) -> None:
-    """Hold the rank folders that other runs have written to the layout of this one.
-
-    Raises:
-        UsageError: they have another: together they would not be a checkpoint.
-        VerificationError: one of them cannot be read.
-    """
-    own = {plan.rank for plan in prepared.ranks}
-    others = [r for r in prepared.survey.ranks if r not in own and _is_filled(save_dir / r.folder)]
-    jobs = [(str(save_dir), rank, rules) for rank in others]
-    for rank, found in zip(others, workers.map(compare.told_layout, jobs), strict=True):
-        if found != prepared.target.layout:
-            raise UsageError.of(
-                save_dir / rank.folder,
-                "another conversion wrote this folder of the target",
-                expected=prepared.target.layout,
-                found=found,
-                cure="give every run of one conversion the same options, or another "
-                "--save-iteration-dir",
-            )
-
-
-def _is_filled(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
-
-
-def _check_space(save_dir: Path, needed: int) -> None:
-    """Refuse to start what cannot end.
-
-    Raises:
-        CopyError: the file system of the target has too little room.
-    """
-    place = save_dir.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise CopyError.of(
-            save_dir,
-            "too little free space",
-            expected=f"{needed} bytes",
-            found=f"{free} bytes free",
-            cure="free some, or choose another file system",
-        )
-
-
-def _contexts(
-    options: Options,
-    survey: Survey,
-    families: Iterable[PlannedFamily],
-    digests: Mapping[tuple[int, int], Mapping[str, bytes]],
-) -> dict[tuple[int, int], FinishContext]:
-    """What is needed to finish the ranks of each family."""
-    contexts = {}
-    for family in families:
-        key = family.ranks[0].rank.family
-        contexts[key] = FinishContext(
-            side=Side(survey.path, survey.family(key)),
-            rules=family.rules,
-            layout=family.target,
-            depth=options.depth,
-            digests=digests.get(key, {}),
-            sources=family.sources,
-        )
-    return contexts
-
-
-def _keep(
+def _write(
     workers: Workers,
+    options: Options,
     save_dir: Path,
-    plans: Sequence[RankPlan],
-    there: set[RankId],
-    contexts: Mapping[tuple[int, int], FinishContext],
+    prepared: Prepared,
+    families: Sequence[PlannedFamily],
+    listener: Listener,
 ) -> list[RankDone]:
-    """Hold the folders that are there to what this conversion would write."""
-    jobs = [
-        KeptJob(save_dir, plan, contexts[plan.rank.family]) for plan in plans if plan.rank in there
+    """Keep what is there, copy what is missing."""
+
+    def check_others() -> None:
+        target_folder.check_others(
+            workers,
+            save_dir,
+            prepared.survey.ranks,
+            prepared.ranks,
+            prepared.target.layout,
+            prepared.source.rules,
+        )
+
+    check_others()
+    there = target_folder.existing(save_dir, prepared.ranks, resume=options.resume)
+    missing = [plan for plan in prepared.ranks if plan.id not in there]
+    target_folder.check_space(save_dir, sum(plan.length for plan in missing))
+    digests = digest_source(workers, prepared.survey, options.depth)
+    proofs = [
+        Proof(
+            family.folders,
+            family.source.rules,
+            family.target.layout,
+            options.depth,
+            digests.get(family.ranks[0].id.family, {}),
+        )
+        for family in families
     ]
-    return list(workers.map(finishing.check_kept, jobs))
+    kept = [
+        KeptJob(save_dir, plan, proof)
+        for family, proof in zip(families, proofs, strict=True)
+        for plan in family.ranks
+        if plan.id in there
+    ]
+    done = list(workers.map(check_kept, kept))
+    listener.started(sum(plan.length for plan in missing))
+    copier = Copier(workers, save_dir, finish_rank, listener.advanced)
+    for rank in copier.run(_copies(zip(families, proofs, strict=True), there)):
+        log.info("%s: %d bytes written", rank.id.folder, rank.length)
+        done.append(rank)
+    check_others()
+    return done
 
 
 def _copies(
-    families: Iterable[PlannedFamily],
-    kept: set[RankId],
-    contexts: Mapping[tuple[int, int], FinishContext],
-) -> Iterable[FamilyCopy]:
+    families: Iterable[tuple[PlannedFamily, Proof]], kept: set[RankId]
+) -> Iterator[FamilyCopy]:
     """What is left to copy, family by family."""
-    for family in families:
-        plans = tuple(rank for rank in family.ranks if rank.rank not in kept)
+    for family, proof in families:
+        plans = tuple(rank for rank in family.ranks if rank.id not in kept)
         wanted = [
             piece
             for rank in plans
@@ -395,46 +217,26 @@ def _copies(
             if isinstance(piece, Extent)
         ]
         derivations = crc32.derivable(wanted, family.records)
-        yield FamilyCopy(plans, derivations, contexts[family.ranks[0].rank.family])
+        yield FamilyCopy(plans, derivations, FinishContext(proof, family.sources))
 
 
-def _digest(
-    options: Options, workers: Workers, survey: Survey
-) -> dict[tuple[int, int], dict[str, bytes]]:
-    """For full verification: read the source once before copying, and hold it to its checksums.
+def digest_source(
+    workers: Workers, survey: Survey, depth: Depth
+) -> Mapping[tuple[int, int], Mapping[TensorName, bytes]]:
+    """For full verification: read the source once, and hold it to its checksums; the digests of
+    each family.
 
     Raises:
         CheckpointError: records of the source are damaged.
     """
-    if options.depth is not Depth.FULL:
+    if depth is not Depth.FULL:
         return {}
-    found: dict[tuple[int, int], dict[str, bytes]] = {}
+    found: dict[tuple[int, int], dict[TensorName, bytes]] = {}
     damaged: list[str] = []
     jobs = [(survey.path, rank) for rank in survey.ranks]
-    for (_, rank), digests in zip(jobs, workers.map(finishing.digest_rank, jobs), strict=True):
-        found.setdefault(rank.family, {}).update(digests.by_label)
+    for (_, rank), digests in zip(jobs, workers.map(digest_folder, jobs), strict=True):
+        found.setdefault(rank.family, {}).update(digests.by_name)
         damaged += (problem(path, text, cure=ANOTHER_COPY) for path, text in digests.damaged)
     if damaged:
         raise CheckpointError(*damaged)
     return found
-
-
-def _write_tracker(save_dir: Path, survey: Survey) -> str:
-    """Name the iteration in the tracker file once every rank folder is there."""
-    missing = [rank for rank in survey.ranks if not (save_dir / rank.folder).is_dir()]
-    match = _ITERATION.fullmatch(save_dir.resolve().name)
-    path = save_dir.resolve().parent / TRACKER
-    if missing:
-        return f"not written: {len(missing)} rank folders are still to come ({missing[0].folder})"
-    if match is None:
-        return f"not written: {save_dir.name} is no iter_NNNNNNN folder, Megatron cannot name it"
-    text = str(int(match[1])) if match[1] else "release"
-    try:
-        there = path.read_text() if path.exists() else None
-    except (OSError, UnicodeDecodeError):
-        there = "?"
-    if there is not None and there.strip() != text:
-        return f"left alone: {path} names {there.strip()[:40]}, Megatron loads that one"
-    if there is None:
-        folders.write_whole(path, text)
-    return f"{path} names {text}"

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..container import archive
-from ..container.archive import ArchiveError
 from ..container.extents import Literal
-from ..errors import AT_REST, CopyError, UsageError
-from ..megatron.pipeline import PipelineLayout
+from ..errors import AT_REST, CopyError, FormatError, UsageError
 from ..megatron.ranks import RankId
-from ..megatron.rules import Rules
 from ..options import Depth
-from ..source import files
-from ..source.files import SourceFile
+from ..source.files import SourceFile, open_source, source_files
 from ..target.plan import FilePlan, RankPlan
-from ..verify import compare, digests
-from ..verify.compare import Side, VerifyJob
-from ..verify.digests import Digests
+from ..verify.compare import Proof, VerifyJob, verify_folder
 from . import copying, folders
 from .folders import TemporaryFolder
 
@@ -40,7 +34,7 @@ class WrittenFile:
 class RankDone:
     """A rank folder of the target that is there, and verified as asked."""
 
-    rank: RankId
+    id: RankId
     files: tuple[WrittenFile, ...]
     seconds: float
     """From its first byte to its name, beside other folders; or what checking a kept one took."""
@@ -57,15 +51,9 @@ class RankDone:
 class FinishContext:
     """What is needed to finish the ranks of one family."""
 
-    side: Side
-    """The source."""
-    rules: Rules
-    layout: PipelineLayout
-    """Of the target."""
-    depth: Depth
-    digests: Mapping[str, bytes]
-    """Of everything in the source family, for full verification."""
+    proof: Proof
     sources: tuple[SourceFile, ...]
+    """The files of the source as they were planned."""
 
 
 def finish_rank(
@@ -85,9 +73,9 @@ def finish_rank(
         crc32 = copying.complete_file(folder.file(file.name), file, records)
         files.append(WrittenFile(file.name, file.length, crc32))
     _check_unchanged(context.sources, plan.source_paths())
-    _verify(context, folder.path.parent, plan.rank, folder.path.name)
+    _verify(context.proof, folder.path.parent, plan.id, folder.path.name)
     folders.publish(folder)
-    return RankDone(plan.rank, tuple(files), time.monotonic() - folder.began)
+    return RankDone(plan.id, tuple(files), time.monotonic() - folder.began)
 
 
 def _check_unchanged(sources: Iterable[SourceFile], paths: Sequence[str]) -> None:
@@ -97,7 +85,7 @@ def _check_unchanged(sources: Iterable[SourceFile], paths: Sequence[str]) -> Non
         CopyError: a source file has changed since it was planned.
     """
     before = {source.path: source for source in sources}
-    for now in files.source_files(paths):
+    for now in source_files(paths):
         if now != before[now.path]:
             raise CopyError.of(
                 now.path,
@@ -108,20 +96,10 @@ def _check_unchanged(sources: Iterable[SourceFile], paths: Sequence[str]) -> Non
             )
 
 
-def _verify(context: FinishContext, save_dir: Path, rank: RankId, folder: str | None) -> None:
+def _verify(proof: Proof, save_dir: Path, rank: RankId, folder: str | None = None) -> None:
     """Verify a rank folder, under its temporary name if it has one."""
-    if context.depth is Depth.NONE:
-        return
-    job = VerifyJob(
-        source=context.side,
-        rules=context.rules,
-        directory=str(save_dir),
-        rank=rank,
-        folder=folder,
-        layout=context.layout,
-        digests=context.digests if context.depth is Depth.FULL else None,
-    )
-    compare.verify_folder(job)
+    if proof.depth is not Depth.NONE:
+        verify_folder(VerifyJob(proof, str(save_dir), rank, folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +108,7 @@ class KeptJob:
 
     save_dir: Path
     plan: RankPlan
-    context: FinishContext
+    proof: Proof
 
 
 def check_kept(job: KeptJob) -> RankDone:
@@ -140,7 +118,7 @@ def check_kept(job: KeptJob) -> RankDone:
         UsageError: another conversion wrote it, or it is damaged.
     """
     began = time.monotonic()
-    folder = job.save_dir / job.plan.rank.folder
+    folder = job.save_dir / job.plan.id.folder
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     differing = "its files" if names != sorted(file.name for file in job.plan.files) else ""
     for file in job.plan.files if not differing else ():
@@ -152,21 +130,21 @@ def check_kept(job: KeptJob) -> RankDone:
             f"it is not what this conversion writes ({differing})",
             cure="remove the folder, then run again with --resume",
         )
-    _verify(job.context, job.save_dir, job.plan.rank, None)
+    _verify(job.proof, job.save_dir, job.plan.id)
     files = tuple(WrittenFile(file.name, file.length, None) for file in job.plan.files)
-    return RankDone(job.plan.rank, files, time.monotonic() - began, was_kept=True)
+    return RankDone(job.plan.id, files, time.monotonic() - began, was_kept=True)
 
 
 def _is_as_planned(path: Path, plan: FilePlan) -> bool:
     """Whether a file has the planned size, records, and bytes of the program's own making."""
-    with files.open_source(path) as file:
+    with open_source(path) as file:
         if os.fstat(file.fileno()).st_size != plan.length:
             return False
         if plan.layout is None:
             return True
         try:
             stem, records = archive.read_records(file)
-        except ArchiveError:
+        except FormatError:
             return False
         placed = [(f"{stem}/{r.name}", r.offset, r.length) for r in records.values()]
         if placed != [(r.name, r.offset, r.length) for r in plan.layout.records]:
@@ -179,8 +157,3 @@ def _is_as_planned(path: Path, plan: FilePlan) -> bool:
                     return False
                 position += piece.length
     return True
-
-
-def digest_rank(job: tuple[str, RankId]) -> Digests:
-    """Read a rank folder in full (see ``verifier.digest_rank``)."""
-    return digests.digest_rank(files.read_rank(*job))

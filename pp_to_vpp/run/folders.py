@@ -113,7 +113,7 @@ def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
     Raises:
         CopyError: the target cannot be written.
     """
-    name = plan.rank.folder
+    name = plan.id.folder
     folder = TemporaryFolder(
         save_dir / f"{_PREFIX}{name}.{_own_mark()}", save_dir / name, time.monotonic()
     )

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..checkpoint.family import Family, RankFiles
 from ..container.extents import Extent
 from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem, show
+from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
-from ..megatron.pipeline import PipelineLayout
-from ..megatron.ranks import OPTIMIZER_FILE, RankId
-from ..megatron.rules import Rules
-from ..source import proof
-from ..source.files import SourceFile, other_files, read_source_rank, source_files
-from ..target import check, plan
-from ..target.plan import FilePlan, RankPlan
-from ..target.request import TargetSpec
+from ..megatron.ranks import OPTIMIZER_FILE
+from ..source.files import FamilyFolders, SourceFile, other_files, source_files
+from ..source.proof import proven_family
+from ..target import check
+from ..target.plan import FilePlan, RankPlan, plan_rank
+from ..target.request import Target
 
 
 @dataclass(frozen=True, slots=True)
 class PlanJob:
     """A family to be planned."""
 
-    iteration_dir: str
+    folders: FamilyFolders
     iteration: int | None
     """Of training, as the checkpoint's first rank tells."""
-    ranks: Mapping[int, RankId]
-    """All ranks of the family, by pipeline rank."""
     pp_ranks: tuple[int, ...]
     """The target ranks wanted."""
-    target: TargetSpec
+    target: Target
     needs_contents: bool
     """Whether the plans are to be carried out; else only their sizes are returned."""
 
@@ -39,14 +36,16 @@ class PlanJob:
 class PlannedFamily:
     """What planning a family has shown."""
 
+    folders: FamilyFolders
+    source: Megatron
+    """The run that saved it."""
+    target: Megatron
+    """The run that will load it."""
     ranks: tuple[RankPlan, ...]
     sources: tuple[SourceFile, ...]
     """The source files as they were."""
     records: Mapping[str, tuple[tuple[Extent, int], ...]]
     """The records of each source file with their CRC-32; 0 where none was computed."""
-    source: PipelineLayout
-    target: PipelineLayout
-    rules: Rules
     kind: OptimizerKind
     rounding: str
     """How the 16-bit weights come from their main parameters; "" if there are none."""
@@ -64,11 +63,13 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         CheckpointError: the source cannot be read, proved or converted.
         LayoutError: the target cannot be built.
     """
-    family, rounding, target = _read(job)
-    plans, left = [], []
+    family, rounding = _read(job)
+    target = job.target.of(family.megatron)
+    plans: list[RankPlan] = []
+    left: list[str] = []
     for pp_rank in job.pp_ranks:
-        others, ignored = other_files(job.iteration_dir, job.ranks[pp_rank])
-        plans.append(plan.plan_rank(family, target, pp_rank, others))
+        others, ignored = other_files(job.folders.directory, job.folders.ranks[pp_rank])
+        plans.append(plan_rank(family, target, pp_rank, others))
         left += ignored
     for path, offset in check.used_twice(plans):
         raise CheckpointError.of(
@@ -76,8 +77,7 @@ def plan_family(job: PlanJob) -> PlannedFamily:
             f"two objects of the checkpoint share its bytes at {offset}",
             cure="Megatron saves no such file: use another copy of it",
         )
-    paths = sorted({path for rank in plans for path in rank.source_paths()})
-    sources = source_files(paths)
+    sources = source_files(sorted({path for rank in plans for path in rank.source_paths()}))
     errors = check.check(
         plans,
         family,
@@ -87,12 +87,12 @@ def plan_family(job: PlanJob) -> PlannedFamily:
     if errors:
         raise ConversionError(*(f"{error}; this is an error of pp_to_vpp" for error in errors))
     return PlannedFamily(
+        folders=job.folders,
+        source=family.megatron,
+        target=target,
         ranks=tuple(plans if job.needs_contents else map(_without_contents, plans)),
         sources=sources if job.needs_contents else (),
         records=_records(family) if job.needs_contents else {},
-        source=family.layout,
-        target=target.layout,
-        rules=family.rules,
         kind=family.kind,
         rounding=rounding,
         optimizer_states=_optimizer_states(family),
@@ -100,69 +100,64 @@ def plan_family(job: PlanJob) -> PlannedFamily:
     )
 
 
-def _read(job: PlanJob) -> tuple[Family, str, TargetSpec]:
-    """The family's inventory with all source ranks that the wanted ranks need."""
-    target = job.target
+def _read(job: PlanJob) -> tuple[Family, str]:
+    """The family's inventory with all source ranks that the wanted ranks need, and the rounding."""
     files: dict[int, RankFiles] = {}
-    needed: Iterable[int] = job.pp_ranks
+    needed = set(job.pp_ranks)
     while True:
-        for pp_rank in needed:
-            files[pp_rank] = _read_rank(job, pp_rank)
-        family, rounding = proof.proven_family(dict(sorted(files.items())))
-        layout = family.arguments.place(target.placement, family.rules)
-        wanted = {
-            source
-            for pp_rank in job.pp_ranks
-            for source in family.layout.sources_of(layout, pp_rank)
-        }
-        needed = sorted(wanted - files.keys())
+        found = job.folders.read(needed)
+        for own in found.values():
+            _check_iteration(own, job.iteration)
+        files |= found
+        family, rounding = proven_family(dict(sorted(files.items())))
+        layout = job.target.of(family.megatron).layout
+        wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(layout, rank)}
+        needed = wanted - files.keys()
         if not needed:
-            return family, rounding, replace(target, layout=layout)
+            return family, rounding
 
 
-def _read_rank(job: PlanJob, pp_rank: int) -> RankFiles:
-    """One rank's files, of the iteration of all others."""
-    files = read_source_rank(job.iteration_dir, job.ranks[pp_rank])
-    if files.iteration != job.iteration:
+def _check_iteration(files: RankFiles, iteration: int | None) -> None:
+    """All ranks are of one iteration."""
+    if files.iteration != iteration:
         raise CheckpointError.of(
             files.model.path,
             "it was saved at another iteration than the checkpoint's first rank",
-            expected=f"iteration {show(job.iteration)}",
+            expected=f"iteration {show(iteration)}",
             found=f"iteration {show(files.iteration)}",
             cure=ONE_SAVE,
         )
-    return files
 
 
 def _optimizer_states(family: Family) -> dict[str, bool]:
     """What ``optimizer_states`` of a planned family says."""
     if family.kind is not OptimizerKind.DISTRIBUTED:
         return {}
-    rank = family.any_rank.files.rank
+    rank = family.any_rank.files.id
     dense = f"dense optimizer state of tp rank {rank.tp_rank}"
     found = {dense: family.holds_state(is_expert=False)}
-    if family.has_expert_part:
+    if family.has_expert_optimizer:
         # Consecutive ranks are those of one tensor-parallel group, of experts too.
-        etp_rank = rank.tp_rank % family.arguments.etp_size
+        etp_rank = rank.tp_rank % family.megatron.arguments.etp_size
         experts = f"expert optimizer state of etp rank {etp_rank} and ep rank {rank.ep_rank or 0}"
         found[experts] = family.holds_state(is_expert=True)
     return found
 
 
 def _records(family: Family) -> dict[str, tuple[tuple[Extent, int], ...]]:
-    found = {}
-    for rank in family.ranks.values():
-        for file in rank.files.files:
-            found[file.path] = tuple(
-                (Extent(file.path, record.offset, record.length), record.crc32)
-                for record in file.records.values()
-            )
-    return found
+    return {
+        file.path: tuple(
+            (Extent(file.path, record.offset, record.length), record.crc32)
+            for record in file.records.values()
+        )
+        for rank in family.ranks.values()
+        for file in rank.files.all
+    }
 
 
 def _without_contents(rank: RankPlan) -> RankPlan:
     files = (FilePlan(file.name, file.length, (), None) for file in rank.files)
-    return RankPlan(rank.rank, tuple(files))
+    return RankPlan(rank.id, tuple(files))
 
 
 def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> None:
@@ -174,11 +169,11 @@ def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> Non
     planned = list(families)
     first = planned[0]
     for family in planned:
-        if (family.rules, family.kind) != (first.rules, first.kind):
+        if (family.source.rules, family.kind) != (first.source.rules, first.kind):
             raise CheckpointError.of(
                 iteration_dir,
                 "its families of ranks were written in different ways "
-                f"({family.ranks[0].rank.folder} and {first.ranks[0].rank.folder})",
+                f"({family.ranks[0].id.folder} and {first.ranks[0].id.folder})",
                 cure=ONE_SAVE,
             )
     is_held: dict[str, bool] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ..container.crc32 import Derivation, concatenate, of_zeros
-from ..container.extents import Extent, Literal, Piece, Zeros
+from ..container.crc32 import Derivation, Ledger
+from ..container.extents import Extent, Literal, Zeros
 from ..target.plan import FilePlan, RankPlan
 from .copying import CopyTask, Move, copy
 from .folders import TemporaryFolder, create_folder, remove_own
@@ -30,59 +29,9 @@ class FamilyCopy:
 
     plans: tuple[RankPlan, ...]
     derivations: Mapping[Extent, Derivation]
-    """Ranges whose checksums follow from others (see ``checksum.derivable``)."""
+    """Ranges whose checksums follow from others (see ``crc32.derivable``)."""
     context: Any
     """Handed on to ``finish``."""
-
-
-class _Ledger:
-    """CRC-32 of the ranges of one family, as they become known."""
-
-    def __init__(self, derivations: Mapping[Extent, Derivation]) -> None:
-        self.derivations = derivations
-        self._segments: dict[Extent, int] = {}
-
-    def enter(self, task: CopyTask, crc32s: tuple[int | None, ...]) -> None:
-        """Take down what a task found."""
-        for move, crc32 in zip(task.moves, crc32s, strict=True):
-            if isinstance(move.piece, Extent) and crc32 is not None:
-                self._segments[move.piece] = crc32
-
-    def of(self, piece: Piece) -> int:
-        """The checksum of a piece whose bytes have all been copied."""
-        match piece:
-            case Literal(data):
-                return zlib.crc32(data)
-            case Zeros(length):
-                return of_zeros(length)
-            case Extent():
-                if piece in self.derivations:
-                    return self.derivations[piece].solve(self._of_extent)
-                return self._of_extent(piece)
-
-    def _of_extent(self, extent: Extent) -> int:
-        joined = 0
-        for segment in _segments(extent):
-            joined = concatenate(joined, self._segments[segment], segment.length)
-        return joined
-
-    def of_records(self, plan: RankPlan) -> tuple[tuple[int, ...], ...]:
-        """The checksum of each record of each file."""
-        return tuple(
-            tuple(self._of_pieces(pieces) for pieces in file.contents) for file in plan.files
-        )
-
-    def _of_pieces(self, pieces: tuple[Piece, ...]) -> int:
-        joined = 0
-        for piece in pieces:
-            joined = concatenate(joined, self.of(piece), piece.length)
-        return joined
-
-
-def _segments(extent: Extent) -> Iterator[Extent]:
-    """An extent in parts of a task's size: large files are shared by all workers."""
-    for start in range(0, extent.length, _TASK_BYTES):
-        yield extent.cut(start, min(_TASK_BYTES, extent.length - start))
 
 
 def _tasks(
@@ -110,8 +59,10 @@ def _moves(file: FilePlan, derivations: Mapping[Extent, Derivation]) -> Iterator
                 case Extent():
                     derivation = derivations.get(piece)
                     for gap in derivation.gaps if derivation is not None else ():
-                        yield from (Move(s, None, has_checksum=True) for s in _segments(gap))
-                    for segment in _segments(piece):
+                        yield from (
+                            Move(s, None, has_checksum=True) for s in gap.segments(_TASK_BYTES)
+                        )
+                    for segment in piece.segments(_TASK_BYTES):
                         yield Move(segment, position, has_checksum=derivation is None)
                         position += segment.length
                 case Literal():
@@ -127,7 +78,7 @@ class _RankInWork:
 
     plan: RankPlan
     folder: TemporaryFolder
-    ledger: _Ledger
+    ledger: Ledger
     context: Any
     tasks_open: int = 0
     is_submitted: bool = False
@@ -183,7 +134,8 @@ class Copier(Generic[Result]):
                 else:
                     copying[self._workers.submit(copy, task)] = (rank, task)
             for rank in self._finished():
-                crc32s = rank.ledger.of_records(rank.plan)
+                files = rank.plan.files
+                crc32s = tuple(tuple(map(rank.ledger.of, file.contents)) for file in files)
                 arguments = (rank.context, rank.plan, rank.folder, crc32s)
                 finishing[self._workers.submit(self._finish, *arguments)] = rank
             if not copying and not finishing:
@@ -191,7 +143,8 @@ class Copier(Generic[Result]):
             self._workers.wait([*copying, *finishing])
             for copied in [future for future in copying if future.done()]:
                 rank, task = copying.pop(copied)
-                rank.ledger.enter(task, self._workers.result_of(copied))
+                found = self._workers.result_of(copied)
+                rank.ledger.enter((move.piece for move in task.moves), found)
                 rank.tasks_open -= 1
                 self._advance(task.length)
             for finished in [future for future in finishing if future.done()]:
@@ -218,12 +171,12 @@ class Copier(Generic[Result]):
     ) -> Iterator[Iterator[tuple[_RankInWork, CopyTask]]]:
         """The tasks of each rank, in order of planning."""
         for family in families:
-            ledger = _Ledger(family.derivations)
+            ledger = Ledger(family.derivations, _TASK_BYTES)
             for plan in family.plans:
                 yield self._tasks_of(family, plan, ledger)
 
     def _tasks_of(
-        self, family: FamilyCopy, plan: RankPlan, ledger: _Ledger
+        self, family: FamilyCopy, plan: RankPlan, ledger: Ledger
     ) -> Iterator[tuple[_RankInWork, CopyTask]]:
         """Make a rank's folder; its tasks."""
         folder = create_folder(self._save_dir, plan)

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,18 @@ from typing import BinaryIO
 
 from ..checkpoint.family import RankFiles
 from ..container import archive, torch_file
-from ..container.archive import ArchiveError, Record
-from ..container.extents import Extent, Piece
-from ..container.torch_file import FileFormatError, TorchFile
-from ..errors import ANOTHER_COPY, NOT_CONVERTED, PUT_FILE_THERE, CheckpointError
+from ..container.archive import Record
+from ..container.extents import Extent
+from ..container.torch_file import TorchFile
+from ..errors import ANOTHER_COPY, NOT_CONVERTED, PUT_FILE_THERE, CheckpointError, located
 from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
 _REFUSED_FILES = re.compile(r"layer_wise_optimizer_.*\.pt|optim\.pt|model_rng\.pt")
 _SAMPLED = 16
 """Elements compared at each end of a parameter."""
+_READ_BYTES = 4 << 20
+"""Divides into whole elements of any size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +74,9 @@ def read_torch_file(path: Path) -> TorchFile:
             return os.pread(file.fileno(), record.length, record.offset)
 
         try:
-            stem, records = archive.read_records(file)
-            return torch_file.decode(str(path), stem, records, read)
-        except (ArchiveError, FileFormatError) as error:
-            raise CheckpointError.of(
-                path,
-                str(error),
-                expected="a file that torch.save wrote for Megatron-LM",
-                cure=ANOTHER_COPY,
-            ) from None
+            with located(path, expected="a file that torch.save wrote for Megatron-LM"):
+                stem, records = archive.read_records(file)
+                return torch_file.decode(str(path), stem, records, read)
         except MemoryError:
             raise CheckpointError.of(
                 path, "its description does not fit into memory", cure=ANOTHER_COPY
@@ -106,6 +102,24 @@ def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> Ra
 def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
     """``read_rank``, decoding a folder that does not change once for several steps of a worker."""
     return read_rank(iteration_dir, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyFolders:
+    """Where the ranks of one (tp, ep) lie."""
+
+    directory: str
+    """The iteration folder."""
+    ranks: Mapping[int, RankId]
+    """By pipeline rank."""
+
+    def read(self, pp_ranks: Iterable[int]) -> dict[int, RankFiles]:
+        """Decode the files of some ranks.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        return {p: read_source_rank(self.directory, self.ranks[p]) for p in sorted(pp_ranks)}
 
 
 def other_files(
@@ -149,45 +163,47 @@ def source_files(paths: Iterable[str]) -> tuple[SourceFile, ...]:
     return tuple(found)
 
 
-class SampleReader:
-    """Reads small ranges; each file is opened once."""
+class RangeReader:
+    """Reads ranges; each file is opened once."""
 
     def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
 
-    def __enter__(self) -> SampleReader:
+    def __enter__(self) -> RangeReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def read(self, path: str, offset: int, length: int) -> bytes:
+    def read(self, extent: Extent) -> bytes:
         """Bytes of a file.
 
         Raises:
             CheckpointError: the file ends before.
         """
+        path = extent.path
         if path not in self._descriptors:
             with open_source(Path(path)) as file:
                 self._descriptors[path] = os.dup(file.fileno())
         try:
-            data = os.pread(self._descriptors[path], length, offset)
+            data = os.pread(self._descriptors[path], extent.length, extent.offset)
         except OSError as error:
             raise CheckpointError.of(
                 path, f"cannot be read ({error.strerror})", cure="check the file system"
             ) from None
-        if len(data) != length:
+        if len(data) != extent.length:
             raise CheckpointError.of(path, "it is cut off", cure=ANOTHER_COPY)
         return data
 
-    def ends(self, pieces: tuple[Piece, ...], item_bytes: int) -> bytes:
+    def ends(self, extent: Extent, item_bytes: int = 1) -> bytes:
         """The first and last elements of a tensor's bytes."""
-        extent = pieces[0]
-        if len(pieces) != 1 or not isinstance(extent, Extent):
-            raise TypeError("a source tensor is one extent")
         window = _SAMPLED * item_bytes
         if extent.length <= 2 * window:
-            return self.read(extent.path, extent.offset, extent.length)
-        head = self.read(extent.path, extent.offset, window)
-        return head + self.read(extent.path, extent.offset + extent.length - window, window)
+            return self.read(extent)
+        last = extent.cut(extent.length - window, window)
+        return self.read(extent.cut(0, window)) + self.read(last)
+
+    def chunks(self, extent: Extent) -> Iterator[bytes]:
+        """The bytes of an extent, some megabytes at a time."""
+        return map(self.read, extent.segments(_READ_BYTES))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..checkpoint.family import Family, RankFiles, Sample, read_family, samples
+from ..checkpoint.family import Family, RankFiles, Sample, read_family
+from ..container.tensors import FLOAT_BYTES, item_bytes
 from ..errors import ONE_SAVE, CheckpointError
 from ..megatron import rounding
-from .files import SampleReader
+from .files import RangeReader
 
 
 def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
@@ -19,12 +20,12 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
     """
     worst: list[Sample] = []
     for family in read_family(files):
-        way, differing = check_samples(samples(family))
+        way, differing = check_samples(family.samples())
         if way is not None:
             return family, way
         worst = worst or differing
     raise CheckpointError.of(
-        worst[0].main_path,
+        worst[0].main.path,
         f"{len(worst)} weights are not their main parameters rounded, {worst[0].name} first",
         expected="16-bit weights that follow from the fp32 main parameters",
         cure=ONE_SAVE,
@@ -43,12 +44,12 @@ def check_samples(wanted: Iterable[Sample]) -> tuple[str | None, list[Sample]]:
         by_dtype.setdefault(sample.dtype, []).append(sample)
     ways: set[str] = set(rounding.WAYS)
     differing: list[Sample] = []
-    with SampleReader() as reader:
+    with RangeReader() as reader:
         for dtype, found in by_dtype.items():
             explained = rounding.explain(
                 dtype,
-                [reader.ends(sample.weight, rounding.item_bytes(dtype)) for sample in found],
-                [reader.ends(sample.main, rounding.item_bytes("float32")) for sample in found],
+                [reader.ends(sample.weight, item_bytes(dtype)) for sample in found],
+                [reader.ends(sample.main, FLOAT_BYTES) for sample in found],
             )
             ways &= explained.ways
             differing += [found[index] for index in explained.differing]

@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..megatron.arguments import SavedArguments, read_arguments
 from ..megatron.ranks import RankId
-from .files import read_rank
+from .files import FamilyFolders, read_rank
 
 _RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
 
@@ -43,9 +43,10 @@ class Survey:
         """Each (tp_rank, ep_rank)."""
         return tuple(sorted({rank.family for rank in self.ranks}))
 
-    def family(self, family: tuple[int, int]) -> dict[int, RankId]:
-        """The ranks of one family by pipeline rank."""
-        return {rank.pp_rank: rank for rank in self.ranks if rank.family == family}
+    def family(self, family: tuple[int, int]) -> FamilyFolders:
+        """The folders of one family."""
+        ranks = {rank.pp_rank: rank for rank in self.ranks if rank.family == family}
+        return FamilyFolders(self.path, ranks)
 
 
 def take_survey(iteration_dir: str) -> Survey:
@@ -147,7 +148,7 @@ def _missing(path: Path, ranks: list[RankId], arguments: SavedArguments) -> Iter
     found = set(ranks)
     families = {rank.family for rank in ranks}
     wanted = set(families)
-    if arguments.etp_size == arguments.tp_size:
+    if arguments.etp_size == arguments.tp_size:  # else no full product of the sizes (FORMAT 1.3)
         wanted |= set(itertools.product(range(arguments.tp_size), range(arguments.ep_size)))
     for tp_rank, ep_rank in sorted(wanted):
         folders = [

@@ -5,10 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..checkpoint import flat_states
 from ..checkpoint.family import Family
-from ..checkpoint.plain_states import PlainState
-from ..container.extents import Extent, Piece
+from ..container.extents import Extent
 from .plan import FilePlan, RankPlan
 
 
@@ -24,7 +22,7 @@ def check(
         is_whole: all ranks of the family are planned, so everything in the source must be used.
     """
     errors = [
-        f"{plan.rank.folder}/{file.name}: {text}"
+        f"{plan.id.folder}/{file.name}: {text}"
         for plan in ranks
         for file in plan.files
         for text in _holes(file)
@@ -34,14 +32,10 @@ def check(
         if not all(0 <= offset <= offset + length <= sizes[path] for offset, length in ranges):
             errors.append(f"{path}: bytes past its end are wanted")
     errors += [f"{path}: bytes at {offset} are used twice" for path, offset in used_twice(ranks)]
-    wanted = _tensor_bytes(family) if is_whole else {}
-    for path, ranges in wanted.items():
-        taken = sorted(used.get(path, ()))
-        errors += [
-            f"{path}: {length} bytes at {offset} are not used"
-            for offset, length in ranges
-            if not _covers(taken, offset, length)
-        ]
+    taken = {path: sorted(ranges) for path, ranges in used.items()}
+    for name, tensor in family.manifest().items() if is_whole else ():
+        if not _covers(taken.get(tensor.extent.path, []), tensor.extent):
+            errors.append(f"{tensor.extent.path}: {name} is not used")
     return errors[:20]
 
 
@@ -77,26 +71,9 @@ def _holes(file: FilePlan) -> Iterator[str]:
         yield f"records end at {end} of {file.length}"
 
 
-def _tensor_bytes(family: Family) -> dict[str, list[tuple[int, int]]]:
-    """Where the bytes of every weight and state lie."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    contents: list[tuple[Piece, ...]] = []
-    for item in family.items():
-        if item.tensor is not None:
-            contents.append(item.tensor.content())
-        state = family.states.get(item.name)
-        if isinstance(state, flat_states.FlatState):
-            contents += state.parts.values()
-        elif isinstance(state, PlainState):
-            contents += (tensor.content() for tensor in state.tensors().values())
-    for piece in (p for pieces in contents for p in pieces):
-        if isinstance(piece, Extent):
-            found.setdefault(piece.path, []).append((piece.offset, piece.length))
-    return found
-
-
-def _covers(taken: list[tuple[int, int]], offset: int, length: int) -> bool:
-    """Whether sorted, disjoint ranges cover one range; neighbours count together."""
+def _covers(taken: list[tuple[int, int]], extent: Extent) -> bool:
+    """Whether sorted, disjoint ranges cover an extent; neighbours count together."""
+    offset, length = extent.offset, extent.length
     index = bisect.bisect_right(taken, (offset, 1 << 63)) - 1
     while length > 0:
         if index < 0 or index >= len(taken):

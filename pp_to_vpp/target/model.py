@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.chunks import METADATA, Module
-from ..checkpoint.family import Family
-from ..container.extents import Piece, Zeros
+from ..checkpoint.family import Family, SourceRank
 from ..container.pickling import Instance, Storage, fresh, ordered_dict
+from ..container.tensors import gathered
 from ..megatron import naming
-from ..megatron.buffers import Buffer
+from ..megatron.buffers import Buffer, RankBuffers, buffers_of
+from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
-from ..megatron.parameters import Item
+from ..megatron.optimizer_chain import OptimizerKind
+from ..megatron.parameters import Item, Parameters
 from ..megatron.pipeline import ModelChunk
 
 
@@ -28,6 +31,46 @@ class TargetChunk:
     def parameters(self) -> tuple[Item, ...]:
         """The trained tensors, in the order of ``named_parameters()``."""
         return tuple(item for _, item in self.items if item.is_parameter)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetRank:
+    """What a target rank is made of."""
+
+    megatron: Megatron
+    """The run that will load it."""
+    pp_rank: int
+    family: Family
+    sources: tuple[SourceRank, ...]
+    """The ranks of the family: the same folder, those that it is made of, then the others."""
+    chunks: tuple[TargetChunk, ...]
+    """Of each virtual stage."""
+    buffers: RankBuffers | None
+    """None without the distributed optimizer."""
+
+    @property
+    def own(self) -> SourceRank:
+        """The same folder of the source."""
+        return self.sources[0]
+
+    @property
+    def parameters(self) -> Parameters:
+        """Those of each virtual stage."""
+        return [chunk.parameters for chunk in self.chunks]
+
+
+def target_rank(family: Family, megatron: Megatron, pp_rank: int) -> TargetRank:
+    """Place the items of a family on a target rank.
+
+    Raises:
+        LayoutError: Megatron could not build the target's buffers.
+    """
+    chunks = tuple(target_chunk(family, c) for c in megatron.layout.rank_chunks(pp_rank))
+    buffers: RankBuffers | None = None
+    if family.shares_storages or family.kind is OptimizerKind.DISTRIBUTED:
+        buffers = buffers_of([chunk.parameters for chunk in chunks], pp_rank, megatron)
+    sources = tuple(family.ranks_for(megatron.layout, pp_rank))
+    return TargetRank(megatron, pp_rank, family, sources, chunks, buffers)
 
 
 def target_chunk(family: Family, chunk: ModelChunk) -> TargetChunk:
@@ -46,32 +89,24 @@ def target_chunk(family: Family, chunk: ModelChunk) -> TargetChunk:
     return TargetChunk(chunk, tuple(items))
 
 
-def fill(parts: Iterable[tuple[int, tuple[Piece, ...]]], length: int) -> tuple[Piece, ...]:
-    """Pieces at their places, in bytes, with zeros between and behind them."""
-    filled: list[Piece] = []
-    position = 0
-    for start, pieces in sorted(parts, key=lambda part: part[0]):
-        if start > position:
-            filled.append(Zeros(start - position))
-        filled += pieces
-        position = start + sum(piece.length for piece in pieces)
-    if length > position:
-        filled.append(Zeros(length - position))
-    return tuple(filled)
-
-
 class StateDictWriter:
     """Builds the chunk dictionaries of one target rank over storages of its own."""
 
-    def __init__(self, family: Family, pp_rank: int) -> None:
-        self._family = family
-        self._device = _device_tag(family, pp_rank)
+    def __init__(self, rank: TargetRank) -> None:
+        self._rank = rank
+        self._device = _device_tag(rank)
         self._copies: dict[Storage, Storage] = {}
 
-    def chunk(self, target: TargetChunk, buffers: tuple[Buffer, ...] | None) -> Instance:
-        """The OrderedDict of one chunk. With ``buffers`` its weights become views of them."""
+    def chunks(self) -> list[Instance]:
+        """The OrderedDict of each chunk; its weights are views of buffers if the source's are."""
+        chunks, buffers = self._rank.chunks, self._rank.buffers
+        if buffers is None or not self._rank.family.shares_storages:
+            return [self._chunk(chunk, ()) for chunk in chunks]
+        return [self._chunk(*both) for both in zip(chunks, buffers.by_stage, strict=True)]
+
+    def _chunk(self, target: TargetChunk, buffers: tuple[Buffer, ...]) -> Instance:
         views: dict[Item, Instance] = {}
-        for buffer in buffers or ():
+        for buffer in buffers:
             views |= self._views(target.parameters, buffer)
         entries = {
             key: views[item] if item in views else self._detached(item)
@@ -84,13 +119,11 @@ class StateDictWriter:
     def _views(self, parameters: tuple[Item, ...], buffer: Buffer) -> dict[Item, Instance]:
         members = [parameters[index] for index in buffer.members]
         tensors = [item.weight for item in members]
-        size = tensors[0].item_bytes
-        places = zip(buffer.starts, tensors, strict=True)
-        content = fill(((start * size, t.content()) for start, t in places), buffer.numel * size)
-        storage = Storage(tensors[0].storage.type, self._device, buffer.numel, content)
+        places = list(zip(buffer.starts, tensors, strict=True))
+        storage = gathered(tensors[0].storage.type, self._device, buffer.numel, places)
         return {
             item: tensor.moved(storage, start)
-            for item, tensor, start in zip(members, tensors, buffer.starts, strict=True)
+            for item, (start, tensor) in zip(members, places, strict=True)
         }
 
     def _detached(self, item: Item) -> Any:
@@ -101,7 +134,7 @@ class StateDictWriter:
         storage = tensor.storage
         location = self._device if storage.location.startswith("cuda") else storage.location
         if tensor.span != storage.numel:
-            return tensor.moved(Storage(storage.type, location, tensor.span, tensor.content()), 0)
+            return tensor.moved(Storage(storage.type, location, tensor.span, (tensor.extent,)), 0)
         if location == storage.location:
             return item.value
         copy = Storage(storage.type, location, storage.numel, storage.content)
@@ -109,7 +142,7 @@ class StateDictWriter:
 
     def _modules(self, chunk: ModelChunk) -> dict[str, Any] | None:
         """``_metadata`` of the chunk: module path -> versions, in order of registration."""
-        known = [c for rank in self._family.ranks.values() for c in rank.contents]
+        known = [c for rank in self._rank.family.ranks.values() for c in rank.contents]
         if any(content.modules is None for content in known):
             return None
         common, sections, layers = _sorted_modules(m for c in known for m in c.modules or ())
@@ -150,10 +183,10 @@ def _versions(module: Module) -> Any:
     return dict(module.value) if isinstance(module.value, dict) else module.value
 
 
-def _device_tag(family: Family, pp_rank: int) -> str:
+def _device_tag(rank: TargetRank) -> str:
     """The device of the rank's own tensors: the target's tensors carry it too."""
-    own = [item for content in family.ranks[pp_rank].contents for item in content.items]
-    for item in (*own, *family.items()):
+    own = (item for content in rank.own.contents for item in content.items)
+    for item in itertools.chain(own, rank.family.items()):
         if item.tensor is not None:
             return item.tensor.storage.location
     return "cpu"

@@ -6,25 +6,21 @@ file is tiled, every source byte exists, no source byte is used twice and no ten
 
 from __future__ import annotations
 
-import itertools
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..checkpoint.family import Family
 from ..container import torch_file
 from ..container.archive import ArchiveLayout
 from ..container.extents import Extent, Piece
-from ..container.torch_file import FileFormatError
-from ..errors import ASK_FOR_SUPPORT, CheckpointError
+from ..errors import ASK_FOR_SUPPORT, located
 from ..megatron.arguments import patch_arguments
-from ..megatron.buffers import RankBuffers, rank_buffers
+from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId
-from .model import StateDictWriter, replace_chunks, target_chunk
-from .optimizer_entry import TargetOptimizer
-from .request import TargetSpec
+from .flat_file import flat_root
+from .model import StateDictWriter, replace_chunks, target_rank
+from .optimizer_entry import placed_entries, target_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,7 @@ class FilePlan:
 class RankPlan:
     """One target rank folder."""
 
-    rank: RankId
+    id: RankId
     files: tuple[FilePlan, ...]
 
     @property
@@ -63,13 +59,13 @@ class RankPlan:
 
 
 def plan_rank(
-    family: Family, target: TargetSpec, pp_rank: int, others: Sequence[tuple[str, Extent]] = ()
+    family: Family, megatron: Megatron, pp_rank: int, others: Sequence[tuple[str, Extent]] = ()
 ) -> RankPlan:
     """The plan of one target rank folder.
 
     Args:
         family: the inventory, with all source ranks that hold what this rank needs.
-        target: placement and layout of the target.
+        megatron: the run that will load it.
         pp_rank: which rank.
         others: name and whole content of further files of the folder, which are copied.
 
@@ -77,51 +73,26 @@ def plan_rank(
         LayoutError: Megatron could not build the target's buffers.
         CheckpointError: the source has no param groups, or objects that cannot be written.
     """
-    try:
-        return _plan_rank(family, target, pp_rank, others)
-    except (FileFormatError, pickle.PicklingError) as error:
-        where = family.ranks[pp_rank].files.model.path
-        cure = ASK_FOR_SUPPORT
-        raise CheckpointError.of(where, str(error), cure=cure) from None
-
-
-def _plan_rank(
-    family: Family, target: TargetSpec, pp_rank: int, others: Sequence[tuple[str, Extent]]
-) -> RankPlan:
-    ranks = family.ranks_for(target.layout, pp_rank)
-    own = ranks[0]
-    chunks = [target_chunk(family, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
-    overlaps = target.overlaps_param_gather_with_step
-    buffers: RankBuffers | None = None
-    if family.shares_storages or family.kind is OptimizerKind.DISTRIBUTED:
-        buffers = rank_buffers(
-            [(chunk.chunk, chunk.parameters) for chunk in chunks],
-            family.arguments,
-            family.rules,
-            overlaps_param_gather_with_step=overlaps,
-        )
-    writer = StateDictWriter(family, pp_rank)
-    views = buffers.by_stage if buffers is not None and family.shares_storages else ()
-    nodes = [writer.chunk(chunk, view) for chunk, view in itertools.zip_longest(chunks, views)]
-    root = replace_chunks(own.root, nodes)
-    root["args"] = patch_arguments(
-        root["args"], family.arguments, target.placement, overlap_param_gather_with_step=overlaps
-    )
-    flat: Any = None
+    rank = target_rank(family, megatron, pp_rank)
+    own = rank.own.files
+    root = replace_chunks(rank.own.root, StateDictWriter(rank).chunks())
+    root["args"] = patch_arguments(root["args"], family.megatron.arguments, megatron.arguments)
+    chain = target_chain(rank)
     if family.kind is not OptimizerKind.NONE:
-        optimizer = TargetOptimizer(family, ranks, chunks, buffers, overlaps)
-        root = optimizer.placed_entry(root)
-        flat = optimizer.flat_root() if family.kind is OptimizerKind.DISTRIBUTED else None
-    roots = {MODEL_FILE: (root, own.files.model)}
-    if flat is not None:
-        templates = (rank.files.optimizer for rank in ranks)
-        roots[OPTIMIZER_FILE] = (flat, next(file for file in templates if file is not None))
-    files = [
-        _file_plan(name, torch_file.encode(graph, template))
-        for name, (graph, template) in roots.items()
-    ]
+        root = placed_entries(root, rank, chain)
+    roots = {MODEL_FILE: (root, own.model)}
+    if family.kind is OptimizerKind.DISTRIBUTED:
+        flat = flat_root(rank, chain)
+        templates = (source.files.optimizer for source in rank.sources)
+        if flat is not None:
+            roots[OPTIMIZER_FILE] = (flat, next(file for file in templates if file is not None))
+    with located(own.model.path, cure=ASK_FOR_SUPPORT):
+        files = [
+            _file_plan(name, torch_file.encode(graph, template))
+            for name, (graph, template) in roots.items()
+        ]
     files += [FilePlan(name, extent.length, ((extent,),), None) for name, extent in others]
-    return RankPlan(own.files.rank, tuple(files))
+    return RankPlan(own.id, tuple(files))
 
 
 def _file_plan(name: str, encoded: torch_file.EncodedFile) -> FilePlan:

@@ -7,80 +7,25 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.family import Family, RankFiles, Sample, read_family, samples
-from ..checkpoint.flat_states import FlatState
-from ..checkpoint.plain_states import PlainState
-from ..container.extents import Extent, Piece
+from ..checkpoint.family import Family, RankFiles, Sample, TensorName, read_family
+from ..container.extents import Extent
+from ..container.tensors import FLOAT_BYTES, item_bytes
 from ..megatron import rounding
-from ..megatron.parameters import Item
-from ..source.files import SampleReader
+from ..megatron.ranks import RankId
+from ..source.files import RangeReader, read_rank
 
-_READ_BYTES = 4 << 20
-
-
-def _ranges(item: Item, family: Family) -> Iterator[tuple[str, tuple[Piece, ...]]]:
-    """Every range of bytes that belongs to an item: the tensor, and its optimizer state."""
-    if item.tensor is not None:
-        yield item.name, item.tensor.content()
-    state = family.states.get(item.name)
-    if isinstance(state, FlatState):
-        for name, pieces in state.parts.items():
-            yield f"{item.name} [{name}]", pieces
-    elif isinstance(state, PlainState):
-        for name, tensor in state.tensors().items():
-            yield f"{item.name} [{name}]", tensor.content()
-
-
-def _chunks(extent: Extent) -> Iterator[bytes]:
-    """The bytes of an extent, some megabytes at a time.
-
-    Raises:
-        CheckpointError: the file is shorter or cannot be read.
-    """
-    with SampleReader() as reader:
-        for start in range(0, extent.length, _READ_BYTES):
-            size = min(_READ_BYTES, extent.length - start)
-            yield reader.read(extent.path, extent.offset + start, size)
-
-
-def _unlike_their_mains(wanted: Iterable[Sample]) -> Iterator[Sample]:
-    """Weights that are not their fp32 main parameter rounded, or all cut off; every element."""
-    possible = set(rounding.WAYS)
-    for sample in wanted:
-        ways = set(rounding.WAYS)
-        for weight, main in _pairs(sample, rounding.item_bytes(sample.dtype)):
-            ways &= rounding.explain(sample.dtype, [weight], [main]).ways
-        if possible & ways:
-            possible &= ways
-        else:
-            yield sample
-
-
-def _pairs(sample: Sample, width: int) -> Iterator[tuple[bytes, bytes]]:
-    """Weight and main parameter, some megabytes at a time."""
-    (weight,), (main,) = sample.weight, sample.main
-    if not isinstance(weight, Extent) or not isinstance(main, Extent):
-        raise TypeError("tensors in a file are extents")
-    items = _READ_BYTES // 4
-    with SampleReader() as reader:
-        for start in range(0, weight.length // width, items):
-            count = min(items, weight.length // width - start)
-            yield (
-                reader.read(weight.path, weight.offset + start * width, count * width),
-                reader.read(main.path, main.offset + start * 4, count * 4),
-            )
+_COMPARED = 1 << 20
+"""Elements at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Digests:
     """What reading a rank's files in full has shown."""
 
-    by_label: Mapping[str, bytes]
-    """SHA-256 of every weight and optimizer state, by global name."""
+    by_name: Mapping[TensorName, bytes]
+    """SHA-256 of every tensor of the model and its optimizer."""
     damaged: tuple[tuple[str, str], ...]
     """Path and text about each record whose bytes are not those that were written."""
-    length: int
-    """Bytes read."""
 
 
 def digest_rank(files: RankFiles) -> Digests:
@@ -89,29 +34,31 @@ def digest_rank(files: RankFiles) -> Digests:
     Raises:
         CheckpointError: the files cannot be read or understood.
     """
-    family = next(read_family({files.rank.pp_rank: files}))
-    labels: dict[Extent, list[str]] = {}
-    for item in family.items():
-        for label, pieces in _ranges(item, family):
-            for piece in pieces:
-                if isinstance(piece, Extent):
-                    labels.setdefault(piece, []).append(label)
-    by_label: dict[str, bytes] = {}
+    family = next(read_family({files.id.pp_rank: files}))
+    names: dict[Extent, list[TensorName]] = {}
+    for name, tensor in family.manifest().items():
+        names.setdefault(tensor.extent, []).append(name)
+    by_name: dict[TensorName, bytes] = {}
     damaged: list[tuple[str, str]] = []
-    total = 0
-    for file in files.files:
-        for record in file.records.values():
-            whole = Extent(file.path, record.offset, record.length)
-            parts = sorted(
-                (e for e in labels if e.path == file.path and _is_inside(e, whole)),
-                key=lambda extent: extent.offset,
-            )
-            crc32 = _read_record(whole, parts, labels, by_label)
-            total += record.length
-            if record.has_checksum and crc32 != record.crc32:
-                names = [label for part in parts for label in labels[part]]
-                damaged.append((file.path, _damage(record.name, names, family)))
-    return Digests(by_label, tuple(damaged), total)
+    with RangeReader() as reader:
+        for file in files.all:
+            for record in file.records.values():
+                whole = Extent(file.path, record.offset, record.length)
+                parts = sorted(
+                    (e for e in names if e.path == file.path and _is_inside(e, whole)),
+                    key=lambda extent: extent.offset,
+                )
+                crc32, digests = _read_record(reader, whole, parts)
+                held = [name for part in parts for name in names[part]]
+                by_name |= {n: d for p, d in digests.items() for n in names[p]}
+                if record.has_checksum and crc32 != record.crc32:
+                    damaged.append((file.path, _damage(record.name, held, family)))
+    return Digests(by_name, tuple(damaged))
+
+
+def digest_folder(job: tuple[str, RankId]) -> Digests:
+    """``digest_rank`` of a rank folder, given as iteration folder and rank."""
+    return digest_rank(read_rank(*job))
 
 
 def _is_inside(extent: Extent, whole: Extent) -> bool:
@@ -119,44 +66,65 @@ def _is_inside(extent: Extent, whole: Extent) -> bool:
 
 
 def _read_record(
-    whole: Extent,
-    parts: Sequence[Extent],
-    labels: Mapping[Extent, list[str]],
-    by_label: dict[str, bytes],
-) -> int:
-    """Digest the parts of a record, in one pass over it; the CRC-32 of all of it."""
-    crc32 = 0
-    position = whole.offset
-    end = whole.offset + whole.length
-    for part in (*parts, Extent(whole.path, end, 0)):
-        for data in _chunks(Extent(whole.path, position, part.offset - position)):
+    reader: RangeReader, whole: Extent, parts: Sequence[Extent]
+) -> tuple[int, dict[Extent, bytes]]:
+    """CRC-32 of a record and digests of its parts, in one pass over it."""
+    crc32, position = 0, whole.offset
+    digests: dict[Extent, bytes] = {}
+    for part in (*parts, Extent(whole.path, whole.offset + whole.length, 0)):
+        for data in reader.chunks(Extent(whole.path, position, part.offset - position)):
             crc32 = zlib.crc32(data, crc32)
         found = hashlib.sha256()
-        for data in _chunks(part):
+        for data in reader.chunks(part):
             crc32 = zlib.crc32(data, crc32)
             found.update(data)
-        for label in labels.get(part, ()):
-            by_label[label] = found.digest()
+        digests[part] = found.digest()
         position = part.offset + part.length
-    return crc32
+    del digests[part]  # the end of the record
+    return crc32, digests
 
 
-def _damage(record: str, labels: Sequence[str], family: Family) -> str:
+def _damage(record: str, names: Sequence[TensorName], family: Family) -> str:
     """What is said of a damaged record: the parameter too, where its main parameter betrays it."""
-    held = set(labels)
-    suspects = (
-        sample
-        for sample in samples(family)
-        if sample.name in held or f"{sample.name} [param]" in held
-    )
-    guilty = next(_unlike_their_mains(suspects), None)
+    held = {name.parameter for name in names}
+    suspects = (sample for sample in family.samples() if sample.name in held)
+    guilty = next(unlike_their_mains(suspects), None)
     if guilty is not None:
         owner = f"parameter {guilty.name}"
-    elif labels:
-        owner = f"{labels[0]}" + (f" or one of {len(labels) - 1} more" if labels[1:] else "")
+    elif names:
+        owner = f"{names[0]}" + (f" or one of {len(names) - 1} more" if names[1:] else "")
     else:
         owner = "no parameter"
     return (
         f"record {record!r} is damaged ({owner}): its bytes do not have the CRC-32 they were "
         "written with"
     )
+
+
+def unlike_their_mains(wanted: Iterable[Sample]) -> Iterator[Sample]:
+    """Weights that are not their fp32 main parameter rounded, or all cut off; every element.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    possible = set(rounding.WAYS)
+    with RangeReader() as reader:
+        for sample in wanted:
+            ways = set(rounding.WAYS)
+            for weight, main in _pairs(reader, sample):
+                ways &= rounding.explain(sample.dtype, [weight], [main]).ways
+            if possible & ways:
+                possible &= ways
+            else:
+                yield sample
+
+
+def _pairs(reader: RangeReader, sample: Sample) -> Iterator[tuple[bytes, bytes]]:
+    """Weight and main parameter, some megabytes at a time."""
+    width = item_bytes(sample.dtype)
+    numel = sample.weight.length // width
+    for start in range(0, numel, _COMPARED):
+        count = min(_COMPARED, numel - start)
+        weight = sample.weight.cut(start * width, count * width)
+        main = sample.main.cut(start * FLOAT_BYTES, count * FLOAT_BYTES)
+        yield reader.read(weight), reader.read(main)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..container.extents import Piece
+from ..container.extents import Extent
 from ..container.pickling import as_mapping
 from ..container.tensors import TensorRef, unwrap_tensor
 from ..container.torch_file import TorchFile
@@ -60,12 +60,12 @@ class _Unpickler(pickle.Unpickler):
         return type(str(name), (_StandIn,), {})
 
 
-def differences(file: TorchFile, read: Callable[[tuple[Piece, ...], int], bytes]) -> Iterator[str]:
+def differences(file: TorchFile, read: Callable[[Extent], bytes]) -> Iterator[str]:
     """What ``torch.load`` makes of a file otherwise than this program does.
 
     Args:
         file: as this program decoded it.
-        read: the first bytes of a range, as this program finds them.
+        read: the bytes of a range, as this program finds them.
     """
     import torch
 
@@ -111,7 +111,7 @@ def _pairs(
 
 
 def _compare_tensor(
-    ours: TensorRef, theirs: Any, where: str, read: Callable[[tuple[Piece, ...], int], bytes]
+    ours: TensorRef, theirs: Any, where: str, read: Callable[[Extent], bytes]
 ) -> Iterator[str]:
     import torch
 
@@ -121,5 +121,5 @@ def _compare_tensor(
         yield f"{where}: torch.load finds {dtype} {shape}, not {ours.dtype} {ours.shape}"
     elif ours.is_contiguous and ours.numel:
         head = theirs.flatten()[:_COMPARED].contiguous().view(torch.uint8)
-        if bytes(head.tolist()) != read(ours.content(), head.numel()):
+        if bytes(head.tolist()) != read(ours.extent.cut(0, head.numel())):
             yield f"{where}: torch.load finds other values"

@@ -20,9 +20,8 @@ from pp_to_vpp.megatron.naming import Section, chunk_keys
 from ..compare import load
 from ..edit import float_tensor
 from ..families import SIDES, families, family
-from ..pairs import names
+from ..pairs import DEEPSEEK, DENSE, names
 
-DENSE, MTP = "dense-pp2-v016", "deepseek-mtp-pp2ep2-v016"
 Keys = dict[str, Any]
 
 
@@ -189,7 +188,7 @@ def test_a_tensor_out_of_its_storage_is_refused() -> None:
     (item,) = (i for i in of.items() if i.name == _WEIGHT)
     storage, _, *rest = item.value.arguments
     out = Instance(item.value.factory, (storage, storage.numel, *rest))
-    with pytest.raises(CheckpointError, match=rf"{_WEIGHT} is a tensor of elements"):
+    with pytest.raises(CheckpointError, match=rf"file \(model\), {_WEIGHT}: a tensor of elements"):
         read(chunk_with(put(_WEIGHT, 9, out), DENSE, 0), DENSE, 0)
 
 
@@ -243,7 +242,7 @@ def test_metadata_may_be_missing() -> None:
 
 
 def test_the_mtp_copy_of_the_embedding_is_another_tensor() -> None:
-    of = family(MTP, "truth")
+    of = family(DEEPSEEK, "truth")
     (one,), (copy,) = of.sections[Section.EMBEDDING], of.sections[Section.MTP_EMBEDDING]
     assert one.rest == copy.rest
     assert one.name != copy.name

@@ -5,25 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pp_to_vpp.checkpoint.family import Family, RankFiles, layout_of, read_family, samples
+from pp_to_vpp.checkpoint.family import Family, RankFiles, TensorName, layout_of, read_family
+from pp_to_vpp.checkpoint.flat_states import FlatState
 from pp_to_vpp.checkpoint.optimizer_entries import OPTIMIZER
-from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.pickling import Instance, as_mapping, ordered_dict
+from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.megatron.ranks import MODEL_FILE, OPTIMIZER_FILE
 from pp_to_vpp.megatron.rules import CHANGES
 
-from ..families import SIDES, families, family
-from ..pairs import names
-
-DENSE, MOE, ODD = "dense-pp2-v016", "moe-pp2ep2-v016", "dense-pp2-layout-v016"
-WEIGHTS, PLAIN = "dense-pp2-nosaveoptim-v016", "dense-pp2-nodistopt-v016"
+from ..compare import load
+from ..families import KINDS, SIDES, families, family, of_kind, opposite
+from ..pairs import DEEPSEEK, DENSE, FORK, LAYOUT, MOE, PLAIN, WEIGHTS, names
 
 
 def files_of(of: Family) -> dict[int, RankFiles]:
@@ -52,7 +53,7 @@ def without_argument(files: RankFiles, name: str) -> RankFiles:
 @pytest.mark.parametrize(("name", "side"), SIDES)
 def test_families_hold_the_whole_model(name: str, side: str) -> None:
     for of in families(name, side):
-        assert sorted(of.layers) == list(range(of.arguments.num_layers))
+        assert sorted(of.layers) == list(range(of.megatron.arguments.num_layers))
         held = {section for chunk in of.layout.chunks for section in chunk.sections}
         assert set(of.sections) == held
         items = list(of.items())
@@ -72,11 +73,11 @@ def test_both_sides_are_one_model(name: str) -> None:
                 (item.name, shape(item), item.name in truth.states) for item in truth.layers[layer]
             ]
             assert ours == theirs
-        assert (source.kind, source.rules) == (truth.kind, truth.rules)
+        assert (source.kind, source.megatron.rules) == (truth.kind, truth.megatron.rules)
         for is_expert in (False, True):
             held = source.holds_state(is_expert=is_expert)
             assert held == truth.holds_state(is_expert=is_expert)
-        assert source.has_expert_part == truth.has_expert_part
+        assert source.has_expert_optimizer == truth.has_expert_optimizer
 
 
 def shape(item: Any) -> object:
@@ -84,28 +85,38 @@ def shape(item: Any) -> object:
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
+def test_kinds_told_in_advance_are_those_of_the_files(name: str, side: str) -> None:
+    """What ``of_kind`` goes by when tests are collected."""
+    assert set(KINDS) <= set(names())
+    expected = KINDS.get(name, OptimizerKind.DISTRIBUTED)
+    assert (name, side) in of_kind(expected)
+    for of in families(name, side):
+        assert of.kind is expected
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
 def test_the_rules_found_are_the_likeliest(name: str, side: str) -> None:
     """Those that the signs in the arguments tell: real versions need no second guess."""
-    of = family(name, side)
+    run = family(name, side).megatron
     for change in CHANGES:
-        assert getattr(of.rules, change.rule) == (change.sign in of.arguments.names), change
+        assert getattr(run.rules, change.rule) == (change.sign in run.arguments.names), change
 
 
 def test_wrong_signs_are_overruled_by_the_files() -> None:
     """A version between releases: the argument is not there yet, the behaviour is."""
-    of = family(ODD, "source")
-    assert of.rules.aligns_parameters
+    of = family(LAYOUT, "source")
+    assert of.megatron.rules.aligns_parameters
     older = {p: without_argument(files, "deterministic_mode") for p, files in files_of(of).items()}
     found = next(read_family(older))
-    assert "deterministic_mode" not in found.arguments.names
-    assert found.rules == of.rules
+    assert "deterministic_mode" not in found.megatron.arguments.names
+    assert found.megatron.rules == of.megatron.rules
 
 
 def test_only_the_rules_asked_for_are_tried() -> None:
-    of = family(ODD, "source")
-    (same,) = read_family(files_of(of), of.rules)
-    assert same.rules == of.rules
-    other = replace(of.rules, aligns_parameters=not of.rules.aligns_parameters)
+    of = family(LAYOUT, "source")
+    (same,) = read_family(files_of(of), of.megatron.rules)
+    assert same.megatron.rules == of.megatron.rules
+    other = replace(of.megatron.rules, aligns_parameters=not of.megatron.rules.aligns_parameters)
     with pytest.raises(CheckpointError, match=r"no known layout .* 1 ways tried"):
         list(read_family(files_of(of), other))
 
@@ -113,14 +124,14 @@ def test_only_the_rules_asked_for_are_tried() -> None:
 def test_all_rules_that_explain_are_given() -> None:
     """Where sizes hide a difference, the bytes must tell."""
     of = family(DENSE, "source")
-    found = [one.rules for one in itertools.islice(read_family(files_of(of)), 5)]
-    assert found[0] == of.rules
+    found = [one.megatron.rules for one in itertools.islice(read_family(files_of(of)), 5)]
+    assert found[0] == of.megatron.rules
     assert len(set(found)) == len(found) > 1
 
 
 @pytest.mark.parametrize("pp_rank", [0, 1, 2, 3])
 def test_a_part_of_the_ranks_holds_its_part(pp_rank: int) -> None:
-    of = family("uneven-31layers-pp4-fork", "truth")
+    of = family(FORK, "truth")
     part = next(read_family({pp_rank: of.ranks[pp_rank].files}))
     chunks = of.layout.rank_chunks(pp_rank)
     assert sorted(part.layers) == [layer for chunk in chunks for layer in chunk.layers]
@@ -132,20 +143,115 @@ def test_a_part_of_the_ranks_holds_its_part(pp_rank: int) -> None:
 @pytest.mark.parametrize("name", names())
 def test_samples_are_all_parameters_with_states(name: str) -> None:
     for of in families(name, "source"):
-        found = {sample.name: sample for sample in samples(of)}
+        found = {sample.name: sample for sample in of.samples()}
         assert bool(found) is (of.kind is not OptimizerKind.NONE)
         assert set(found) == set(of.states)
         for item in of.items():
             if item.name in found:
                 sample = found[item.name]
                 assert item.tensor is not None
-                assert (sample.weight, sample.dtype) == (item.tensor.content(), item.tensor.dtype)
-                (main,) = sample.main
-                assert isinstance(main, Extent)
-                assert main.length == 4 * item.tensor.numel
-                assert sample.main_path == main.path
+                assert (sample.weight, sample.dtype) == (item.tensor.extent, item.tensor.dtype)
+                assert sample.main.length == 4 * item.tensor.numel
                 is_flat = of.kind is OptimizerKind.DISTRIBUTED
-                assert sample.main_path.endswith(OPTIMIZER_FILE if is_flat else MODEL_FILE)
+                assert sample.main.path.endswith(OPTIMIZER_FILE if is_flat else MODEL_FILE)
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_a_manifest_names_every_tensor(name: str, side: str) -> None:
+    """Weights and buffers as torch counts them, states as the optimizer files hold them."""
+    for of in families(name, side):
+        found = of.manifest()
+        weights = {key.parameter: tensor for key, tensor in found.items() if not key.kind}
+        assert weights == {item.name: item.tensor for item in of.items() if item.tensor is not None}
+        loaded = [load(Path(rank.files.model.path)) for rank in of.ranks.values()]
+        chunks = [root[key] for root in loaded for key in root if key.startswith("model")]
+        values = [value for chunk in chunks for value in chunk.values()]
+        assert len(weights) == sum(isinstance(value, torch.Tensor) for value in values)
+        kinds: dict[str, set[str]] = {}
+        for key in found:
+            if key.kind:
+                kinds.setdefault(key.parameter, set()).add(key.kind)
+        assert set(kinds) == set(of.states)
+        for parameter, state in of.states.items():
+            assert kinds[parameter] == set(state.tensors)
+            for kind, tensor in state.tensors.items():
+                assert found[TensorName(parameter, kind)] is tensor
+        assert len({str(key) for key in found}) == len(found)
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_tensors_of_a_manifest_lie_in_their_files(name: str, side: str) -> None:
+    """Each in one of its own family, apart from all others."""
+    for of in families(name, side):
+        sizes = {file.path: Path(file.path).stat().st_size for file in files_in(of)}
+        places: list[tuple[str, int, int]] = []
+        for key, tensor in of.manifest().items():
+            extent = tensor.extent
+            assert extent.path in sizes, key
+            assert 0 <= extent.offset <= extent.offset + extent.length <= sizes[extent.path], key
+            assert extent.length == tensor.numel * tensor.item_bytes, key
+            is_flat = isinstance(of.states.get(key.parameter), FlatState) and key.kind
+            assert extent.path.endswith(OPTIMIZER_FILE if is_flat else MODEL_FILE), key
+            places.append((extent.path, extent.offset, extent.offset + extent.length))
+        for (path, _, end), (next_path, start, _) in itertools.pairwise(sorted(places)):
+            assert path != next_path or end <= start
+
+
+def files_in(of: Family) -> list[TorchFile]:
+    return [file for rank in of.ranks.values() for file in rank.files.all]
+
+
+@pytest.mark.parametrize("name", names())
+def test_manifests_of_both_sides_are_alike(name: str) -> None:
+    """Names, dtypes and shapes: no layout changes them."""
+    for source, truth in zip(families(name, "source"), families(name, "truth"), strict=True):
+        ours, theirs = source.manifest(), truth.manifest()
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            other = theirs[key]
+            assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), key
+
+
+def test_a_manifest_of_some_items() -> None:
+    of = family(DENSE, "source")
+    found = of.manifest(of.layers[1])
+    assert found
+    assert found == {
+        key: tensor
+        for key, tensor in of.manifest().items()
+        if key.parameter.startswith("decoder.layers.1.")
+    }
+    assert of.manifest([]) == {}
+
+
+def test_tensors_are_told_apart_by_name_and_kind() -> None:
+    assert str(TensorName("a.weight", "")) == "a.weight"
+    assert str(TensorName("a.weight", "exp_avg")) == "a.weight [exp_avg]"
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_items_in_a_layout_are_those_of_its_ranks(name: str, side: str) -> None:
+    """Of the own one what each rank file holds, of the other side's what its rank files hold."""
+    for of, other in zip(families(name, side), families(name, opposite(side)), strict=True):
+        for there in (of, other):
+            for pp_rank, rank in there.ranks.items():
+                found = [item.name for item in of.items_in(there.layout, pp_rank)]
+                held = [item.name for content in rank.contents for item in content.items]
+                assert sorted(found) == sorted(held)
+        everything = [item for p in of.ranks for item in of.items_in(of.layout, p)]
+        assert {id(item) for item in everything} == {id(item) for item in of.items()}
+
+
+def test_items_in_a_layout_are_only_those_that_were_read() -> None:
+    """A part of the ranks gives its part of a rank of another layout."""
+    of, layout = family(DENSE, "source"), family(DENSE, "truth").layout
+    part = next(read_family({1: of.ranks[1].files}))
+    read = {item.name for item in part.items()}
+    for pp_rank in of.ranks:
+        wanted = [item.name for item in of.items_in(layout, pp_rank)]
+        found = [item.name for item in part.items_in(layout, pp_rank)]
+        assert found == [name for name in wanted if name in read]
+        assert 0 < len(found) < len(wanted)
 
 
 @pytest.mark.parametrize("version", [2.0, 3, "3.0", 3.5])
@@ -215,19 +321,19 @@ def test_the_layout_is_that_of_the_own_arguments() -> None:
     for name, side in SIDES:
         of = family(name, side)
         for rank in of.ranks.values():
-            assert layout_of(rank.files, of.rules) == of.layout
+            assert layout_of(rank.files, of.megatron.rules) == of.layout
 
 
 def test_the_final_norm_follows_the_layers_by_newer_rules() -> None:
     """With MTP on a stage of its own, as a layout string may ask for."""
-    of = family("deepseek-mtp-pp2ep2-v016", "source")
+    of = family(DEEPSEEK, "source")
     files = with_arguments(
         of.ranks[0].files,
         pipeline_model_parallel_layout="Et*4|t*4||mL",
         virtual_pipeline_model_parallel_size=2,
     )
     for follows, holder in ((True, 1), (False, 3)):
-        layout = layout_of(files, replace(of.rules, mtp_may_stand_alone=follows))
+        layout = layout_of(files, replace(of.megatron.rules, mtp_may_stand_alone=follows))
         assert [Section.FINAL_NORM in chunk.sections for chunk in layout.chunks].index(
             True
         ) == holder

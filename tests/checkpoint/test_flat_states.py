@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pp_to_vpp.checkpoint.family import Family, RankInventory
+from pp_to_vpp.checkpoint.family import Family, SourceRank
 from pp_to_vpp.checkpoint.flat_states import (
     FlatState,
     RankStates,
@@ -18,20 +18,18 @@ from pp_to_vpp.checkpoint.flat_states import (
     are_views_of_buffers,
     read_flat_states,
 )
-from pp_to_vpp.checkpoint.optimizer_entries import part_entries
-from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.checkpoint.optimizer_entries import optimizer_entries
 from pp_to_vpp.container.pickling import Global
 from pp_to_vpp.errors import CheckpointError
-from pp_to_vpp.megatron.buffers import RankBuffers, rank_buffers
-from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
-from pp_to_vpp.megatron.parameters import in_expert_buffer
+from pp_to_vpp.megatron.buffers import RankBuffers, buffers_of
+from pp_to_vpp.megatron.megatron import Megatron
+from pp_to_vpp.megatron.optimizer_chain import ChainedOptimizer, OptimizerKind
+from pp_to_vpp.megatron.parameters import is_in_expert_buffer
 
 from ..compare import load
 from ..edit import float_tensor
 from ..families import SIDES, families, family, of_kind, values_at, values_of
-
-DENSE, MOE, PLAIN = "dense-pp2-v016", "moe-pp2ep2-v016", "dense-pp2-nodistopt-v016"
-ODD, OVERLAPPED = "dense-pp2-layout-v016", "dense-pp2-opgos-v016"
+from ..pairs import DENSE, LAYOUT, MOE, ODD
 
 
 @pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
@@ -43,12 +41,12 @@ def test_every_element_of_a_weight_is_its_main_parameter_rounded(name: str, side
             assert isinstance(state, FlatState)
             tensor = held[key].tensor
             assert tensor is not None
-            (main,) = state.parts["param"]
-            assert isinstance(main, Extent)
+            main = state.tensors["param"].extent
+            assert state.main.extent == main
             dtype = getattr(torch, tensor.dtype)
             assert torch.equal(values_at(main, torch.float32).to(dtype), values_of(tensor)), key
-            assert {p.length for parts in state.parts.values() for p in parts} == {main.length}
-            assert set(state.parts) == {"param", "exp_avg", "exp_avg_sq"}
+            assert {own.extent.length for own in state.tensors.values()} == {main.length}
+            assert set(state.tensors) == {"param", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
@@ -59,7 +57,7 @@ def test_families_hold_all_states_once(name: str, side: str) -> None:
         expected = {
             item.name
             for item in parameters
-            if of.holds_state(is_expert=in_expert_buffer(item, of.arguments, of.rules))
+            if of.holds_state(is_expert=is_in_expert_buffer(item, of.megatron))
         }
         assert set(of.states) == expected
 
@@ -76,13 +74,13 @@ def test_computed_buffers_have_the_sizes_of_the_stored(name: str, side: str) -> 
                     assert {t.storage.numel for t in tensors} == {buffer.numel}
                     assert [t.offset for t in tensors] == list(buffer.starts)
             if rank.files.optimizer is not None:
-                loaded = part_entries(load(Path(rank.files.optimizer.path)), "file")
+                loaded = optimizer_entries(load(Path(rank.files.optimizer.path)), "file")
                 check_sizes(loaded, rank, rank.buffers)
 
 
-def check_sizes(loaded: list[Any], rank: RankInventory, buffers: RankBuffers) -> None:
-    for part, entry in zip(rank.parts, loaded, strict=True):
-        for index, (_, buffer) in enumerate(buffers.of_part(part) if entry else ()):
+def check_sizes(loaded: list[Any], rank: SourceRank, buffers: RankBuffers) -> None:
+    for own, entry in zip(rank.optimizers, loaded, strict=True):
+        for index, (_, buffer) in enumerate(buffers.of(own.kind) if entry else ()):
             ((_, tensors),) = entry[index].items()
             assert tensors["param"].numel() == tensors["numel_unpadded"] == buffer.numel_unpadded
 
@@ -100,33 +98,30 @@ def test_kinds_of_all_pairs() -> None:
                 assert are_views_of_buffers(rank.contents, rank.buffers)
 
 
-def test_buffers_of_a_part() -> None:
+def test_buffers_of_an_optimizer() -> None:
     """In the order of the indices in the file."""
     of = family(MOE, "truth")
     buffers = of.ranks[0].buffers
     assert buffers is not None
-    dense, experts = of.ranks[0].parts
-    for part in (dense, experts):
-        found = buffers.of_part(part)
+    dense, experts = (own.kind for own in of.ranks[0].optimizers)
+    for kind in (dense, experts):
+        found = buffers.of(kind)
         assert [stage for stage, _ in found] == [0, 1]
-        assert all(buffer.is_expert is part.is_expert for _, buffer in found)
+        assert all(buffer.is_expert is kind.is_expert for _, buffer in found)
     one = replace(dense, vp_stages=(1,))
-    assert buffers.of_part(one) == buffers.of_part(dense)[1:]
+    assert buffers.of(one) == buffers.of(dense)[1:]
 
 
-@pytest.mark.parametrize("name", [ODD, "dense-pp2-odd-dp3-v012"])
+@pytest.mark.parametrize("name", [LAYOUT, ODD])
 def test_other_rules_do_not_explain_odd_sizes(name: str) -> None:
     """Offsets of views prove the rules of a version."""
     of = family(name, "source")
-    rules = replace(of.rules, aligns_parameters=not of.rules.aligns_parameters)
+    rules = of.megatron.rules
+    other = replace(rules, aligns_parameters=not rules.aligns_parameters)
+    assert not of.megatron.arguments.overlaps_param_gather_with_step
     differing = 0
-    for rank in of.ranks.values():
-        buffers = rank_buffers(
-            [(content.chunk, content.parameters) for content in rank.contents],
-            of.arguments,
-            rules,
-            overlaps_param_gather_with_step=False,
-        )
+    for pp_rank, rank in of.ranks.items():
+        buffers = buffers_of(rank.parameters, pp_rank, Megatron(of.megatron.arguments, other))
         if buffers != rank.buffers:
             differing += 1
             with pytest.raises(Unexplained, match=r"lies at element \d+ of \d+ in its storage"):
@@ -144,7 +139,11 @@ def changed(of: Family, edit: Callable[[dict[Any, Any]], Any]) -> Callable[[], R
     copy = {**root, 0: {key: dict(tensors)}}
     result = edit(copy)
     new, buffers = copy if result is None else result, rank.buffers
-    return lambda: read_flat_states(new, rank.contents, rank.parts, buffers, "file")
+    return lambda: read_flat_states(new, rank.contents, chain_in(rank), buffers, "file")
+
+
+def chain_in(rank: SourceRank) -> list[ChainedOptimizer]:
+    return [own.kind for own in rank.optimizers]
 
 
 def in_buffer(edit: Callable[[dict[Any, Any]], object]) -> Callable[[dict[Any, Any]], None]:
@@ -216,16 +215,16 @@ def test_further_flat_states_are_carried_along() -> None:
     found = changed(of, in_buffer(lambda t: t.update(master=t["exp_avg"])))()
     assert found.held == (True,)
     for state in found.by_name.values():
-        assert state.parts["master"] == state.parts["exp_avg"]
+        assert state.tensors["master"] == state.tensors["exp_avg"]
 
 
-def test_parts_that_another_family_holds_are_none() -> None:
+def test_states_that_another_family_holds_are_none() -> None:
     of = families(MOE, "source")[1]
     rank = of.ranks[0]
     assert rank.files.optimizer is not None
     assert rank.buffers is not None
     found = read_flat_states(
-        rank.files.optimizer.root, rank.contents, rank.parts, rank.buffers, "file"
+        rank.files.optimizer.root, rank.contents, chain_in(rank), rank.buffers, "file"
     )
     assert found.held == (False, True)
     assert all(".experts." in name for name in found.by_name)

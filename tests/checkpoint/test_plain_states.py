@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,16 +10,15 @@ import torch
 
 from pp_to_vpp.checkpoint.flat_states import Unexplained
 from pp_to_vpp.checkpoint.optimizer_entries import MAINS, OPTIMIZER, OptimizerEntry
-from pp_to_vpp.checkpoint.plain_states import PlainState, read_plain_states
-from pp_to_vpp.container.tensors import as_tensor, unwrap_tensor
+from pp_to_vpp.checkpoint.plain_states import MAIN, PlainState, read_plain_states
+from pp_to_vpp.container.tensors import TensorRef, as_tensor, unwrap_tensor
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.megatron.parameters import is_layer_matrix
 
 from ..edit import float_tensor
 from ..families import family, of_kind, values_of
-
-PLAIN = "dense-pp2-nodistopt-v016"
+from ..pairs import PLAIN
 
 
 @pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.PLAIN))
@@ -31,18 +30,26 @@ def test_plain_states_are_those_of_their_parameters(name: str, side: str) -> Non
     for item in held:
         state = of.states[item.name]
         assert isinstance(state, PlainState)
-        main = unwrap_tensor(state.main)
+        main = unwrap_tensor(state.main_node)
         assert item.tensor is not None
         assert main is not None
+        assert state.main is not None
+        assert state.main.extent == main.extent
         assert main.shape == item.tensor.shape
         assert torch.equal(values_of(main).to(torch.bfloat16), values_of(item.tensor)), item.name
-        moments = {word: unwrap_tensor(value) for word, value in state.state.items()}
-        is_lions = is_layer_matrix(item, of.rules) and "lion" in name
+        moments = {word: unwrap_tensor(value) for word, value in state.entry.items()}
+        is_lions = is_layer_matrix(item, of.megatron) and "lion" in name
         words = ["exp_avg"] if is_lions else ["exp_avg", "exp_avg_sq"]
         assert list(moments) == (["momentum_buffer"] if "sgd" in name else words)
+        assert seen(state.tensors) == seen({**moments, MAIN: main})
         for moment in moments.values():
             assert moment is not None
             assert moment.shape == item.tensor.shape
+
+
+def seen(tensors: Mapping[str, TensorRef | None]) -> list[object]:
+    """Tensors without the nodes that rebuild them: those in a wrapper are unwrapped anew."""
+    return [(k, t.extent, t.dtype, t.shape, t.stride) for k, t in tensors.items() if t is not None]
 
 
 def read_plain(edit: Callable[[dict[str, Any]], None]) -> dict[str, PlainState]:
@@ -60,7 +67,8 @@ def read_plain(edit: Callable[[dict[str, Any]], None]) -> dict[str, PlainState]:
     }
     edit(copy)
     entries = [OptimizerEntry(copy)]
-    return read_plain_states(entries, rank.contents, rank.parts, of.arguments, of.rules, "file")
+    chain = [own.kind for own in rank.optimizers]
+    return read_plain_states(entries, rank.contents, chain, of.megatron, "file")
 
 
 def test_an_unchanged_copy_is_read_the_same() -> None:
@@ -69,7 +77,8 @@ def test_an_unchanged_copy_is_read_the_same() -> None:
     for name, state in found.items():
         original = of.states[name]
         assert isinstance(original, PlainState)
-        assert (state.state, state.main) == (original.state, original.main)
+        assert (state.entry, state.main_node) == (original.entry, original.main_node)
+        assert seen(state.tensors) == seen(original.tensors)
 
 
 def halve_a_main(entry: dict[str, Any]) -> None:
@@ -149,7 +158,7 @@ def test_odd_plain_optimizers(case: str) -> None:
 def test_parameters_may_have_no_state() -> None:
     """As before the first step."""
     found = read_plain(lambda entry: entry["optimizer"]["state"].clear())
-    assert all(state.state is None and state.main is not None for state in found.values())
+    assert all(state.entry is None and state.main is not None for state in found.values())
 
 
 def test_scalars_are_of_no_shape() -> None:
@@ -164,6 +173,8 @@ def test_scalars_are_of_no_shape() -> None:
         entry["optimizer"]["state"][0]["step"] = scalar
 
     assert any(
-        isinstance(state.state, dict) and state.state.get("step") is scalar
+        isinstance(state.entry, dict)
+        and state.entry.get("step") is scalar
+        and state.tensors["step"].node is scalar
         for state in read_plain(add).values()
     )

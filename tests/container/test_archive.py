@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pp_to_vpp.container import archive
-from pp_to_vpp.container.archive import ArchiveError
+from pp_to_vpp.errors import FormatError
 
 from ..pairs import rank_files
 
@@ -156,7 +156,7 @@ _GOOD = saved({"a": torch.arange(100)})
     ],
 )
 def test_odd_archives_are_refused(data: bytes, reason: str) -> None:
-    with pytest.raises(ArchiveError, match=reason):
+    with pytest.raises(FormatError, match=reason):
         archive.read_records(io.BytesIO(data))
 
 
@@ -175,5 +175,5 @@ def _with_directory(offset: int = 0, size: int = 0, count: int = 1) -> bytes:
     ],
 )
 def test_lying_end_records_are_refused_at_once(data: bytes) -> None:
-    with pytest.raises(ArchiveError):
+    with pytest.raises(FormatError):
         archive.read_records(io.BytesIO(data))

@@ -8,8 +8,8 @@ import zlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.container.crc32 import concatenate, derivable, missing_part, of_zeros
-from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.crc32 import Ledger, concatenate, derivable, missing_part, of_zeros
+from pp_to_vpp.container.extents import Extent, Literal, Zeros
 
 _data = st.binary(max_size=300)
 
@@ -74,6 +74,38 @@ def test_derived_checksums_are_those_of_the_bytes(
         assert derivation.solve(crc32_of) == crc32_of(extent)
         known = {*wanted, *derivation.gaps}
         assert {*derivation.before, *derivation.after} == known - {extent}
+
+
+@given(_cuts(), st.integers(1 << 11, 1 << 18), st.binary(max_size=9), st.integers(0, 999))
+def test_a_ledger_knows_what_was_copied_and_derives_the_rest(
+    case: tuple[bytes, list[tuple[int, int]]], segment_bytes: int, made: bytes, zeros: int
+) -> None:
+    data, ranges = case
+    record = Extent("file", 0, len(data))
+    wanted = [record.cut(start, length) for start, length in ranges]
+    derived = derivable(wanted, {"file": [(record, zlib.crc32(data))]})
+    ledger = Ledger(derived, segment_bytes)
+    gaps = [gap for derivation in derived.values() for gap in derivation.gaps]
+    for extent in (*wanted, *gaps):
+        segments = list(extent.segments(segment_bytes))
+        crc32s = (zlib.crc32(data[s.offset : s.offset + s.length]) for s in segments)
+        ledger.enter(segments, (None if extent in derived else crc32 for crc32 in crc32s))
+    ledger.enter([Zeros(zeros), Literal(made)], [None, None])
+    content = b"".join(data[start : start + length] for start, length in ranges)
+    assert ledger.of([Literal(made), *wanted, Zeros(zeros)]) == zlib.crc32(
+        made + content + bytes(zeros)
+    )
+    for extent in wanted:
+        assert ledger.of([extent]) == zlib.crc32(data[extent.offset :][: extent.length])
+
+
+def test_a_wrong_checksum_of_a_source_stays_wrong() -> None:
+    """It is not blessed by a ledger that derives from it."""
+    data = bytes(range(256)) * 1024
+    record = Extent("file", 0, len(data))
+    derived = derivable([record], {"file": [(record, zlib.crc32(data) ^ 1)]})
+    assert list(derived) == [record]
+    assert Ledger(derived, 1 << 20).of([record]) == zlib.crc32(data) ^ 1
 
 
 def test_a_range_is_derived_when_the_rest_is_known() -> None:

@@ -1,15 +1,13 @@
-"""Rank folders and byte ranges."""
+"""Byte ranges and other pieces of files."""
 
 from __future__ import annotations
 
 import itertools
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.container.extents import Extent, Literal, Piece, Zeros, cut_pieces, join_pieces
-from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.container.extents import Extent, Literal, Piece, Zeros, join_pieces
 
 _SOURCE = bytes(range(256)) * 4
 
@@ -38,12 +36,24 @@ _pieces = st.lists(
 )
 
 
-@given(_pieces, st.data())
-def test_cutting_pieces_is_cutting_their_bytes(pieces: list[Piece], data: st.DataObject) -> None:
-    whole = content(tuple(pieces))
+_extents = st.builds(Extent, st.just("a"), st.integers(0, 400), st.integers(0, 400))
+
+
+@given(_extents, st.data())
+def test_cutting_an_extent_is_cutting_its_bytes(extent: Extent, data: st.DataObject) -> None:
+    whole = content((extent,))
     start = data.draw(st.integers(0, len(whole)))
     length = data.draw(st.integers(0, len(whole) - start))
-    assert content(cut_pieces(tuple(pieces), start, length)) == whole[start : start + length]
+    assert content((extent.cut(start, length),)) == whole[start : start + length]
+
+
+@given(_extents, st.integers(1, 500))
+def test_segments_are_the_bytes_in_equal_parts(extent: Extent, length: int) -> None:
+    segments = tuple(extent.segments(length))
+    assert content(segments) == content((extent,))
+    assert join_pieces(list(segments)) == ((extent,) if extent.length else ())
+    assert all(segment.length == length for segment in segments[:-1])
+    assert all(0 < segment.length <= length for segment in segments)
 
 
 @given(_pieces)
@@ -54,27 +64,3 @@ def test_joining_pieces_keeps_their_bytes_and_joins_neighbours(pieces: list[Piec
         if isinstance(left, Extent) and isinstance(right, Extent):
             assert left.path != right.path or left.offset + left.length != right.offset
         assert not (isinstance(left, Zeros) and isinstance(right, Zeros))
-
-
-@given(st.integers(0, 10**6), st.integers(0, 10**6), st.none() | st.integers(0, 10**6))
-def test_folder_names_parse_back(tp_rank: int, pp_rank: int, ep_rank: int | None) -> None:
-    rank = RankId(tp_rank, pp_rank, ep_rank)
-    assert RankId.parse(rank.folder) == rank
-
-
-@pytest.mark.parametrize(
-    ("folder", "rank"),
-    [
-        ("mp_rank_00_003", RankId(0, 3, None)),
-        ("mp_rank_07_015_063", RankId(7, 15, 63)),
-        ("mp_rank_100_1000_1000", RankId(100, 1000, 1000)),
-        ("mp_rank_00", None),
-        ("mp_rank_00_03", None),
-        ("mp_rank_00_003_001_002", None),
-        ("mp_rank_0_003", None),
-        ("mp_rank_00_٠٠٣", None),
-        ("xmp_rank_00_003", None),
-    ],
-)
-def test_only_megatrons_names_are_rank_folders(folder: str, rank: RankId | None) -> None:
-    assert RankId.parse(folder) == rank

@@ -9,15 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.extents import Extent, Zeros
 from pp_to_vpp.container.pickling import Global, Instance, Storage
 from pp_to_vpp.container.tensors import (
-    TensorError,
+    TensorRef,
     as_tensor,
     flat_tensor,
+    gathered,
+    item_bytes,
     sharing_lists,
+    storage_item_bytes,
     unwrap_tensor,
 )
+from pp_to_vpp.errors import FormatError
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _STORAGE = Storage(Global("torch", "FloatStorage"), "cpu", 100, (Extent("f", 64, 400),))
@@ -46,12 +50,12 @@ def test_span_and_contiguity_are_torchs(shape: list[int], offset: int, random: A
 def test_a_view_is_its_bytes() -> None:
     tensor = as_tensor(node(_STORAGE, 10, (2, 3), (3, 1)))
     assert tensor is not None
-    assert tensor.content() == (Extent("f", 64 + 40, 24),)
+    assert tensor.extent == Extent("f", 64 + 40, 24)
     assert (tensor.dtype, tensor.item_bytes, tensor.numel) == ("float32", 4, 6)
     other = Storage(_STORAGE.type, "cpu", 6, (Extent("g", 0, 24),))
     moved = as_tensor(tensor.moved(other, 0))
     assert moved is not None
-    assert moved.content() == (Extent("g", 0, 24),)
+    assert moved.extent == Extent("g", 0, 24)
     assert moved.shape == (2, 3)
 
 
@@ -59,7 +63,94 @@ def test_flat_tensors_cover_their_storage() -> None:
     tensor = as_tensor(flat_tensor(_STORAGE))
     assert tensor is not None
     assert tensor.shape == (100,)
-    assert tensor.content() == _STORAGE.content
+    assert (tensor.extent,) == _STORAGE.content
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "uint8", "bool", "complex64"]
+)
+def test_sizes_of_elements_are_torchs(dtype: str) -> None:
+    assert item_bytes(dtype) == torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (Global("torch", "BFloat16Storage"), 2),
+        (Global("torch.storage", "UntypedStorage"), 1),
+        (Global("torch", "NoStorage"), None),
+        (Global("other", "FloatStorage"), None),
+    ],
+)
+def test_only_torchs_storages_are_known(kind: Global, size: int | None) -> None:
+    assert storage_item_bytes(kind) == size
+
+
+_KINDS = st.sampled_from(["FloatStorage", "BFloat16Storage", "LongStorage", "ByteStorage"]).map(
+    lambda name: Global("torch", name)
+)
+_SOURCE = bytes(torch.randint(1, 256, (4096,), generator=torch.Generator().manual_seed(3)).tolist())
+"""What all files hold: no zeros, few repetitions."""
+
+
+def bytes_at(extent: Extent) -> bytes:
+    return _SOURCE[extent.offset : extent.offset + extent.length]
+
+
+def flat(kind: Global, path: str, first: int, before: int, numel: int) -> TensorRef:
+    """A flat tensor ``before`` elements into a storage that starts at byte ``first``."""
+    size = storage_item_bytes(kind) or 0
+    storage = Storage(kind, "cpu", before + numel, (Extent(path, first, (before + numel) * size),))
+    tensor = as_tensor(node(storage, before, (numel,), (1,)))
+    assert tensor is not None
+    return tensor
+
+
+@given(_KINDS, st.integers(0, 99), st.integers(0, 50), st.integers(0, 50), st.data())
+def test_segments_are_slices(
+    kind: Global, first: int, before: int, numel: int, data: st.DataObject
+) -> None:
+    whole = flat(kind, "f", first, before, numel)
+    start = data.draw(st.integers(0, numel))
+    count = data.draw(st.integers(0, numel - start))
+    part = whole.segment(start, count)
+    assert (part.shape, part.numel, part.dtype) == ((count,), count, whole.dtype)
+    assert part.is_contiguous
+    size = whole.item_bytes
+    assert bytes_at(part.extent) == bytes_at(whole.extent)[start * size : (start + count) * size]
+    inner = data.draw(st.integers(0, count))
+    assert (
+        part.segment(inner, count - inner).extent
+        == whole.segment(start + inner, count - inner).extent
+    )
+
+
+@given(_KINDS, st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), max_size=6), st.data())
+def test_gathered_tensors_lie_at_their_places_among_zeros(
+    kind: Global, sizes: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Given as (hole before, elements), in any order."""
+    places: list[tuple[int, TensorRef]] = []
+    position = 0
+    for hole, numel in sizes:
+        first, before = data.draw(st.integers(0, 99)), data.draw(st.integers(0, 9))
+        places.append((position + hole, flat(kind, data.draw(_PATHS), first, before, numel)))
+        position += hole + numel
+    numel = position + data.draw(st.integers(0, 9))
+    storage = gathered(kind, "cuda:3", numel, data.draw(st.permutations(places)))
+    size = storage_item_bytes(kind) or 0
+    wanted = bytearray(numel * size)
+    for start, tensor in places:
+        wanted[start * size : (start + tensor.numel) * size] = bytes_at(tensor.extent)
+    found = b""
+    for piece in storage.content:
+        assert isinstance(piece, Extent | Zeros)
+        found += bytes_at(piece) if isinstance(piece, Extent) else bytes(piece.length)
+    assert found == wanted
+    assert (storage.type, storage.location, storage.numel) == (kind, "cuda:3", numel)
+
+
+_PATHS = st.sampled_from(["f", "g"])
 
 
 @pytest.mark.parametrize(
@@ -80,14 +171,14 @@ def test_flat_tensors_cover_their_storage() -> None:
     ],
 )
 def test_impossible_views_are_refused(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(TensorError):
+    with pytest.raises(FormatError):
         as_tensor(node(*arguments))
 
 
 def test_other_objects_are_no_tensors() -> None:
     assert as_tensor(None) is None
     assert as_tensor(Instance(Global("os", "system"), ("x",))) is None
-    with pytest.raises(TensorError):
+    with pytest.raises(FormatError):
         as_tensor(Instance(_REBUILD, (_STORAGE,)))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pp_to_vpp.container import archive, pickling
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.pickling import Global, Instance, Storage
+from pp_to_vpp.errors import FormatError
 
 _EXTREMES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 3, 4, -1, 7, 255, 65536, 1 << 24, 1 << 31, 1 << 63, 10**30,
@@ -140,7 +141,7 @@ class _Parts:
     def of(cls, data: bytes) -> _Parts:
         try:
             stem, records = archive.read_records(io.BytesIO(data))
-        except archive.ArchiveError:
+        except FormatError:
             raise _Unreadable from None
         taken = [(r.name, data[r.offset : r.offset + r.length]) for r in records.values()]
         return cls(stem, taken)

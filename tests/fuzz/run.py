@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.pickling import as_mapping
 from pp_to_vpp.container.tensors import as_tensor
 from pp_to_vpp.container.torch_file import TorchFile
@@ -32,18 +31,10 @@ from pp_to_vpp.megatron.naming import chunk_keys
 from pp_to_vpp.source import files
 from tests.fuzz import forked
 from tests.fuzz.mutate import mutated
-from tests.pairs import pair
+from tests.pairs import BUCKETS, DENSE, EMPTY_OLD, ETP, LION, MOE, PLAIN, pair
 from tests.runs import Run
 
-PAIRS = {
-    "dense-pp2-buckets-odd-dp2-v016": 17,
-    "dense-pp2-v016": 1,
-    "dense-pp2-nodistopt-v016": 1,
-    "moe-pp2ep2-v016": 1,
-    "moe-pp2ep2-lion-v019": 1,
-    "moe-pp2tp2etp1-v019": 1,
-    "dense-pp3-empty-v013": 1,
-}
+PAIRS = {BUCKETS: 17, DENSE: 1, PLAIN: 1, MOE: 1, LION: 1, ETP: 1, EMPTY_OLD: 1}
 """The checkpoints that are mutated, and how often."""
 _ALLOWED = (0, 2, 3, 4, 5, 6)
 _SECONDS = 20
@@ -140,10 +131,8 @@ def tensors(iteration: Path) -> Counter[tuple[str, tuple[int, ...], str]]:
                 tensor = as_tensor(value)
                 if tensor is None:
                     continue
-                digest = hashlib.sha256()
-                for piece in tensor.content():
-                    assert isinstance(piece, Extent)
-                    digest.update(data[piece.offset : piece.offset + piece.length])
+                start, length = tensor.extent.offset, tensor.extent.length
+                digest = hashlib.sha256(data[start : start + length])
                 found[tensor.dtype, tensor.shape, digest.hexdigest()] += 1
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pp_to_vpp.megatron.arguments import (
     patch_arguments,
     read_arguments,
 )
-from pp_to_vpp.megatron.pipeline import Placement
+from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Placement
 
 _BASE = {
     "num_layers": 8,
@@ -65,9 +66,42 @@ def test_the_placement_is_read() -> None:
         decoder_last_pipeline_num_layers_split=[3, 2],
         decoder_last_pipeline_num_layers=5,
     )
-    assert found.placement == Placement(
-        2, first_layers=3, last_layers=5, first_split=(2, 1), last_split=(3, 2)
-    )
+    assert found.placement == Placement(2, Ends(3, 5, first_split=(2, 1), last_split=(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        ({}, Even()),
+        ({"account_for_loss_in_pipeline_split": True}, Even(counts_loss=True)),
+        (
+            {
+                "account_for_embedding_in_pipeline_split": True,
+                "decoder_first_pipeline_num_layers": None,
+            },
+            Even(counts_embedding=True),
+        ),
+        ({"decoder_first_pipeline_num_layers": 2}, Ends(first=2)),
+        ({"decoder_last_pipeline_num_layers": 0}, Ends(last=0)),
+        (
+            {"pipeline_model_parallel_layout": "Et|tL", "decoder_last_pipeline_num_layers": 2},
+            LayoutString("Et|tL"),
+        ),
+    ],
+)
+def test_the_placement_has_one_form(given: dict[str, Any], form: object) -> None:
+    assert read(**given).placement.form == form
+
+
+@pytest.mark.parametrize("counted", ["embedding", "loss"])
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_two_forms_at_once_are_refused(counted: str, end: str) -> None:
+    both = {
+        f"account_for_{counted}_in_pipeline_split": True,
+        f"decoder_{end}_pipeline_num_layers": 2,
+    }
+    with pytest.raises(CheckpointError, match=r"^file: .* Megatron takes one of the two"):
+        read(**both)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +159,8 @@ def patched(
     """Attributes after patching."""
     node = namespace(**source)
     arguments = read_arguments({"args": node}, "file")
-    result = patch_arguments(node, arguments, placement, overlap_param_gather_with_step=overlap)
+    target = replace(arguments, placement=placement, overlaps_param_gather_with_step=overlap)
+    result = patch_arguments(node, arguments, target)
     assert list(node.state)[: len(_BASE)] == list(_BASE), "the source is left alone"
     return namespace_values(result, "file")
 
@@ -159,7 +194,7 @@ def test_a_layout_string_replaces_the_other_forms() -> None:
         "num_virtual_stages_per_pipeline_rank": None,
         "overlap_param_gather_with_optimizer_step": False,
     }
-    found = patched(source, Placement(2, layout="Ettt|t|t|tttL"), overlap=True)
+    found = patched(source, Placement(2, LayoutString("Ettt|t|t|tttL")), overlap=True)
     assert found["pipeline_model_parallel_layout"] == "Ettt|t|t|tttL"
     assert found["account_for_embedding_in_pipeline_split"] is False
     assert found["num_layers_per_virtual_pipeline_stage"] is None
@@ -168,13 +203,13 @@ def test_a_layout_string_replaces_the_other_forms() -> None:
 
 def test_uneven_stages_are_told_by_their_number() -> None:
     source = {"decoder_first_pipeline_num_layers": 2, "num_virtual_stages_per_pipeline_rank": None}
-    found = patched(source, Placement(2, first_layers=2))
+    found = patched(source, Placement(2, Ends(first=2)))
     assert found["num_virtual_stages_per_pipeline_rank"] == 2
     assert found["num_layers_per_virtual_pipeline_stage"] is None
 
 
 def test_the_forks_splits_are_added() -> None:
-    placement = Placement(2, first_layers=5, last_layers=3, first_split=(3, 2), last_split=(2, 1))
+    placement = Placement(2, Ends(5, 3, first_split=(3, 2), last_split=(2, 1)))
     found = patched({}, placement)
     assert found["decoder_first_pipeline_num_layers_split"] == [3, 2]
     assert found["decoder_last_pipeline_num_layers_split"] == [2, 1]
@@ -183,7 +218,7 @@ def test_the_forks_splits_are_added() -> None:
 def test_splits_that_a_version_did_not_know_come_and_go() -> None:
     """There and back again, the arguments are the source's."""
     source = {"decoder_last_pipeline_num_layers": None}
-    split = Placement(2, first_split=(2, 2), last_split=(3, 1))
+    split = Placement(2, Ends(first_split=(2, 2), last_split=(3, 1)))
     there = patched(source, split)
     assert there["decoder_first_pipeline_num_layers_split"] == [2, 2]
     assert there["decoder_last_pipeline_num_layers_split"] == [3, 1]

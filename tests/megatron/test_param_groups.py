@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pp_to_vpp.checkpoint.family import Family
-from pp_to_vpp.megatron.arguments import SavedArguments
+from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.naming import Section
+from pp_to_vpp.megatron.optimizer_chain import has_expert_optimizer
 from pp_to_vpp.megatron.param_groups import GroupKey, key_of_group, key_of_item
-from pp_to_vpp.megatron.parameters import Item, have_experts, in_expert_buffer
-from pp_to_vpp.megatron.rules import Rules
+from pp_to_vpp.megatron.parameters import Item, is_in_expert_buffer
 
 from ..families import SIDES, families, family
-
-DENSE, MOE, MTP = "dense-pp2-v016", "moe-pp2ep2-v016", "deepseek-mtp-pp2ep2-v016"
+from ..pairs import DEEPSEEK, DENSE, MOE, WEIGHTS
 
 PLAIN = GroupKey(decays=True, is_expert=False, is_decoupled=False)
 FLAT = replace(PLAIN, decays=False)
@@ -27,8 +26,8 @@ DECOUPLED = replace(PLAIN, is_decoupled=True)
 def saved_groups(of: Family) -> Iterator[dict[str, Any]]:
     """All param groups in the files of a family."""
     for rank in of.ranks.values():
-        for entry in rank.entries:
-            yield from entry.groups
+        for own in rank.optimizers:
+            yield from own.entry.groups
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
@@ -36,26 +35,29 @@ def test_groups_and_parameters_meet(name: str, side: str) -> None:
     """Each parameter has a group that Megatron saved, and each group has a parameter."""
     for of in families(name, side):
         saved = {key_of_group(group) for group in saved_groups(of)}
-        computed = {
-            key_of_item(item, of.arguments, of.rules) for item in of.items() if item.is_parameter
-        }
+        computed = {key_of_item(item, of.megatron) for item in of.items() if item.is_parameter}
         assert computed
-        assert saved == (set() if name == "dense-pp2-nosaveoptim-v016" else computed)
+        assert saved == (set() if name == WEIGHTS else computed)
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
 def test_groups_of_an_optimizer_have_different_keys(name: str, side: str) -> None:
     for of in families(name, side):
         for rank in of.ranks.values():
-            for entry in rank.entries:
-                keys = [key_of_group(group) for group in entry.groups]
+            for own in rank.optimizers:
+                keys = [key_of_group(group) for group in own.entry.groups]
                 assert len(set(keys)) == len(keys)
 
 
-def key(name: str, of: Family, arguments: SavedArguments, rules: Rules | None = None) -> GroupKey:
+def otherwise(run: Megatron, rules: Mapping[str, bool] | None = None, **arguments: Any) -> Megatron:
+    """A run with other rules or arguments."""
+    return Megatron(replace(run.arguments, **arguments), replace(run.rules, **(rules or {})))
+
+
+def key(name: str, of: Family, run: Megatron) -> GroupKey:
     """The group of a parameter by its global name."""
     (item,) = (item for item in of.items() if item.name == name)
-    return key_of_item(item, arguments, rules or of.rules)
+    return key_of_item(item, run)
 
 
 @pytest.mark.parametrize(
@@ -71,24 +73,24 @@ def key(name: str, of: Family, arguments: SavedArguments, rules: Rules | None = 
 )
 def test_biases_and_vectors_do_not_decay(name: str, expected: GroupKey) -> None:
     of = family(DENSE, "source")
-    assert key(name, of, of.arguments) == expected
+    assert key(name, of, of.megatron) == expected
 
 
 def test_embeddings_may_be_kept_from_decay() -> None:
     of = family(DENSE, "source")
-    arguments = replace(of.arguments, skips_embedding_weight_decay=True)
+    keeping = otherwise(of.megatron, skips_embedding_weight_decay=True)
     for item in of.items():
         if item.is_parameter and "embedding" in item.rest:
-            assert key_of_item(item, arguments, of.rules) == FLAT
-    assert key("decoder.layers.0.mlp.linear_fc1.weight", of, arguments) == PLAIN
+            assert key_of_item(item, keeping) == FLAT
+    assert key("decoder.layers.0.mlp.linear_fc1.weight", of, keeping) == PLAIN
 
 
 def test_a_bias_of_any_shape_does_not_decay() -> None:
     of = family(DENSE, "source")
     (matrix,) = (i for i in of.items() if i.name == "decoder.layers.0.mlp.linear_fc1.weight")
-    assert key_of_item(matrix, of.arguments, of.rules) == PLAIN
+    assert key_of_item(matrix, of.megatron) == PLAIN
     bias = replace(matrix, rest=".mlp.linear_fc1.bias")
-    assert key_of_item(bias, of.arguments, of.rules) == FLAT
+    assert key_of_item(bias, of.megatron) == FLAT
 
 
 def norm_of(name: str) -> Item:
@@ -102,52 +104,52 @@ def norm_of(name: str) -> Item:
 def test_norms_of_queries_and_keys_decay_if_asked_to(name: str) -> None:
     of = family(DENSE, "source")
     for decays in (False, True):
-        arguments = replace(of.arguments, decays_qk_norms=decays)
-        found = key_of_item(norm_of(name), arguments, of.rules)
+        run = otherwise(of.megatron, decays_qk_norms=decays)
+        found = key_of_item(norm_of(name), run)
         assert found.decays is decays
-        other = key_of_item(norm_of("kv_norm"), arguments, of.rules)
+        other = key_of_item(norm_of("kv_norm"), run)
         assert not other.decays
 
 
 def test_decoupled_learning_rates_are_those_of_embedding_and_output() -> None:
-    of = family(MTP, "source")
-    arguments = replace(of.arguments, decoupled_lr=True)
+    of = family(DEEPSEEK, "source")
+    decoupled = otherwise(of.megatron, decoupled_lr=True)
     found = {
         item.name
         for item in of.items()
-        if item.is_parameter and key_of_item(item, arguments, of.rules).is_decoupled
+        if item.is_parameter and key_of_item(item, decoupled).is_decoupled
     }
     both = {"embedding.word_embeddings.weight", "output_layer.weight"}
     assert found == both
-    marking = replace(of.rules, marks_mtp_embedding=True)
+    marking = {"marks_mtp_embedding": True}
     copy = "embedding.word_embeddings.weight (MTP copy)"
-    assert key(copy, of, arguments, marking) == DECOUPLED
-    assert key(copy, of, arguments) == PLAIN
-    assert key(copy, of, of.arguments, marking) == PLAIN
+    assert key(copy, of, otherwise(decoupled, marking)) == DECOUPLED
+    assert key(copy, of, decoupled) == PLAIN
+    assert key(copy, of, otherwise(of.megatron, marking)) == PLAIN
 
 
 def test_the_position_embedding_is_not_decoupled() -> None:
     of = family(DENSE, "source")
-    arguments = replace(of.arguments, decoupled_lr=True)
+    decoupled = otherwise(of.megatron, decoupled_lr=True)
     (item,) = (i for i in of.sections[Section.EMBEDDING] if "position" in i.rest)
-    assert not key_of_item(item, arguments, of.rules).is_decoupled
+    assert not key_of_item(item, decoupled).is_decoupled
 
 
 def test_experts_have_buffers_of_their_own_with_expert_parallelism() -> None:
     of = family(MOE, "source")
     items = [item for item in of.items() if item.is_parameter]
-    found = {item.name for item in items if in_expert_buffer(item, of.arguments, of.rules)}
+    found = {item.name for item in items if is_in_expert_buffer(item, of.megatron)}
     assert found == {item.name for item in items if ".experts." in item.name}
-    alone = replace(of.arguments, ep_size=1)
-    assert not any(in_expert_buffer(item, alone, of.rules) for item in items)
-    sizes = replace(alone, etp_size=2)
-    assert not any(in_expert_buffer(item, sizes, of.rules) for item in items)
-    newer = replace(of.rules, separates_experts_by_tp=True)
-    assert {i.name for i in items if in_expert_buffer(i, sizes, newer)} == found
-    contents = of.ranks[0].contents
-    assert have_experts([c.parameters for c in contents], of.arguments, of.rules)
-    assert not have_experts([c.parameters for c in contents], alone, of.rules)
-    groups = {key_of_item(item, of.arguments, of.rules).is_expert: item for item in items}
+    alone = otherwise(of.megatron, ep_size=1)
+    assert not any(is_in_expert_buffer(item, alone) for item in items)
+    sizes = otherwise(alone, etp_size=2)
+    assert not any(is_in_expert_buffer(item, sizes) for item in items)
+    newer = otherwise(sizes, {"separates_experts_by_tp": True})
+    assert {item.name for item in items if is_in_expert_buffer(item, newer)} == found
+    parameters = of.ranks[0].parameters
+    assert has_expert_optimizer(parameters, of.megatron, others_have=False)
+    assert not has_expert_optimizer(parameters, alone, others_have=False)
+    groups = {key_of_item(item, of.megatron).is_expert: item for item in items}
     assert {is_expert: item.name in found for is_expert, item in groups.items()} == {
         True: True,
         False: False,

@@ -6,6 +6,7 @@ Megatron's own placement judges in tests/test_megatron_rules.py.
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from hypothesis import assume, given
@@ -13,9 +14,21 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.errors import LayoutError
 from pp_to_vpp.megatron.naming import Section
-from pp_to_vpp.megatron.pipeline import PipelineLayout, Placement, parse_layout
+from pp_to_vpp.megatron.pipeline import (
+    Ends,
+    Even,
+    LayoutString,
+    PipelineLayout,
+    Placement,
+    parse_layout,
+)
 
 from ..strategies import layout_strings, placements
+
+_APART = (
+    "layer placement: MTP layers in another stage ({}) than the loss ({}), where Megatron before "
+    "0.16 does not put them"
+)
 
 
 def dealt(num_layers: int, pp_size: int, placement: Placement) -> list[list[int]]:
@@ -24,16 +37,18 @@ def dealt(num_layers: int, pp_size: int, placement: Placement) -> list[list[int]
     Without given ends all chunks get as many cards, and embedding and loss may be cards too. With
     ends each stage has its number, and its chunks have equal parts of it or those of its split.
     """
-    vp_size = placement.vp_size
-    sizes = {0: placement.first_layers, pp_size - 1: placement.last_layers}
+    vp_size, form = placement.vp_size, placement.form
+    given = form if isinstance(form, Ends) else Ends()
+    sizes = {0: given.first, pp_size - 1: given.last}
     ends = {p: size for p, size in sizes.items() if size is not None}
-    cards = ["E"] * placement.account_for_embedding + list(map(str, range(num_layers)))
-    cards += ["L"] * placement.account_for_loss
+    counted = form if isinstance(form, Even) else Even()
+    cards = ["E"] * counted.counts_embedding + list(map(str, range(num_layers)))
+    cards += ["L"] * counted.counts_loss
     middle = len(cards) - sum(ends.values())
     hands = {p: [size // vp_size] * vp_size for p, size in ends.items()}
     for p in set(range(pp_size)) - set(ends):
         hands[p] = [middle // (pp_size - len(ends)) // vp_size] * vp_size
-    for p, split in ((0, placement.first_split), (pp_size - 1, placement.last_split)):
+    for p, split in ((0, given.first_split), (pp_size - 1, given.last_split)):
         hands[p] = hands[p] if split is None else list(split)
     deck = iter(cards)
     found = [
@@ -46,7 +61,7 @@ def dealt(num_layers: int, pp_size: int, placement: Placement) -> list[list[int]
 @given(placements())
 def test_layers_are_dealt_out_in_order_of_execution(case: tuple[int, int, Placement]) -> None:
     num_layers, pp_size, placement = case
-    assume(placement.layout is None)
+    assume(not isinstance(placement.form, LayoutString))
     layout = placement.place(num_layers, pp_size)
     assert [list(chunk.layers) for chunk in layout.chunks] == dealt(num_layers, pp_size, placement)
 
@@ -54,13 +69,13 @@ def test_layers_are_dealt_out_in_order_of_execution(case: tuple[int, int, Placem
 @given(placements(), st.integers(0, 2))
 def test_every_layer_and_section_has_one_place(case: tuple[int, int, Placement], mtp: int) -> None:
     num_layers, pp_size, placement = case
-    assume(placement.layout is None or mtp == 0)
+    assume(not isinstance(placement.form, LayoutString) or mtp == 0)
     layout = placement.place(num_layers, pp_size, mtp_num_layers=mtp)
     assert [layer for chunk in layout.chunks for layer in chunk.layers] == list(range(num_layers))
     assert (layout.pp_size, layout.vp_size) == (pp_size, placement.vp_size)
     for index, chunk in enumerate(layout.chunks):
         assert (chunk.vp_stage, chunk.pp_rank) == divmod(index, pp_size)
-        assert chunk is layout.chunk(chunk.pp_rank, chunk.vp_stage)
+        assert chunk is layout.rank_chunks(chunk.pp_rank)[chunk.vp_stage]
         assert list(chunk.sections) == sorted(chunk.sections)
     held = [section for chunk in layout.chunks for section in chunk.sections]
     expected = [Section.EMBEDDING, Section.FINAL_NORM, Section.HEAD]
@@ -94,7 +109,7 @@ def test_interleaving() -> None:
 
 def test_thirty_one_layers_on_four_stages() -> None:
     """The Microsoft fork's mode."""
-    placement = Placement(2, first_layers=8, last_layers=7, first_split=(4, 4), last_split=(4, 3))
+    placement = Placement(2, Ends(8, 7, first_split=(4, 4), last_split=(4, 3)))
     assert placement.place(31, 4).table() == (
         "     vp0          vp1\n"
         "pp0  E 0 1 2 3    16 17 18 19\n"
@@ -105,32 +120,34 @@ def test_thirty_one_layers_on_four_stages() -> None:
 
 
 def test_the_fork_gives_the_remainder_to_the_first_chunks() -> None:
-    placement = Placement(2, first_layers=5, last_layers=3).with_even_splits()
-    assert (placement.first_split, placement.last_split) == ((3, 2), (2, 1))
-    assert Placement(2, first_layers=4).with_even_splits().first_split is None
+    assert Ends(5, 3).with_splits(2) == Ends(5, 3, first_split=(3, 2), last_split=(2, 1))
+    assert Ends(first=4).with_splits(2) == Ends(first=4)
+    assert Ends(first=5, first_split=(2, 3)).with_splits(2).first_split == (2, 3)
 
 
 def test_zero_layer_chunks_are_allowed() -> None:
-    layout = Placement(2, account_for_embedding=True, account_for_loss=True).place(2, 2)
+    layout = Placement(2, Even(counts_embedding=True, counts_loss=True)).place(2, 2)
     assert layers_of(layout) == [[[], [1]], [[0], []]]
 
 
 def test_the_final_norm_follows_the_layers_with_mtp() -> None:
     """From 0.16: to the chunk of the last decoder layer, where the last has none (FORMAT 9.18)."""
     text = "Ett|tt|tt|t|m|L"
-    layout = Placement(2, layout=text).place(7, 3, mtp_num_layers=1, mtp_may_stand_alone=True)
-    assert layout.chunk(0, 1).sections == (Section.FINAL_NORM,)
-    assert layout.chunk(1, 1).sections == (Section.MTP_EMBEDDING, Section.MTP)
-    assert layout.chunk(2, 1).sections == (Section.HEAD,)
-    with pytest.raises(LayoutError, match="in another stage than the loss"):
-        Placement(2, layout=text).place(7, 3, mtp_num_layers=1)
-    before = Placement(2, layout="Ett|tt|tt|t||mL").place(7, 3, mtp_num_layers=1)
-    assert Section.FINAL_NORM in before.chunk(2, 1).sections
+    layout = Placement(2, LayoutString(text)).place(
+        7, 3, mtp_num_layers=1, mtp_may_stand_alone=True
+    )
+    assert layout.rank_chunks(0)[1].sections == (Section.FINAL_NORM,)
+    assert layout.rank_chunks(1)[1].sections == (Section.MTP_EMBEDDING, Section.MTP)
+    assert layout.rank_chunks(2)[1].sections == (Section.HEAD,)
+    with pytest.raises(LayoutError, match=re.escape(_APART.format(4, 5))):
+        Placement(2, LayoutString(text)).place(7, 3, mtp_num_layers=1)
+    before = Placement(2, LayoutString("Ett|tt|tt|t||mL")).place(7, 3, mtp_num_layers=1)
+    assert Section.FINAL_NORM in before.rank_chunks(2)[1].sections
 
 
 def test_the_final_norm_stays_last_without_mtp() -> None:
-    layout = Placement(2, layout="Ett|tt|tt|L").place(6, 2, mtp_may_stand_alone=True)
-    assert Section.FINAL_NORM in layout.chunk(1, 1).sections
+    layout = Placement(2, LayoutString("Ett|tt|tt|L")).place(6, 2, mtp_may_stand_alone=True)
+    assert Section.FINAL_NORM in layout.rank_chunks(1)[1].sections
 
 
 @pytest.mark.parametrize(
@@ -153,7 +170,7 @@ def test_layout_strings_place_what_they_say(
     num_layers: int, pp_size: int, mtp: int, data: st.DataObject
 ) -> None:
     text = data.draw(layout_strings(num_layers, pp_size * 2, mtp))
-    layout = Placement(2, layout=text).place(num_layers, pp_size, mtp_num_layers=mtp)
+    layout = Placement(2, LayoutString(text)).place(num_layers, pp_size, mtp_num_layers=mtp)
     assert [len(chunk.layers) for chunk in layout.chunks] == [s.count("t") for s in text.split("|")]
 
 
@@ -176,20 +193,16 @@ def test_bad_strings_are_refused_at_once(text: str, reason: str) -> None:
     ("placement", "num_layers", "pp_size", "reason"),
     [
         (Placement(3), 8, 2, "do not divide"),
-        (Placement(2, account_for_embedding=True), 8, 2, "embedding and loss included"),
-        (Placement(2, first_layers=3), 7, 2, "rank 0: its 3 layers do not divide into 2"),
-        (Placement(2, first_layers=5, last_layers=4), 8, 2, "must divide evenly"),
-        (Placement(1, first_layers=2, last_layers=2), 9, 4, "must divide evenly"),
-        (Placement(1, True, first_layers=2), 8, 2, "one of the two"),
-        (
-            Placement(2, first_layers=4, last_layers=4, first_split=(3, 2), last_split=(2, 2)),
-            8, 2, "add up to 4",
-        ),
-        (Placement(2, layout="Et|tL"), 2, 2, "2 stages do not make"),
-        (Placement(1, layout="Et|tL"), 3, 2, "expected 3 of t"),
-        (Placement(1, layout="Et|EtL"), 2, 2, "expected 1 of E"),
-        (Placement(1, layout="tE|tL"), 2, 2, "first element must be E"),
-        (Placement(1, layout="Et|tmL"), 2, 2, "expected 0 of m"),
+        (Placement(2, Even(counts_embedding=True)), 8, 2, "embedding and loss included"),
+        (Placement(2, Ends(first=3)), 7, 2, "rank 0: its 3 layers do not divide into 2"),
+        (Placement(2, Ends(5, 4)), 8, 2, "must divide evenly"),
+        (Placement(1, Ends(2, 2)), 9, 4, "must divide evenly"),
+        (Placement(2, Ends(4, 4, (3, 2), (2, 2))), 8, 2, "add up to 4"),
+        (Placement(2, LayoutString("Et|tL")), 2, 2, "2 stages do not make"),
+        (Placement(1, LayoutString("Et|tL")), 3, 2, "expected 3 of t"),
+        (Placement(1, LayoutString("Et|EtL")), 2, 2, "expected 1 of E"),
+        (Placement(1, LayoutString("tE|tL")), 2, 2, "first element must be E"),
+        (Placement(1, LayoutString("Et|tmL")), 2, 2, "expected 0 of m"),
     ],
 )  # fmt: skip
 def test_impossible_placements_are_refused(
@@ -211,7 +224,20 @@ def test_impossible_placements_are_refused(
 )
 def test_misplaced_mtp_layers_are_refused(text: str, reason: str) -> None:
     with pytest.raises(LayoutError, match=reason):
-        Placement(2, layout=text).place(3, 2, mtp_num_layers=text.count("m"))
+        Placement(2, LayoutString(text)).place(3, 2, mtp_num_layers=text.count("m"))
+
+
+def test_mtp_layers_may_stand_on_the_first_stage() -> None:
+    """Without virtual stages Megatron 0.16 builds that and saves it: no copy of the embedding."""
+    placement = Placement(1, LayoutString("Ettttm|L"))
+    layout = placement.place(4, 2, mtp_num_layers=1, mtp_may_stand_alone=True)
+    assert layout.rank_chunks(0)[0].sections == (Section.EMBEDDING, Section.FINAL_NORM, Section.MTP)
+    assert layout.rank_chunks(1)[0].sections == (Section.HEAD,)
+    with pytest.raises(LayoutError, match=re.escape(_APART.format(0, 1))):
+        placement.place(4, 2, mtp_num_layers=1)
+    virtual = Placement(2, LayoutString("Ettttm|||L"))
+    with pytest.raises(LayoutError, match="only in the last one"):
+        virtual.place(4, 2, mtp_num_layers=1, mtp_may_stand_alone=True)
 
 
 @pytest.mark.parametrize(
@@ -220,17 +246,20 @@ def test_misplaced_mtp_layers_are_refused(text: str, reason: str) -> None:
         (Placement(1), 8, ""),
         (Placement(2), 8, "--num-layers-per-virtual-pipeline-stage 2"),
         (
-            Placement(2, first_layers=2, last_layers=2), 4,
+            Placement(2, Ends(2, 2)), 4,
             "--num-virtual-stages-per-pipeline-rank 2 --decoder-first-pipeline-num-layers 2 "
             "--decoder-last-pipeline-num-layers 2",
         ),
-        (Placement(2, layout="Et|t|t|tL"), 4, "--pipeline-model-parallel-layout 'Et|t|t|tL'"),
         (
-            Placement(2, True), 7,
+            Placement(2, LayoutString("Et|t|t|tL")), 4,
+            "--pipeline-model-parallel-layout 'Et|t|t|tL'",
+        ),
+        (
+            Placement(2, Even(counts_embedding=True)), 7,
             "--num-layers-per-virtual-pipeline-stage 2 --account-for-embedding-in-pipeline-split",
         ),
         (
-            Placement(2, first_layers=8, last_layers=7, first_split=(4, 4), last_split=(4, 3)), 15,
+            Placement(2, Ends(8, 7, first_split=(4, 4), last_split=(4, 3))), 15,
             "--num-virtual-stages-per-pipeline-rank 2 --decoder-first-pipeline-num-layers 8 "
             "--decoder-last-pipeline-num-layers 7 --decoder-first-pipeline-num-layers-split 4 4 "
             "--decoder-last-pipeline-num-layers-split 4 3",

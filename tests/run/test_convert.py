@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.container.pickling import Global, Instance
+from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString
 from pp_to_vpp.source.survey import take_survey
 
 from ..compare import differences
 from ..edit import copy_of, rewrite_all
-from ..pairs import names, pair
+from ..pairs import DENSE, MOE, OVERLAP, names, pair
 from ..runs import Program
 
 
@@ -71,7 +72,7 @@ def test_there_and_back_again(name: str, program: Program, tmp_path: Path) -> No
 
 def test_the_overlap_flag_alone_is_a_conversion(program: Program, tmp_path: Path) -> None:
     """It changes which optimizers a rank chains, hence both files, and no layer's place."""
-    case = pair("dense-pp2-opgos-v016")
+    case = pair(OVERLAP)
     without, again = tmp_path / "without" / "iter_0000001", tmp_path / "again" / "iter_0000001"
     direct = tmp_path / "direct" / "iter_0000001"
     assert program.convert(case.truth, without).status == 0
@@ -82,27 +83,6 @@ def test_the_overlap_flag_alone_is_a_conversion(program: Program, tmp_path: Path
     assert differences(again, case.truth, case.truth) == []
     refused = program.convert(case.truth, tmp_path / "no" / "iter_0000001", (), flag)
     program.refuses(3, refused, "already has the layout")
-
-
-def test_runs_of_two_layouts_make_no_checkpoint(program: Program, tmp_path: Path) -> None:
-    """Two nodes with different options: layers would be in no folder, others in two."""
-    source = pair("moe-pp2ep2-v016").source
-    target, other = tmp_path / "t" / source.name, tmp_path / "o" / source.name
-    size = "--target-virtual-pipeline-model-parallel-size"
-    first = program.convert(source, target, [size, "2"], "--pipeline-ranks-to-process", "0")
-    assert first.status == 0
-    second = ([size, "4"], "--pipeline-ranks-to-process", "1")
-    refused = program.convert(source, target, *second)
-    program.refuses(2, refused, "another conversion wrote this folder", "found virtual pipeline si")
-    assert program.convert(source, other, *second).status == 0
-    for folder in other.glob("mp_rank_*"):
-        folder.rename(target / folder.name)
-    for depth in ("structure", "full"):
-        run = program(
-            "--load-iteration-dir", source, "--save-iteration-dir", target, "--verify", depth
-        )
-        program.refuses(6, run, "mp_rank_00_001_000/model_optim_rng.pt: its arguments tell another")
-    assert not (target.parent / "latest_checkpointed_iteration.txt").exists()
 
 
 def few_arguments(root: dict[str, Any]) -> None:
@@ -117,7 +97,7 @@ def few_arguments(root: dict[str, Any]) -> None:
     root["args"] = Instance(Global("types", "SimpleNamespace"), (), by_new=True, state=state)
 
 
-@pytest.mark.parametrize("name", ["dense-pp2-v016", "moe-pp2ep2-v016"])
+@pytest.mark.parametrize("name", [DENSE, MOE])
 def test_few_arguments_are_enough(name: str, program: Program, tmp_path: Path) -> None:
     case = pair(name)
     source, truth = copy_of(case.source, tmp_path / "s"), copy_of(case.truth, tmp_path / "t")
@@ -132,19 +112,23 @@ def test_few_arguments_are_enough(name: str, program: Program, tmp_path: Path) -
 
 def options_for(iteration: Path) -> list[str]:
     """Options that ask for the layout that a checkpoint has."""
-
     placement = take_survey(str(iteration)).arguments.placement
-    if placement.layout is not None:
-        return ["--target-pipeline-model-parallel-layout", placement.layout]
     options = ["--target-virtual-pipeline-model-parallel-size", str(placement.vp_size)]
-    for end, split in (("first", placement.first_split), ("last", placement.last_split)):
-        if split is not None:
-            options += [f"--target-{end}-virtual-pipeline-num-layers-split", *map(str, split)]
+    match placement.form:
+        case LayoutString(text):
+            return ["--target-pipeline-model-parallel-layout", text]
+        case Ends(first_split=first, last_split=last):
+            for end, split in (("first", first), ("last", last)):
+                if split is not None:
+                    words = map(str, split)
+                    options += [f"--target-{end}-virtual-pipeline-num-layers-split", *words]
+        case Even():
+            pass
     return options
 
 
 def test_output_does_not_depend_on_the_workers(program: Program, tmp_path: Path) -> None:
-    case = pair("moe-pp2ep2-v016")
+    case = pair(MOE)
     found = []
     for workers in (1, 3):
         target = tmp_path / str(workers) / "iter_0000001"
@@ -156,7 +140,7 @@ def test_output_does_not_depend_on_the_workers(program: Program, tmp_path: Path)
 
 
 def test_nodes_may_share_the_work(program: Program, tmp_path: Path) -> None:
-    case = pair("moe-pp2ep2-v016")
+    case = pair(MOE)
     whole, shared = tmp_path / "whole" / "iter_0000001", tmp_path / "shared" / "iter_0000001"
     assert program.convert(case.source, whole, case.options).status == 0
     tracker = shared.parent / "latest_checkpointed_iteration.txt"
@@ -174,28 +158,8 @@ def test_nodes_may_share_the_work(program: Program, tmp_path: Path) -> None:
     assert files_of(shared) == files_of(whole)
 
 
-def test_the_tracker_of_another_iteration_is_left_alone(program: Program, tmp_path: Path) -> None:
-    case = pair("dense-pp2-v016")
-    tracker = tmp_path / "latest_checkpointed_iteration.txt"
-    tracker.write_text("77")
-    run = program.convert(case.source, tmp_path / "iter_0000001", case.options)
-    assert run.status == 0
-    assert tracker.read_text() == "77"
-    assert "names 77" in run.output
-
-
-def test_folders_without_an_iteration_get_no_tracker(program: Program, tmp_path: Path) -> None:
-    case = pair("dense-pp2-v016")
-    run = program.convert(case.source, tmp_path / "converted", case.options)
-    assert run.status == 0
-    assert "no iter_NNNNNNN folder" in run.output
-    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
-
-
 def test_dataloader_files_are_copied_and_others_named(program: Program, tmp_path: Path) -> None:
-    from ..edit import copy_of
-
-    case = pair("dense-pp2-v016")
+    case = pair(DENSE)
     source = copy_of(case.source, tmp_path)
     rank = source / "mp_rank_00_001"
     (rank / "train_dataloader_dprank000.pt").write_bytes(b"loader state" * 1000)
@@ -211,7 +175,7 @@ def test_dataloader_files_are_copied_and_others_named(program: Program, tmp_path
 
 
 def test_a_dry_run_writes_nothing_and_tells_everything(program: Program, tmp_path: Path) -> None:
-    case = pair("moe-pp2ep2-v016")
+    case = pair(MOE)
     target = tmp_path / "out" / "iter_0000001"
     report = tmp_path / "plan.json"
     dry = program.convert(case.source, target, case.options, "--dry-run", "--report", report)
@@ -229,7 +193,7 @@ def test_a_dry_run_writes_nothing_and_tells_everything(program: Program, tmp_pat
 
 
 def test_the_report_tells_what_was_written(program: Program, tmp_path: Path) -> None:
-    case = pair("dense-pp2-v016")
+    case = pair(DENSE)
     target, path = tmp_path / "iter_0000001", tmp_path / "report.json"
     assert program.convert(case.source, target, case.options, "--report", path).status == 0
     report = json.loads(path.read_text())
@@ -254,7 +218,7 @@ def test_the_report_tells_what_was_written(program: Program, tmp_path: Path) -> 
 
 
 def test_the_source_is_left_alone(program: Program, tmp_path: Path) -> None:
-    case = pair("dense-pp2-v016")
+    case = pair(DENSE)
     before = files_of(case.source)
     stamps = {path: path.stat().st_mtime_ns for path in case.source.rglob("*")}
     assert program.convert(case.source, tmp_path / "iter_0000001", case.options).status == 0

@@ -17,14 +17,13 @@ import pytest
 
 from pp_to_vpp.errors import CopyError
 from pp_to_vpp.megatron.ranks import RankId
-from pp_to_vpp.run import copying, folders, schedule
+from pp_to_vpp.run import copying, folders, schedule, target_folder
 
-from ..edit import copy_of
-from ..pairs import pair
-from ..run.test_convert import files_of
+from ..edit import copy_of, rewrite
+from ..pairs import MOE, pair
 from ..runs import Program, command, environment, run_process
+from .test_convert import files_of
 
-CASE = "moe-pp2ep2-v016"
 KILLS = int(os.environ.get("PP_TO_VPP_KILLS", "6"))
 """The long suite raises this (see the README)."""
 
@@ -33,7 +32,7 @@ KILLS = int(os.environ.get("PP_TO_VPP_KILLS", "6"))
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed conversion writes."""
     target = tmp_path_factory.mktemp("undisturbed") / "iter_0000001"
-    run = run_process(*_arguments(pair(CASE).source, target))
+    run = run_process(*_arguments(pair(MOE).source, target))
     assert run.status == 0, run
     return files_of(target)
 
@@ -41,14 +40,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def _arguments(source: Path, target: Path, *more: str) -> list[str | Path]:
     return [
         "--load-iteration-dir", source, "--save-iteration-dir", target,
-        "--num-max-processing-processes", "2", *pair(CASE).options, *more,
+        "--num-max-processing-processes", "2", *pair(MOE).options, *more,
     ]  # fmt: skip
 
 
 def start(target: Path, *more: str) -> subprocess.Popen[str]:
     """Start a conversion in a process group of its own."""
     return subprocess.Popen(
-        command(*_arguments(pair(CASE).source, target, *more)),
+        command(*_arguments(pair(MOE).source, target, *more)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,7 +103,7 @@ def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
 ) -> None:
     chooser = random.Random(victim)
     began = time.monotonic()
-    assert run_process(*_arguments(pair(CASE).source, tmp_path / "t" / "iter_0000001")).status == 0
+    assert run_process(*_arguments(pair(MOE).source, tmp_path / "t" / "iter_0000001")).status == 0
     duration = time.monotonic() - began
     for kill in range(KILLS):
         target = tmp_path / str(kill) / "iter_0000001"
@@ -127,7 +126,7 @@ def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
             assert process.returncode == 5, errors
             assert "it was killed" in errors
         check_what_is_there(target, undisturbed)
-        again = run_process(*_arguments(pair(CASE).source, target, "--resume"))
+        again = run_process(*_arguments(pair(MOE).source, target, "--resume"))
         assert again.status == 0, again
         assert files_of(target) == undisturbed
         assert [p for p in target.iterdir() if p.name.startswith(".")] == []
@@ -172,7 +171,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_too_little_space_is_told_before_the_first_byte(small_disk: Path, program: Program) -> None:
-    run = program.convert(pair(CASE).source, small_disk / "iter_0000001", pair(CASE).options)
+    run = program.convert(pair(MOE).source, small_disk / "iter_0000001", pair(MOE).options)
     program.refuses(5, run, "too little free space", "bytes free")
     assert list(small_disk.iterdir()) == []
 
@@ -181,11 +180,9 @@ def test_a_full_disk_is_one_clear_error(
     small_disk: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Space that is there at the start and gone in the middle."""
-    from pp_to_vpp.run import convert
-
-    monkeypatch.setattr(convert, "_check_space", lambda *_: None)
+    monkeypatch.setattr(target_folder, "check_space", lambda *_: None)
     target = small_disk / "iter_0000001"
-    run = program.convert(pair(CASE).source, target, pair(CASE).options)
+    run = program.convert(pair(MOE).source, target, pair(MOE).options)
     program.refuses(5, run, "No space left on device", "free some space")
     assert list(target.glob(".*")) == [], "half-written folders are removed"
 
@@ -193,7 +190,7 @@ def test_a_full_disk_is_one_clear_error(
 def test_a_read_only_target_is_one_clear_error(program: Program, tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("not a folder")
-    run = program.convert(pair(CASE).source, target / "iter_0000001", pair(CASE).options)
+    run = program.convert(pair(MOE).source, target / "iter_0000001", pair(MOE).options)
     program.refuses(5, run, "cannot be written")
 
 
@@ -210,22 +207,22 @@ def copy_and_touch(task: copying.CopyTask) -> tuple[int | None, ...]:
 def test_a_source_that_changes_meanwhile_is_noticed(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = copy_of(pair(CASE).source, tmp_path)
+    source = copy_of(pair(MOE).source, tmp_path)
     touched = source / "mp_rank_00_001_000" / "distrib_optim.pt"
     monkeypatch.setenv("TOUCHED", str(touched))
     monkeypatch.setattr(schedule, "copy", copy_and_touch)
     target = tmp_path / "target" / "iter_0000001"
-    run = program.convert(source, target, pair(CASE).options)
+    run = program.convert(source, target, pair(MOE).options)
     program.refuses(5, run, "the source changed during the run", str(touched))
     assert list(target.iterdir()) == []
 
 
 def test_a_source_that_is_truncated_before_is_refused(program: Program, tmp_path: Path) -> None:
     for keep in (0, 100, 100_000):
-        source = copy_of(pair(CASE).source, tmp_path / str(keep))
+        source = copy_of(pair(MOE).source, tmp_path / str(keep))
         path = source / "mp_rank_00_001_000" / "distrib_optim.pt"
         os.truncate(path, keep)
-        run = program.convert(source, tmp_path / "x", pair(CASE).options)
+        run = program.convert(source, tmp_path / "x", pair(MOE).options)
         program.refuses(4, run, str(path))
 
 
@@ -233,11 +230,11 @@ def test_resuming_keeps_what_is_whole(
     program: Program, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     target = tmp_path / "iter_0000001"
-    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    assert program.convert(pair(MOE).source, target, pair(MOE).options).status == 0
     kept = target / "mp_rank_00_000_000"
     stamps = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
     shutil.rmtree(target / "mp_rank_00_001_000")
-    run = program.convert(pair(CASE).source, target, pair(CASE).options, "--resume")
+    run = program.convert(pair(MOE).source, target, pair(MOE).options, "--resume")
     assert run.status == 0
     assert "wrote 1 rank folders" in run.output
     assert "kept 3 from an earlier run" in run.output
@@ -247,24 +244,22 @@ def test_resuming_keeps_what_is_whole(
 
 @pytest.mark.parametrize("depth", ["structure", "full"])
 def test_resuming_does_not_keep_what_is_wrong(depth: str, program: Program, tmp_path: Path) -> None:
-    from ..edit import rewrite
-
     target = tmp_path / "iter_0000001"
-    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    assert program.convert(pair(MOE).source, target, pair(MOE).options).status == 0
     rewrite(
         target / "mp_rank_00_000_000" / "model_optim_rng.pt", lambda root: root.update(iteration=9)
     )
     more = ("--resume", "--verify", depth)
-    run = program.convert(pair(CASE).source, target, pair(CASE).options, *more)
+    run = program.convert(pair(MOE).source, target, pair(MOE).options, *more)
     program.refuses(2, run, "not what this conversion writes (model_optim_rng.pt)", "--resume")
 
 
 def test_resuming_another_conversion_is_refused(program: Program, tmp_path: Path) -> None:
     target = tmp_path / "iter_0000001"
-    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    assert program.convert(pair(MOE).source, target, pair(MOE).options).status == 0
     shutil.rmtree(target / "mp_rank_00_001_000")
     options = ("--target-virtual-pipeline-model-parallel-size", "4", "--resume")
-    run = program.convert(pair(CASE).source, target, options)
+    run = program.convert(pair(MOE).source, target, options)
     program.refuses(2, run, "not what this conversion writes")
 
 
@@ -289,7 +284,7 @@ def test_leftovers_of_dead_runs_are_cleared(program: Program, tmp_path: Path) ->
     elsewhere = _leftover(target, "another-host-5-77")
     for path in (elsewhere, elsewhere / "distrib_optim.pt"):
         os.utime(path, (0, 0))
-    assert program.convert(pair(CASE).source, target, pair(CASE).options).status == 0
+    assert program.convert(pair(MOE).source, target, pair(MOE).options).status == 0
     assert not any(path.exists() for path in (*dead, elsewhere))
 
 
@@ -299,12 +294,12 @@ def test_a_second_run_at_the_same_time_is_refused(program: Program, tmp_path: Pa
     try:
         start_time = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
         here = _leftover(target, f"{socket.gethostname()}-{sleeper.pid}-{start_time}")
-        run = program.convert(pair(CASE).source, target, pair(CASE).options)
+        run = program.convert(pair(MOE).source, target, pair(MOE).options)
         program.refuses(2, run, "another run is writing this rank folder now")
         assert here.exists()
         shutil.rmtree(here)
         there = _leftover(target, "another-host-5-77")
-        run = program.convert(pair(CASE).source, target, pair(CASE).options, "--resume")
+        run = program.convert(pair(MOE).source, target, pair(MOE).options, "--resume")
         program.refuses(2, run, "another run is writing this rank folder now")
         assert there.exists()
     finally:
@@ -320,7 +315,7 @@ def test_two_runs_that_start_together_do_no_harm(
     for process in runs:
         process.communicate(timeout=120)
     assert any(process.returncode == 0 for process in runs) or (
-        run_process(*_arguments(pair(CASE).source, target, "--resume")).status == 0
+        run_process(*_arguments(pair(MOE).source, target, "--resume")).status == 0
     )
     check_what_is_there(target, undisturbed)
     assert files_of(target) == undisturbed

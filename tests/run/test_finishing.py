@@ -12,26 +12,28 @@ from typing import Any
 
 import pytest
 
+from pp_to_vpp.checkpoint.family import TensorName
 from pp_to_vpp.container import crc32
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.errors import CopyError, UsageError, VerificationError
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.options import Depth
-from pp_to_vpp.run import finishing
 from pp_to_vpp.run.finishing import FinishContext, KeptJob, RankDone, check_kept, finish_rank
 from pp_to_vpp.run.folders import TemporaryFolder
-from pp_to_vpp.run.plan_family import PlanJob, PlannedFamily, plan_family
+from pp_to_vpp.run.plan_family import PlanJob, plan_family
 from pp_to_vpp.run.schedule import Copier, FamilyCopy
+from pp_to_vpp.source.survey import take_survey
 from pp_to_vpp.target.plan import RankPlan
-from pp_to_vpp.verify.compare import Side
+from pp_to_vpp.verify.compare import Proof
+from pp_to_vpp.verify.digests import digest_folder
 
 from ..compare import differences
 from ..edit import copy_of, flip_byte
 from ..families import SIDES, iteration, opposite, surveyed, target_of
 from ..inline import Inline
-from ..pairs import pair
+from ..pairs import DENSE, pair
+from .test_plan_family import target_like
 
-DENSE = "dense-pp2-v016"
 Crcs = tuple[tuple[int, ...], ...]
 
 
@@ -49,25 +51,18 @@ class Copied:
 
     def kept(self) -> RankDone:
         """Hold the published folder to the plan."""
-        return check_kept(KeptJob(self.folder.target.parent, self.plan, self.context))
-
-
-def context_of(planned: PlannedFamily, job: PlanJob, depth: Depth) -> FinishContext:
-    side = Side(job.iteration_dir, job.ranks)
-    return FinishContext(side, planned.rules, planned.target, depth, {}, planned.sources)
+        return check_kept(KeptJob(self.folder.target.parent, self.plan, self.context.proof))
 
 
 def copied(
     source: Path, name: str, save_dir: Path, side: str = "source", depth: Depth = Depth.STRUCTURE
 ) -> list[Copied]:
     """Copy all rank folders of the family (0, 0) under their temporary names."""
-    found = sorted(p.name for p in source.glob("mp_rank_*"))
-    all_ranks = [rank for folder in found if (rank := RankId.parse(folder))]
-    ranks = {rank.pp_rank: rank for rank in all_ranks if rank.family == (0, 0)}
-    target = target_of(name, opposite(side))
-    job = PlanJob(str(source), 1, ranks, tuple(ranks), target, needs_contents=True)
-    planned = plan_family(job)
-    context = context_of(planned, job, depth)
+    folders = take_survey(str(source)).family((0, 0))
+    target = target_like(target_of(name, opposite(side)))
+    planned = plan_family(PlanJob(folders, 1, tuple(folders.ranks), target, needs_contents=True))
+    proof = Proof(planned.folders, planned.source.rules, planned.target.layout, depth)
+    context = FinishContext(proof, planned.sources)
     files = [file for rank in planned.ranks for file in rank.files]
     wanted = [p for f in files for c in f.contents for p in c if isinstance(p, Extent)]
     family = FamilyCopy(planned.ranks, crc32.derivable(wanted, planned.records), context)
@@ -88,9 +83,9 @@ def test_finished_folders_are_whole_and_have_their_name(
     for rank in ranks:
         done = rank.finish()
         assert not rank.folder.path.exists()
-        assert (done.rank, done.was_kept) == (rank.plan.rank, False)
+        assert (done.id, done.was_kept) == (rank.plan.id, False)
         for file in done.files:
-            data = (target / done.rank.folder / file.name).read_bytes()
+            data = (target / done.id.folder / file.name).read_bytes()
             assert (file.length, file.crc32) == (len(data), zlib.crc32(data))
         assert done.length == rank.plan.length
         assert done.seconds > 0
@@ -197,7 +192,7 @@ def test_kept_folders_are_verified(tmp_path: Path) -> None:
     flip_byte(rank.folder.target / "model_optim_rng.pt", record.offset)
     with pytest.raises(VerificationError):
         rank.kept()
-    rank.context = replace(rank.context, depth=Depth.NONE)
+    rank.context = replace(rank.context, proof=replace(rank.context.proof, depth=Depth.NONE))
     assert rank.kept().was_kept
 
 
@@ -205,12 +200,12 @@ def test_full_verification_compares_the_digests_of_the_source(tmp_path: Path) ->
     """A byte that no sample sees: in the middle of the largest moment."""
     source = pair(DENSE).source
     (rank, other) = copied(source, DENSE, tmp_path / "out", depth=Depth.FULL)
-    digests: dict[str, bytes] = {}
+    digests: dict[TensorName, bytes] = {}
     for source_rank in (RankId(0, 0, None), RankId(0, 1, None)):
-        found = finishing.digest_rank((str(source), source_rank))
+        found = digest_folder((str(source), source_rank))
         assert not found.damaged
-        digests |= found.by_label
-    context = replace(rank.context, digests=digests)
+        digests |= found.by_name
+    context = replace(rank.context, proof=replace(rank.context.proof, digests=digests))
     other.context = rank.context = context
     other.finish()
     layout = rank.plan.files[1].layout

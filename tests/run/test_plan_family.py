@@ -11,29 +11,34 @@ import pytest
 from pp_to_vpp.checkpoint.family import RankFiles
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.errors import CheckpointError, ConversionError
-from pp_to_vpp.megatron.pipeline import Placement
+from pp_to_vpp.megatron.megatron import Megatron
+from pp_to_vpp.megatron.pipeline import LayoutString, Placement
 from pp_to_vpp.megatron.ranks import RankId
-from pp_to_vpp.run import plan_family as planning
 from pp_to_vpp.run.plan_family import PlanJob, PlannedFamily, check_families, plan_family
-from pp_to_vpp.source.files import read_source_rank
+from pp_to_vpp.source import files
+from pp_to_vpp.source.files import FamilyFolders, read_source_rank
 from pp_to_vpp.source.survey import take_survey
 from pp_to_vpp.target import check
-from pp_to_vpp.target.request import TargetSpec
+from pp_to_vpp.target.request import Target
 
 from ..edit import copy_of
-from ..families import SIDES, families, family, opposite, placed, surveyed, target_of
-from ..pairs import pair
-from ..test_round_trip import run
+from ..families import SIDES, families, family, opposite, surveyed, target_of
+from ..inline import run
+from ..pairs import DENSE, FORK, MOE, PLAIN, pair
 
-DENSE, MOE = "dense-pp2-v016", "moe-pp2ep2-v016"
+
+def target_like(megatron: Megatron) -> Target:
+    """What asks for the layout of a run."""
+    arguments = megatron.arguments
+    return Target(arguments.placement, arguments.overlaps_param_gather_with_step)
 
 
 def job_for(name: str, side: str, number: int = 0, *, needs_contents: bool = True) -> PlanJob:
     """Converting a family of one side to the layout of the other."""
     found = surveyed(name, side)
-    ranks = found.family(found.families[number])
-    target = target_of(name, opposite(side))
-    return PlanJob(found.path, found.iteration, ranks, tuple(ranks), target, needs_contents)
+    folders = found.family(found.families[number])
+    target = target_like(target_of(name, opposite(side)))
+    return PlanJob(folders, found.iteration, tuple(folders.ranks), target, needs_contents)
 
 
 def planned(name: str, side: str = "source") -> list[PlannedFamily]:
@@ -47,11 +52,13 @@ def test_what_planning_a_family_shows(name: str, side: str) -> None:
     for number, of in enumerate(families(name, side)):
         found = plan_family(job_for(name, side, number))
         there = families(name, opposite(side))[number]
-        assert (found.source, found.target) == (of.layout, there.layout)
-        assert (found.rules, found.kind) == (there.rules, there.kind)
+        assert (found.source, found.target.layout) == (of.megatron, there.layout)
+        assert found.target.is_laid_out_like(there.megatron)
+        assert (found.target.rules, found.kind) == (there.megatron.rules, there.kind)
+        assert found.folders == job_for(name, side, number).folders
         for text, is_held in found.optimizer_states.items():
             assert is_held == there.holds_state(is_expert=text.startswith("expert"))
-        assert [rank.rank for rank in found.ranks] == [r.files.rank for r in of.ranks.values()]
+        assert [rank.id for rank in found.ranks] == [r.files.id for r in of.ranks.values()]
         assert found.left_behind == ()
         for file in found.sources:
             assert file.length == Path(file.path).stat().st_size
@@ -60,7 +67,7 @@ def test_what_planning_a_family_shows(name: str, side: str) -> None:
         }
 
 
-@pytest.mark.parametrize("name", [DENSE, MOE, "dense-pp2-nodistopt-v016"])
+@pytest.mark.parametrize("name", [DENSE, MOE, PLAIN])
 def test_records_are_those_of_the_archives(name: str) -> None:
     """With the CRC-32 that the standard library reads, in order of their places."""
     for found in planned(name):
@@ -104,27 +111,23 @@ def test_ranks_without_experts_are_planned_the_same_too(
 ) -> None:
     """A rank that holds none may be all that is read."""
     source = tmp_path / "iter_0000001"
-    run(pair(MOE).source, source, Placement(len(start.split("|")) // 2, layout=start))
-    of = family(MOE, "source")
-    target = Placement(len(layout.split("|")) // 2, layout=layout)
+    run(pair(MOE).source, source, Placement(len(start.split("|")) // 2, LayoutString(start)))
+    target = Target(Placement(len(layout.split("|")) // 2, LayoutString(layout)), overlaps=False)
     found = take_survey(str(source))
-    ranks = found.family((0, 1))
-    spec = TargetSpec(target, placed(of, target), overlaps_param_gather_with_step=False)
-    job = PlanJob(found.path, found.iteration, ranks, tuple(ranks), spec, needs_contents=True)
+    folders = found.family((0, 1))
+    job = PlanJob(folders, found.iteration, tuple(folders.ranks), target, needs_contents=True)
     whole = plan_family(job)
-    for pp_rank in ranks:
+    for pp_rank in folders.ranks:
         assert plan_family(replace(job, pp_ranks=(pp_rank,))).ranks == (whole.ranks[pp_rank],)
 
 
 def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large checkpoints have many ranks; this target moves one layer between neighbours."""
-    name = "uneven-31layers-pp4-fork"
-    of = family(name, "source")
+    of = family(FORK, "source")
     counts = [len(of.layout.rank_chunks(p)[0].layers) for p in range(4)]
     counts[0], counts[1] = counts[0] - 1, counts[1] + 1
     stages = ["t" * count for count in counts]
-    placement = Placement(layout="E" + "|".join(stages) + "L")
-    target = TargetSpec(placement, placed(of, placement), overlaps_param_gather_with_step=False)
+    target = Target(Placement(1, LayoutString("E" + "|".join(stages) + "L")), overlaps=False)
     read: list[int] = []
     real = read_source_rank
 
@@ -132,14 +135,12 @@ def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         read.append(rank.pp_rank)
         return real(iteration_dir, rank)
 
-    monkeypatch.setattr(planning, "read_source_rank", counted)
-    found = surveyed(name, "source")
-    ranks = found.family(found.families[0])
+    monkeypatch.setattr(files, "read_source_rank", counted)
+    found = surveyed(FORK, "source")
+    folders = found.family(found.families[0])
     for pp_rank, needed in ((0, {0}), (1, {0, 1}), (2, {2}), (3, {3})):
         read.clear()
-        plan_family(
-            PlanJob(found.path, found.iteration, ranks, (pp_rank,), target, needs_contents=True)
-        )
+        plan_family(PlanJob(folders, found.iteration, (pp_rank,), target, needs_contents=True))
         assert set(read) == needed
 
 
@@ -148,7 +149,8 @@ def test_other_files_are_planned_and_named(tmp_path: Path) -> None:
     loader = source / "mp_rank_00_001" / "train_dataloader_dprank000.pt"
     loader.write_bytes(b"state")
     (source / "mp_rank_00_000" / "notes.txt").touch()
-    found = plan_family(replace(job_for(DENSE, "source"), iteration_dir=str(source)))
+    job = job_for(DENSE, "source")
+    found = plan_family(replace(job, folders=FamilyFolders(str(source), job.folders.ranks)))
     assert found.left_behind == ("mp_rank_00_000/notes.txt",)
     assert found.ranks[1].files[-1].contents == ((Extent(str(loader), 0, 5),),)
     assert [file.name for file in found.ranks[0].files] == [
@@ -186,9 +188,10 @@ def test_real_families_fit_together(name: str, side: str) -> None:
 
 def test_families_of_two_saves_do_not() -> None:
     one, other = planned(MOE)
-    rules = replace(other.rules, aligns_parameters=not other.rules.aligns_parameters)
+    own = other.source
+    rules = replace(own.rules, aligns_parameters=not own.rules.aligns_parameters)
     with pytest.raises(CheckpointError, match=r"written in different ways.*mp_rank_00_000_001"):
-        check_families([one, replace(other, rules=rules)], "here")
+        check_families([one, replace(other, source=replace(own, rules=rules))], "here")
 
 
 def test_one_family_of_those_with_the_same_parameters_holds_their_state() -> None:
@@ -204,4 +207,4 @@ def test_one_family_of_those_with_the_same_parameters_holds_their_state() -> Non
     less = replace(found[1], optimizer_states={dense: False, experts[1]: False})
     with pytest.raises(CheckpointError, match=f"no distrib_optim.pt holds the {experts[1]}"):
         check_families([found[0], less], "here")
-    assert planned("dense-pp2-nodistopt-v016")[0].optimizer_states == {}
+    assert planned(PLAIN)[0].optimizer_states == {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -17,12 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.container import archive, crc32
+from pp_to_vpp.container import crc32
 from pp_to_vpp.container.extents import Extent, Literal, Piece, Zeros
 from pp_to_vpp.errors import CopyError
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.run import copying, schedule
-from pp_to_vpp.run.copying import CopyTask, Move
 from pp_to_vpp.run.folders import TemporaryFolder
 from pp_to_vpp.run.schedule import Copier, FamilyCopy
 from pp_to_vpp.run.workers import Workers
@@ -30,8 +27,7 @@ from pp_to_vpp.target.plan import FilePlan, RankPlan
 
 from ..examples import examples
 from ..inline import Inline
-
-Crcs = tuple[tuple[int, ...], ...]
+from .test_copying import Crcs, concatenated, file_plan, whole_file, write_sources
 
 
 @contextmanager
@@ -87,48 +83,6 @@ def made(draw: st.DrawFn) -> Made:
     return Made(sources, ranks)
 
 
-def placed(piece: Piece, folder: Path) -> Piece:
-    """A piece with the path of its source."""
-    if isinstance(piece, Extent):
-        return Extent(str(folder / piece.path), piece.offset, piece.length)
-    return piece
-
-
-def file_plan(name: str, records: list[list[Piece]], folder: Path) -> FilePlan:
-    """A file of one record as it is, one of several as an archive."""
-    contents = tuple(tuple(placed(piece, folder) for piece in record) for record in records)
-    lengths = [sum(piece.length for piece in record) for record in contents]
-    if len(records) == 1:
-        return FilePlan(name, lengths[0], contents, None)
-    layout = archive.lay_out("stem", [(f"r{i}", length) for i, length in enumerate(lengths)], 64)
-    return FilePlan(name, layout.length, contents, layout)
-
-
-def concatenated(records: list[list[Piece]], sources: dict[str, bytes]) -> list[bytes]:
-    """The bytes of each record, by the definition of a piece."""
-    found = []
-    for record in records:
-        data = b""
-        for piece in record:
-            if isinstance(piece, Extent):
-                data += sources[piece.path][piece.offset : piece.offset + piece.length]
-            else:
-                data += piece.data if isinstance(piece, Literal) else bytes(piece.length)
-        found.append(data)
-    return found
-
-
-def whole_file(plan: FilePlan, records: list[bytes]) -> bytes:
-    """The bytes of a file from those of its records."""
-    if plan.layout is None:
-        return records[0]
-    data = bytearray(plan.length)
-    parts = [(r.offset, d) for r, d in zip(plan.layout.records, records, strict=True)]
-    for offset, part in (*parts, *archive.frame(plan.layout, list(map(zlib.crc32, records)))):
-        data[offset : offset + len(part)] = part
-    return bytes(data)
-
-
 @dataclass
 class Finished:
     """Stands for finishing: takes down what the copier hands over, completes and publishes."""
@@ -138,20 +92,13 @@ class Finished:
     order: list[RankId] = field(default_factory=list)
 
     def __call__(self, _: Any, plan: RankPlan, folder: TemporaryFolder, crc32s: Crcs) -> RankId:
-        self.crc32s[plan.rank] = crc32s
+        self.crc32s[plan.id] = crc32s
         for file, records in zip(plan.files, crc32s, strict=True):
             path = folder.file(file.name)
-            self.files[f"{plan.rank.folder}/{file.name}"] = copying.complete_file(
-                path, file, records
-            )
+            self.files[f"{plan.id.folder}/{file.name}"] = copying.complete_file(path, file, records)
         folder.path.rename(folder.target)
-        self.order.append(plan.rank)
-        return plan.rank
-
-
-def write_sources(sources: dict[str, bytes], folder: Path) -> None:
-    for name, data in sources.items():
-        (folder / name).write_bytes(data)
+        self.order.append(plan.id)
+        return plan.id
 
 
 def plans_of(case: Made, folder: Path) -> tuple[RankPlan, ...]:
@@ -184,18 +131,18 @@ def test_copies_are_the_concatenated_pieces(
         family = FamilyCopy(plans, crc32.derivable(wanted, records), None)
         finished, advanced = Finished(), list[int]()
         run = Copier(Inline(workers), target, finished, advanced.append).run([family])
-        assert list(run) == [plan.rank for plan in plans]
+        assert list(run) == [plan.id for plan in plans]
         for plan, files in zip(plans, case.ranks, strict=True):
             expected = [concatenated(contents, case.sources) for contents in files]
             crc32s = tuple(tuple(map(zlib.crc32, contents)) for contents in expected)
-            assert finished.crc32s[plan.rank] == crc32s
+            assert finished.crc32s[plan.id] == crc32s
             for file, contents in zip(plan.files, expected, strict=True):
-                data = (target / plan.rank.folder / file.name).read_bytes()
+                data = (target / plan.id.folder / file.name).read_bytes()
                 assert data == whole_file(file, contents)
-                assert finished.files[f"{plan.rank.folder}/{file.name}"] == zlib.crc32(data)
+                assert finished.files[f"{plan.id.folder}/{file.name}"] == zlib.crc32(data)
         written = [p for r in plans for f in r.files for c in f.contents for p in c]
         assert sum(advanced) == sum(p.length for p in written if not isinstance(p, Zeros))
-        assert sorted(path.name for path in target.iterdir()) == [p.rank.folder for p in plans]
+        assert sorted(path.name for path in target.iterdir()) == [p.id.folder for p in plans]
 
 
 def test_derived_checksums_keep_the_damage_of_the_source(tmp_path: Path) -> None:
@@ -209,89 +156,8 @@ def test_derived_checksums_keep_the_damage_of_the_source(tmp_path: Path) -> None
     finished = Finished()
     family = FamilyCopy((plan,), derivations, None)
     list(Copier(Inline(), tmp_path / "out", finished, lambda _: None).run([family]))
-    assert finished.crc32s[plan.rank] == ((wrong,),)
-    assert (tmp_path / "out" / plan.rank.folder / "f").read_bytes() == data
-
-
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, 0])
-def test_where_the_kernel_cannot_copy_bytes_are_read_and_written(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After some of the bytes, too."""
-    real, calls = os.copy_file_range, itertools.count()
-
-    def stubborn(source: int, target: int, size: int, *offsets: int) -> int:
-        if next(calls) == 0:
-            return real(source, target, min(size, 100), *offsets)
-        if number:
-            raise OSError(number, "no")
-        return 0
-
-    monkeypatch.setattr(os, "copy_file_range", stubborn)
-    data = os.urandom(100_000)
-    write_sources({"a": data, "b": bytes(120_000)}, tmp_path)
-    move = Move(Extent(str(tmp_path / "a"), 7, 90_000), 11, has_checksum=False)
-    assert copying.copy(CopyTask(str(tmp_path / "b"), (move,))) == (None,)
-    assert (tmp_path / "b").read_bytes() == bytes(11) + data[7:90_007] + bytes(29_989)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_is_no_reason_to_read_and_write(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: int) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "copy_file_range", full)
-    write_sources({"a": b"abc", "b": b""}, tmp_path)
-    move = Move(Extent(str(tmp_path / "a"), 0, 3), 0, has_checksum=False)
-    with pytest.raises(CopyError, match=f"b: cannot be written.*{os.strerror(number)}"):
-        copying.copy(CopyTask(str(tmp_path / "b"), (move,)))
-    assert (tmp_path / "b").read_bytes() == b""
-
-
-@pytest.mark.parametrize("has_checksum", [True, False])
-def test_a_source_that_ends_too_early_is_told(has_checksum: bool, tmp_path: Path) -> None:
-    write_sources({"a": b"abc", "b": b""}, tmp_path)
-    move = Move(Extent(str(tmp_path / "a"), 1, 3), 0, has_checksum=has_checksum)
-    with pytest.raises(CopyError, match=r"a: it became shorter"):
-        copying.copy(CopyTask(str(tmp_path / "b"), (move,)))
-
-
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    write_sources({"b": b""}, tmp_path)
-    move = Move(Extent(str(tmp_path / "a"), 0, 3), 0, has_checksum=True)
-    with pytest.raises(CopyError, match=r"a: cannot be opened \(No such file"):
-        copying.copy(CopyTask(str(tmp_path / "b"), (move,)))
-    with pytest.raises(CopyError, match=r"c: cannot be opened \(No such file"):
-        copying.copy(CopyTask(str(tmp_path / "c"), (move,)))
-
-
-def test_what_is_read_for_its_checksum_alone_is_not_written(tmp_path: Path) -> None:
-    write_sources({"a": b"abcdef", "b": b"......"}, tmp_path)
-    extent = Extent(str(tmp_path / "a"), 2, 3)
-    task = CopyTask(str(tmp_path / "b"), (Move(extent, None, has_checksum=True),))
-    assert copying.copy(task) == (zlib.crc32(b"cde"),)
-    assert task.length == 0
-    assert (tmp_path / "b").read_bytes() == b"......"
-
-
-def test_short_reads_and_writes_are_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel may do less than it is asked to."""
-    pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(os, "pwrite", lambda f, data, at: pwrite(f, data[:7], at))
-    monkeypatch.setattr(os, "preadv", lambda f, views, at: preadv(f, [views[0][:5]], at))
-    data = os.urandom(1000)
-    write_sources({"a": data, "b": b""}, tmp_path)
-    moves = (
-        Move(Extent(str(tmp_path / "a"), 10, 500), 0, has_checksum=True),
-        Move(Literal(data[:100]), 500, has_checksum=False),
-    )
-    crc32s = copying.copy(CopyTask(str(tmp_path / "b"), moves))
-    assert crc32s == (zlib.crc32(data[10:510]), zlib.crc32(data[:100]))
-    assert (tmp_path / "b").read_bytes() == data[10:510] + data[:100]
+    assert finished.crc32s[plan.id] == ((wrong,),)
+    assert (tmp_path / "out" / plan.id.folder / "f").read_bytes() == data
 
 
 def one_rank(tmp_path: Path, path: str = "a", rank: int = 0) -> RankPlan:
@@ -323,13 +189,13 @@ def test_leaving_in_the_middle_cleans_up(tmp_path: Path) -> None:
     run.close()  # type: ignore[attr-defined]  # an iterator that is a generator
     assert workers.killed
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert done <= left <= {plan.rank.folder for plan in plans}
+    assert done <= left <= {plan.id.folder for plan in plans}
 
 
 def finish_by_renaming(context: str, plan: RankPlan, folder: TemporaryFolder, crcs: Crcs) -> str:
     """Runs in a worker process."""
     folder.path.rename(folder.target)
-    return f"{context} {plan.rank.folder} {crcs}"
+    return f"{context} {plan.id.folder} {crcs}"
 
 
 def test_worker_processes_copy_the_same(tmp_path: Path) -> None:

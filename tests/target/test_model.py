@@ -6,22 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pp_to_vpp.checkpoint.family import Family
-from pp_to_vpp.container.extents import Extent, Literal, Piece, Zeros
+from pp_to_vpp.container.extents import Extent, Zeros
 from pp_to_vpp.container.pickling import Global, Instance, Storage, as_mapping, ordered_dict
-from pp_to_vpp.container.tensors import TensorRef, as_tensor, flat_tensor
-from pp_to_vpp.megatron.buffers import rank_buffers
+from pp_to_vpp.container.tensors import as_tensor, flat_tensor
+from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.naming import chunk_keys
 from pp_to_vpp.target import model
-from pp_to_vpp.target.model import StateDictWriter, fill, replace_chunks, target_chunk
+from pp_to_vpp.target.model import StateDictWriter, replace_chunks, target_chunk, target_rank
 
+from ..edit import pieces_of
 from ..families import SIDES, families, family, opposite, target_of
-from ..pairs import pair
-
-DENSE, MOE = "dense-pp2-v016", "moe-pp2ep2-v016"
+from ..pairs import DENSE, LAYOUT, MOE, pair
 
 
 def outline(node: Any) -> Any:
@@ -48,19 +45,9 @@ def chunk_nodes(of: Family, pp_rank: int) -> list[Any]:
     return [root[key] for key in chunk_keys(root)]
 
 
-def written(of: Family, target: Any, pp_rank: int) -> list[Instance]:
+def written(of: Family, target: Megatron, pp_rank: int) -> list[Instance]:
     """The chunks that are to be written for a rank."""
-    chunks = [target_chunk(of, chunk) for chunk in target.layout.rank_chunks(pp_rank)]
-    writer = StateDictWriter(of, pp_rank)
-    if not of.shares_storages:
-        return [writer.chunk(chunk, None) for chunk in chunks]
-    buffers = rank_buffers(
-        [(chunk.chunk, chunk.parameters) for chunk in chunks],
-        of.arguments,
-        of.rules,
-        overlaps_param_gather_with_step=target.overlaps_param_gather_with_step,
-    )
-    return [writer.chunk(c, view) for c, view in zip(chunks, buffers.by_stage, strict=True)]
+    return StateDictWriter(target_rank(of, target, pp_rank)).chunks()
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
@@ -97,12 +84,9 @@ def test_the_bytes_of_a_weight_stay_its_own(name: str) -> None:
             for (_, item), value in zip(chunk.items, values, strict=True):
                 tensor = as_tensor(value)
                 if tensor is not None:
-                    assert tensor.content() == content_of(sources[item.name])
-
-
-def content_of(tensor: TensorRef | None) -> tuple[Piece, ...]:
-    assert tensor is not None
-    return tensor.content()
+                    source = sources[item.name]
+                    assert source is not None
+                    assert pieces_of(tensor) == (source.extent,)
 
 
 def test_weights_of_one_buffer_share_one_storage() -> None:
@@ -111,29 +95,6 @@ def test_weights_of_one_buffer_share_one_storage() -> None:
         tensors = [as_tensor(value) for value in (as_mapping(node) or {}).values()]
         storages = {id(tensor.storage) for tensor in tensors if tensor is not None}
         assert len(storages) == 2, "dense and experts"
-
-
-_parts = st.lists(
-    st.tuples(st.integers(0, 5), st.lists(st.binary(min_size=1, max_size=6), max_size=3)),
-    max_size=6,
-)
-
-
-@given(_parts, st.integers(0, 9), st.randoms())
-def test_filling(parts: list[tuple[int, list[bytes]]], rest: int, random: Any) -> None:
-    """Zeros between and behind, in whatever order the parts are given."""
-    expected, placed = b"", list[tuple[int, tuple[Piece, ...]]]()
-    for gap, pieces in parts:
-        expected += bytes(gap)
-        if pieces:
-            placed.append((len(expected), tuple(Literal(piece) for piece in pieces)))
-        expected += b"".join(pieces)
-    expected += bytes(rest)
-    random.shuffle(placed)
-    found = fill(placed, len(expected))
-    data = b"".join(p.data if isinstance(p, Literal) else bytes(p.length) for p in found)
-    assert data == expected
-    assert all(piece.length for piece in found)
 
 
 def storage_of(numel: int, location: str = "cpu") -> Storage:
@@ -165,7 +126,7 @@ def test_tensors_beside_the_buffers_leave_what_is_not_theirs(
     assert tensor is not None
     assert (tensor.offset, tensor.storage.numel, tensor.shape) == (0, 3, (3,))
     assert tensor.storage.location == "cuda:3"
-    assert tensor.content() == (Extent("somewhere", 64 + 8, 12),)
+    assert pieces_of(tensor) == (Extent("somewhere", 64 + 8, 12),)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +141,7 @@ def test_devices_become_those_of_the_rank(
     tensor = as_tensor(found_in(of, rest))
     assert tensor is not None
     assert tensor.storage.location == after
-    assert tensor.content() == (Extent("somewhere", 64, 16),)
+    assert pieces_of(tensor) == (Extent("somewhere", 64, 16),)
 
 
 def found_in(of: Family, rest: str) -> Any:
@@ -213,10 +174,9 @@ def test_chunks_stand_where_chunks_stood(count: int, old: int) -> None:
 
 def test_zeros_are_only_where_nobody_is() -> None:
     """The holes of an odd model, between parameters that start at multiples of 64."""
-    name = "dense-pp2-layout-v016"
-    of = family(name, "source")
-    assert pair(name).options
-    for node in written(of, target_of(name, "truth"), 0):
+    of = family(LAYOUT, "source")
+    assert pair(LAYOUT).options
+    for node in written(of, target_of(LAYOUT, "truth"), 0):
         tensors = [t for value in (as_mapping(node) or {}).values() if (t := as_tensor(value))]
         parts = [t for t in tensors if t.dtype == "bfloat16"]
         storage = parts[0].storage

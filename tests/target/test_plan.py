@@ -15,27 +15,25 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.checkpoint.family import Family
 from pp_to_vpp.container import archive
-from pp_to_vpp.container.extents import Extent, Piece, Zeros
+from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.pickling import Instance
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.pipeline import Placement
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.target import check
 from pp_to_vpp.target.plan import FilePlan, RankPlan, plan_rank
-from pp_to_vpp.target.request import TargetSpec
 
 from ..examples import examples
-from ..families import SIDES, families, family, opposite, placed, target_of
+from ..families import SIDES, families, family, opposite, target_of
+from ..pairs import DENSE, MOE
 from ..strategies import targets
-
-DENSE, MOE, PLAIN = "dense-pp2-v016", "moe-pp2ep2-v016", "dense-pp2-nodistopt-v016"
 
 Cells = npt.NDArray[np.int64]
 
 
 def plans_for(of: Family, placement: Placement) -> list[RankPlan]:
     """The plans of all ranks of a family."""
-    target = TargetSpec(placement, placed(of, placement), overlaps_param_gather_with_step=False)
+    target = of.megatron.relaunched(placement, overlaps=False)
     return [plan_rank(of, target, pp_rank) for pp_rank in of.ranks]
 
 
@@ -47,7 +45,7 @@ def converted(name: str, side: str) -> tuple[Family, list[RankPlan]]:
 
 def sizes_of(of: Family) -> dict[str, int]:
     """Bytes of each source file."""
-    files = [f for r in of.ranks.values() for f in (r.files.model, r.files.optimizer) if f]
+    files = [file for rank in of.ranks.values() for file in rank.files.all]
     return {file.path: Path(file.path).stat().st_size for file in files}
 
 
@@ -105,11 +103,11 @@ def with_data(path: str) -> npt.NDArray[np.bool_]:
 def test_files_are_tiled_and_sources_used_up(name: str, side: str, data: st.DataObject) -> None:
     """Any layout: no byte of a target is missing or written twice, none of the source is lost."""
     for of in families(name, side):
-        ranks = plans_for(of, data.draw(targets(of.arguments)))
+        ranks = plans_for(of, data.draw(targets(of.megatron.arguments)))
         for file in (file for rank in ranks for file in rank.files):
             assert (times_written(file) == 1).all()
         holders = [rank for rank in of.ranks.values() if any(rank.parameters)]
-        held = {file.path for rank in holders for file in rank.files.files}
+        held = {file.path for rank in holders for file in rank.files.all}
         for path, cells in times_used(ranks, of).items():
             filled = with_data(path)
             assert filled.any() or path not in held
@@ -126,9 +124,8 @@ def test_a_plan_is_a_function_of_its_inputs() -> None:
 def test_planned_folders_have_the_files_of_the_truth(name: str, side: str) -> None:
     of, ranks = converted(name, side)
     for rank in ranks:
-        truth = family(name, opposite(side)).ranks[rank.rank.pp_rank].files
-        paths = [file.path for file in (truth.model, truth.optimizer) if file is not None]
-        assert [file.name for file in rank.files] == [Path(path).name for path in paths]
+        truth = family(name, opposite(side)).ranks[rank.id.pp_rank].files
+        assert [file.name for file in rank.files] == [Path(file.path).name for file in truth.all]
         assert rank.length == sum(file.length for file in rank.files)
         assert rank.source_paths() == tuple(sorted({e.path for e in extents([rank])}))
         assert set(rank.source_paths()) <= set(sizes_of(of))
@@ -152,126 +149,6 @@ def test_objects_that_cannot_be_written_back_are_refused() -> None:
         plan_rank(changed, target_of(DENSE, "truth"), 0)
 
 
-def changed_at(
-    ranks: list[RankPlan], place: tuple[int, int, int, int], new: list[Piece]
-) -> list[RankPlan]:
-    """Plans in which other pieces stand in the place of one."""
-    rank, file, record, piece = place
-    files = list(ranks[rank].files)
-    contents = list(files[file].contents)
-    pieces = list(contents[record])
-    pieces[piece : piece + 1] = new
-    contents[record] = tuple(pieces)
-    files[file] = replace(files[file], contents=tuple(contents))
-    return [*ranks[:rank], replace(ranks[rank], files=tuple(files)), *ranks[rank + 1 :]]
-
-
-def places_of_tensors(ranks: list[RankPlan], of: Family) -> list[tuple[int, int, int, int]]:
-    """Where the weights and flat states stand in plans."""
-    parameters = [item.tensor for item in of.items() if item.tensor is not None]
-    ranges = {p for tensor in parameters for p in tensor.content() if isinstance(p, Extent)}
-    inside = {(e.path, e.offset + i) for e in ranges for i in (0, e.length - 1)}
-    return [
-        (r, f, c, p)
-        for r, rank in enumerate(ranks)
-        for f, file in enumerate(rank.files)
-        for c, pieces in enumerate(file.contents)
-        for p, piece in enumerate(pieces)
-        if isinstance(piece, Extent)
-        and (file.name == "distrib_optim.pt" or (piece.path, piece.offset) in inside)
-    ]
-
-
-def piece_at(ranks: list[RankPlan], place: tuple[int, int, int, int]) -> Extent:
-    """The range that stands in a place."""
-    rank, file, record, piece = place
-    found = ranks[rank].files[file].contents[record][piece]
-    assert isinstance(found, Extent)
-    return found
-
-
-FAULTS = ("shifted", "dropped", "zeroed", "doubled", "swapped", "beyond", "before", "split")
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", [DENSE, MOE, "dense-pp2-buckets-odd-dp2-v016"])
-@examples(5)
-@given(data=st.data())
-def test_faults_are_found(name: str, fault: str, data: st.DataObject) -> None:
-    of, ranks = converted(name, data.draw(st.sampled_from(["source", "truth"])))
-    sizes = sizes_of(of)
-    places = places_of_tensors(ranks, of)
-    place = data.draw(st.sampled_from(places))
-    old = piece_at(ranks, place)
-    step = data.draw(st.sampled_from([-64, -4, -1, 1, 2, 64]))
-    like = [e for e in extents(ranks) if e.length == old.length and e != old]
-    other = data.draw(st.sampled_from(like)) if like else replace(old, offset=old.offset + 1)
-    new: dict[str, list[Piece]] = {
-        "shifted": [replace(old, offset=old.offset + step)],
-        "dropped": [],
-        "zeroed": [Zeros(old.length)],
-        "doubled": [old, old],
-        "swapped": [other],
-        "beyond": [replace(old, offset=sizes[old.path] - old.length + 1)],
-        "before": [replace(old, offset=-1)],
-        "split": [old.cut(0, old.length - 1), Zeros(1)],
-    }
-    assert check.check(changed_at(ranks, place, new[fault]), of, sizes, is_whole=True)
-
-
-def test_overlapping_records_and_short_files_are_found() -> None:
-    of, ranks = converted(DENSE, "source")
-    file = ranks[0].files[0]
-    assert file.layout is not None
-    for length in (file.length // 2, file.layout.records[-1].offset):
-        short = replace(ranks[0], files=(replace(file, length=length), *ranks[0].files[1:]))
-        (error,) = check.check([short, *ranks[1:]], of, sizes_of(of), is_whole=True)
-        assert "records end at" in error
-    records = list(file.layout.records)
-    index = next(i for i, record in enumerate(records) if i and record.length)
-    records[index] = replace(records[index], offset=records[index - 1].offset)
-    overlapping = replace(file, layout=replace(file.layout, records=tuple(records)))
-    changed = replace(ranks[0], files=(overlapping, *ranks[0].files[1:]))
-    errors = check.check([changed, *ranks[1:]], of, sizes_of(of), is_whole=True)
-    assert any(f"record {index}" in error for error in errors)
-
-
-def test_a_part_of_the_ranks_need_not_use_everything() -> None:
-    """Nodes may share the work."""
-    of, ranks = converted(DENSE, "source")
-    assert check.check(ranks[:1], of, sizes_of(of), is_whole=False) == []
-    assert check.check(ranks[:1], of, sizes_of(of), is_whole=True) != []
-
-
-def test_a_range_that_is_used_twice_is_found_in_a_part_of_the_ranks() -> None:
-    """Nothing else would tell: what is not used may belong to the other ranks."""
-    of, ranks = converted(DENSE, "source")
-    places = [place for place in places_of_tensors(ranks, of) if place[0] == 0]
-    one, other = next(
-        (a, b)
-        for a in places
-        for b in places
-        if a != b and piece_at(ranks, a).length == piece_at(ranks, b).length
-    )
-    doubled = changed_at(ranks, one, [piece_at(ranks, other)])
-    assert check.check(doubled[:1], of, sizes_of(of), is_whole=False) != []
-
-
-def test_lost_states_of_a_plain_optimizer_are_found() -> None:
-    """Moments are no weights: their records are those that no weight lies in."""
-    of, ranks = converted(PLAIN, "source")
-    weights = {e for i in of.items() if i.tensor for e in i.tensor.content()}
-    file = ranks[0].files[0]
-    found = [
-        (0, 0, c, 0)
-        for c, pieces in enumerate(file.contents)
-        if isinstance(pieces[0], Extent) and pieces[0] not in weights
-    ]
-    place = max(found, key=lambda place: piece_at(ranks, place).length)
-    lost = changed_at(ranks, place, [Zeros(piece_at(ranks, place).length)])
-    assert check.check(lost, of, sizes_of(of), is_whole=True) != []
-
-
 def test_the_rank_is_that_of_the_source_folder() -> None:
     _, ranks = converted(MOE, "source")
-    assert [rank.rank for rank in ranks] == [RankId(0, 0, 0), RankId(0, 1, 0)]
+    assert [rank.id for rank in ranks] == [RankId(0, 0, 0), RankId(0, 1, 0)]

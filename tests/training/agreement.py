@@ -18,15 +18,24 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from pp_to_vpp.checkpoint.family import Family, RankInventory
-from pp_to_vpp.errors import LayoutError
+from pp_to_vpp.checkpoint.family import Family, SourceRank
+from pp_to_vpp.container.pickling import Global, Instance
+from pp_to_vpp.errors import CheckpointError, LayoutError
+from pp_to_vpp.megatron.arguments import read_arguments
 from pp_to_vpp.megatron.buffers import BucketPolicy, Buffer, BufferParameter, chunk_buffers
+from pp_to_vpp.megatron.megatron import Megatron as MegatronRun
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import items_by_group
 from pp_to_vpp.megatron.param_groups import GroupKey, key_of_group
-from pp_to_vpp.megatron.pipeline import PipelineLayout, Placement, parse_layout
+from pp_to_vpp.megatron.pipeline import (
+    Ends,
+    Even,
+    LayoutString,
+    PipelineLayout,
+    Placement,
+    parse_layout,
+)
 from pp_to_vpp.megatron.rules import CHANGES, Rules
-from pp_to_vpp.source.files import read_rank
 from pp_to_vpp.source.proof import proven_family
 from pp_to_vpp.source.survey import take_survey
 
@@ -68,19 +77,51 @@ def our_buffers(case: dict[str, Any], rules: Rules) -> tuple[Buffer, ...] | None
         return None
 
 
-def our_layout(case: dict[str, Any], rules: Rules, **options: Any) -> PipelineLayout | None:
-    """The chunks of a placement; None if it is impossible."""
-    fields = {field.name for field in dataclasses.fields(Placement)}
-    placement = Placement(**{name: value for name, value in case.items() if name in fields})
+_ARGUMENTS = {
+    "num_layers": "num_layers",
+    "pp_size": "pipeline_model_parallel_size",
+    "vp_size": "virtual_pipeline_model_parallel_size",
+    "mtp_layers": "mtp_num_layers",
+    "first_layers": "decoder_first_pipeline_num_layers",
+    "last_layers": "decoder_last_pipeline_num_layers",
+    "account_for_embedding": "account_for_embedding_in_pipeline_split",
+    "account_for_loss": "account_for_loss_in_pipeline_split",
+    "layout": "pipeline_model_parallel_layout",
+}
+
+
+def our_layout(case: dict[str, Any], rules: Rules) -> PipelineLayout | None:
+    """The chunks of a run with the arguments of a case; None if it is impossible."""
+    state = {_ARGUMENTS[name]: value for name, value in case.items() if name in _ARGUMENTS}
+    node = Instance(Global("argparse", "Namespace"), (), by_new=True, state=state)
     try:
-        return placement.place(
-            case["num_layers"],
-            case["pp_size"],
-            mtp_may_stand_alone=rules.mtp_may_stand_alone,
-            **options,
-        )
-    except LayoutError:
+        saved = MegatronRun(read_arguments({"args": node}, "args"), rules)
+        placement = saved.arguments.placement
+        if isinstance(placement.form, Ends):
+            # The splits are those that Microsoft's fork makes up: Megatron-Core has none.
+            own = replace(placement.form, first_split=None, last_split=None)
+            saved = saved.relaunched(replace(placement, form=own), overlaps=False)
+        return saved.layout
+    except (LayoutError, CheckpointError):
         return None
+
+
+def options_of(placement: Placement) -> dict[str, Any] | None:
+    """A placement in the words of cases; None for one with splits, which Megatron-Core lacks."""
+    options: dict[str, Any] = {**_PLAIN, "vp_size": placement.vp_size}
+    match placement.form:
+        case Even(counts_embedding, counts_loss):
+            return {
+                **options,
+                "account_for_embedding": counts_embedding,
+                "account_for_loss": counts_loss,
+            }
+        case Ends(first, last, None, None):
+            return {**options, "first_layers": first, "last_layers": last}
+        case LayoutString(text):
+            return {**options, "layout": text}
+        case _:
+            return None
 
 
 def our_stages(text: str) -> list[str] | None:
@@ -95,13 +136,12 @@ def our_families(iteration: Path) -> Iterator[tuple[int, Family]]:
     """What is read of the first tensor-parallel rank, by expert-parallel rank."""
     survey = take_survey(str(iteration))
     for key in survey.families:
-        ranks = survey.family(key)
-        files = {pp_rank: read_rank(survey.path, rank) for pp_rank, rank in ranks.items()}
-        (ep_rank,) = {rank.ep_rank or 0 for rank in ranks.values()}
-        yield ep_rank, proven_family(files)[0]
+        folders = survey.family(key)
+        (ep_rank,) = {rank.ep_rank or 0 for rank in folders.ranks.values()}
+        yield ep_rank, proven_family(folders.read(folders.ranks))[0]
 
 
-def our_groups(of: Family, rank: RankInventory) -> list[tuple[GroupKey, list[tuple[int, int]]]]:
+def our_groups(of: Family, rank: SourceRank) -> list[tuple[GroupKey, list[tuple[int, int]]]]:
     """The param groups of a rank, those of experts last: members by virtual stage and place among
     the parameters."""
     places = {
@@ -111,8 +151,8 @@ def our_groups(of: Family, rank: RankInventory) -> list[tuple[GroupKey, list[tup
     }
     return [
         (key, [places[id(item)] for item in items])
-        for part in rank.parts
-        for key, items in items_by_group(rank.parameters, part, of.arguments, of.rules).items()
+        for own in rank.optimizers
+        for key, items in items_by_group(rank.parameters, own.kind, of.megatron).items()
     ]
 
 
@@ -233,14 +273,9 @@ _PLAIN: dict[str, Any] = {
     "layout": None,
 }
 _ends = st.none() | st.integers(1, 6)
-_possible = placements().filter(lambda case: case[0] > 0 and case[2].first_split is None)
+_possible = placements().filter(lambda case: case[0] > 0 and options_of(case[2]) is not None)
 _layer_cases = _possible.map(
-    lambda case: {
-        "num_layers": case[0],
-        "pp_size": case[1],
-        "vp_size": case[2].vp_size,
-        **{name: getattr(case[2], name) for name in _PLAIN},
-    }
+    lambda case: {"num_layers": case[0], "pp_size": case[1], **(options_of(case[2]) or {})}
 ) | st.fixed_dictionaries(
     {
         **{name: st.just(value) for name, value in _PLAIN.items()},
@@ -336,13 +371,14 @@ def layouts_agree(server: Megatron, version: str) -> None:
             "num_layers": case["num_layers"],
             "pp_size": case["pp_size"],
             "vp_size": max(1, len(stages) // case["pp_size"]),
+            "mtp_layers": case["mtp_layers"],
         }
-        layout = our_layout(placed, rules, mtp_num_layers=case["mtp_layers"])
+        layout = our_layout(placed, rules)
         if _is_error(checked):
             # 0.13 has no MTP layers in layout strings.
             assert layout is None or checked.startswith("NotImplementedError"), checked
             return
-        if layout is None and _is_refused_here_alone(checked, placed["vp_size"], version):
+        if layout is None and _is_refused_here_alone(checked, version):
             return
         assert layout is not None
         # Embedding and loss are on the first and the last chunk, wherever the string has them.
@@ -351,11 +387,8 @@ def layouts_agree(server: Megatron, version: str) -> None:
     _for_all(server, "layouts", 25, _layout_cases(), agree)
 
 
-def _is_refused_here_alone(stages: list[str], vp_size: int, version: str) -> bool:
-    """MTP layers on the first stage of all, which Megatron takes without virtual stages; and those
-    apart from the loss, which 0.14 takes and then puts there nevertheless."""
-    if "m" in stages[0]:
-        return vp_size == 1
+def _is_refused_here_alone(stages: list[str], version: str) -> bool:
+    """MTP layers apart from the loss, which 0.14 takes and then puts there nevertheless."""
     return release(version) < (0, 15) and "m" not in stages[-1]
 
 

@@ -16,10 +16,10 @@ from pp_to_vpp.container.pickling import as_mapping
 from ..compare import differences
 from ..edit import copy_of, flip_byte, float_tensor, rewrite, set_arguments
 from ..examples import FACTOR
-from ..pairs import pair
+from ..pairs import DENSE, MOE, PLAIN, pair
 from ..runs import Program
 
-_NAMES = ["moe-pp2ep2-v016", "dense-pp2-nodistopt-v016"]
+_NAMES = [MOE, PLAIN]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_right_target_passes(
 
 
 def test_full_verification_while_converting(program: Program, tmp_path: Path) -> None:
-    case = pair("moe-pp2ep2-v016")
+    case = pair(MOE)
     target = tmp_path / "iter_0000001"
     run = program.convert(case.source, target, case.options, "--verify", "full")
     assert run.status == 0, run.errors
@@ -143,7 +143,7 @@ def shift(root: list[Any]) -> None:
     ((_, states),) = root[0][0].items()
     tensor = as_tensor(states["param"])
     assert tensor is not None
-    (extent,) = tensor.storage.content
+    extent = tensor.storage.extent
     content = (Zeros(256), extent.cut(0, extent.length - 256))
     states["param"] = tensor.moved(Storage(tensor.storage.type, "cpu", tensor.numel, content), 0)
 
@@ -175,12 +175,12 @@ _OPTIMIZER = {
 def test_mutations_are_found(
     name: str, depth: str, program: Program, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    target = copy_of(converted("moe-pp2ep2-v016"), tmp_path)
+    target = copy_of(converted(MOE), tmp_path)
     edit, reason = (_MODEL | _OPTIMIZER)[name]
     file = "model_optim_rng.pt" if name in _MODEL else "distrib_optim.pt"
     path = target / "mp_rank_00_000_000" / file
     rewrite(path, edit)
-    run = verify(program, pair("moe-pp2ep2-v016").source, target, depth)
+    run = verify(program, pair(MOE).source, target, depth)
     assert run.status == 6, run
     assert "mp_rank_00_000_000" in run.errors
     assert reason in run.errors
@@ -189,8 +189,8 @@ def test_mutations_are_found(
 def test_lost_files_and_folders_are_found(
     program: Program, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source = pair("moe-pp2ep2-v016").source
-    target = copy_of(converted("moe-pp2ep2-v016"), tmp_path)
+    source = pair(MOE).source
+    target = copy_of(converted(MOE), tmp_path)
     (target / "mp_rank_00_001_001" / "distrib_optim.pt").unlink()
     run = verify(program, source, target, "structure")
     assert run.status == 6
@@ -203,7 +203,7 @@ def test_lost_files_and_folders_are_found(
 def test_files_that_are_kept_as_they_are_are_held_to_their_source(
     depth: str, program: Program, tmp_path: Path
 ) -> None:
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     name = "mp_rank_00_001/train_dataloader_dprank000.pt"
     (source / name).write_bytes(bytes(range(256)))
     target = tmp_path / "target" / "iter_0000001"
@@ -220,9 +220,9 @@ def test_files_that_are_kept_as_they_are_are_held_to_their_source(
 def test_arguments_that_tell_another_layout_are_found(
     program: Program, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    target = copy_of(converted("moe-pp2ep2-v016"), tmp_path)
+    target = copy_of(converted(MOE), tmp_path)
     set_arguments(target, virtual_pipeline_model_parallel_size=4)
-    run = verify(program, pair("moe-pp2ep2-v016").source, target, "structure")
+    run = verify(program, pair(MOE).source, target, "structure")
     assert run.status == 6
     assert "its model chunks are not those its arguments tell" in run.errors
 
@@ -232,7 +232,7 @@ def test_a_damaged_source_is_reported_instead_of_copied(
     file: str, program: Program, tmp_path: Path
 ) -> None:
     """A byte in the middle, where no sample looks: path, record and parameter are named."""
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     path = source / "mp_rank_00_001" / file
     offset, length = max(tensor_bytes(path), key=lambda record: record[1])
     flip_byte(path, offset + length // 8 * 4 + 3)  # in the upper half of an fp32 element
@@ -243,13 +243,13 @@ def test_a_damaged_source_is_reported_instead_of_copied(
     # without full verification it is copied, but its checksum still tells
     assert program.convert(source, target).status == 0
     assert verify(program, source, target).status == 4
-    clean = verify(program, pair("dense-pp2-v016").source, target)
+    clean = verify(program, pair(DENSE).source, target)
     assert clean.status == 6
     assert "is damaged" in clean.errors or "differs from its source" in clean.errors
 
 
 def test_moments_are_held_to_their_records_too(program: Program, tmp_path: Path) -> None:
-    source = copy_of(pair("dense-pp2-v016").source, tmp_path)
+    source = copy_of(pair(DENSE).source, tmp_path)
     path = source / "mp_rank_00_000" / "distrib_optim.pt"
     offset, length = tensor_bytes(path)[2]
     flip_byte(path, offset + length // 2)

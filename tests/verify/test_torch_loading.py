@@ -13,29 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from pp_to_vpp.container.extents import Extent, Piece, Zeros
+from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.pickling import Instance, as_mapping, ordered_dict
 from pp_to_vpp.container.tensors import as_tensor
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.source.files import read_torch_file
 from pp_to_vpp.verify import torch_loading
 
-from ..pairs import pair, rank_files
+from ..pairs import DENSE, pair, rank_files
 
 CHUNK_KEY = "decoder.layers.1.mlp.linear_fc1.weight"
 
 
-def read(pieces: tuple[Piece, ...], length: int) -> bytes:
-    """The first bytes of a range."""
-    data = b""
-    for piece in pieces:
-        if isinstance(piece, Extent):
-            with open(piece.path, "rb") as file:
-                file.seek(piece.offset)
-                data += file.read(min(piece.length, length - len(data)))
-        elif isinstance(piece, Zeros):
-            data += bytes(piece.length)
-    return data[:length]
+def read(extent: Extent) -> bytes:
+    """The bytes of a range."""
+    with open(extent.path, "rb") as file:
+        file.seek(extent.offset)
+        return file.read(extent.length)
 
 
 def found_in(file: TorchFile) -> list[str]:
@@ -49,7 +43,7 @@ def test_torch_finds_what_is_there(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> TorchFile:
-    return read_torch_file(pair("dense-pp2-v016").source / "mp_rank_00_000" / "model_optim_rng.pt")
+    return read_torch_file(pair(DENSE).source / "mp_rank_00_000" / "model_optim_rng.pt")
 
 
 def with_weight(file: TorchFile, edit: Callable[[Any], Any]) -> TorchFile:
@@ -119,8 +113,8 @@ def test_other_numbers_of_entries_are_found(model: TorchFile) -> None:
 
 
 def test_bytes_that_are_read_otherwise_are_found(model: TorchFile) -> None:
-    def flipped(pieces: tuple[Piece, ...], length: int) -> bytes:
-        data = read(pieces, length)
+    def flipped(extent: Extent) -> bytes:
+        data = read(extent)
         return bytes([data[0] ^ 1]) + data[1:]
 
     tensors = [v for v in (as_mapping(model.root["model"]) or {}).values() if as_tensor(v)]

@@ -1,0 +1,105 @@
+"""Verification of a target that is there, whoever wrote it, against its source."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError, UsageError, VerificationError
+from ..megatron.pipeline import PipelineLayout
+from ..options import Depth, Options
+from ..source.survey import Survey, take_survey
+from ..target import request
+from ..verify.compare import Proof, VerifyJob, prepare, rules_of, told_layout, verify_folder
+from .convert import Listener, digest_source
+from .target_folder import check_place
+from .workers import Workers
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """An existing pair of folders that was verified."""
+
+    source: str
+    target: str
+    layout: PipelineLayout
+    """Of the target."""
+    depth: Depth
+    ranks: int
+    length: int
+    """Bytes of the target's tensors."""
+    seconds: float
+
+
+def verify_existing(options: Options, listener: Listener) -> Verified:
+    """Hold each rank folder of the target to the source, and all of them to one layout.
+
+    Raises:
+        VerificationError: it does not hold what the source holds.
+        CheckpointError: the source cannot be read, or is damaged itself.
+    """
+    began = time.monotonic()
+    if options.save_dir is None or not options.save_dir.exists():
+        raise UsageError.of(
+            options.save_dir,
+            "there is nothing to verify",
+            cure="to convert, give --target-virtual-pipeline-model-parallel-size or "
+            "--target-pipeline-model-parallel-layout",
+        )
+    source = take_survey(str(options.load_dir))
+    request.wanted_ranks(options, source.arguments)
+    check_place(options.load_dir, options.save_dir)
+    target = _survey_target(options.save_dir, source)
+    prepare(options.depth)
+    with Workers(options.processes) as workers:
+        sizes = [_size(options.save_dir / rank.folder) for rank in target.ranks]
+        listener.started(sum(sizes))
+        digests = digest_source(workers, source, options.depth)
+        folders = {key: source.family(key) for key in source.families}
+        rules = dict(zip(folders, workers.map(rules_of, folders.values()), strict=True))
+        layout = told_layout((target.path, target.ranks[0], next(iter(rules.values()))))
+        proofs = {
+            key: Proof(folders[key], rules[key], layout, options.depth, digests.get(key, {}))
+            for key in folders
+        }
+        jobs = [VerifyJob(proofs[rank.family], target.path, rank) for rank in source.ranks]
+        length = 0
+        for size, count in zip(sizes, workers.map(verify_folder, jobs), strict=True):
+            length += count
+            listener.advanced(size)
+    return Verified(
+        source=source.path,
+        target=target.path,
+        layout=layout,
+        depth=options.depth,
+        ranks=len(target.ranks),
+        length=length,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files of a rank folder."""
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
+
+
+def _survey_target(save_dir: Path, source: Survey) -> Survey:
+    """The folders of an existing target.
+
+    Raises:
+        VerificationError: they are not those of the source.
+    """
+    try:
+        target = take_survey(str(save_dir))
+    except CheckpointError as error:
+        raise VerificationError(*error.problems) from None
+    if target.ranks != source.ranks:
+        odd = min(set(target.ranks) ^ set(source.ranks))
+        raise VerificationError.of(
+            save_dir / odd.folder,
+            "source and target do not have the same rank folders",
+            cure="convert again",
+        )
+    return target

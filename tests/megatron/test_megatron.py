@@ -1,0 +1,75 @@
+"""A run as a whole: where its layers are, and which other runs save the same files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+
+from pp_to_vpp.errors import LayoutError
+from pp_to_vpp.megatron.megatron import Megatron
+from pp_to_vpp.megatron.pipeline import Ends, LayoutString, Placement
+
+from ..families import SIDES, families, family
+from ..pairs import DENSE, OVERLAP
+from ..strategies import placements
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_layers_are_where_the_arguments_place_them(name: str, side: str) -> None:
+    for of in families(name, side):
+        arguments = of.megatron.arguments
+        assert of.megatron.layout == arguments.placement.place(
+            arguments.num_layers,
+            arguments.pp_size,
+            mtp_num_layers=arguments.mtp_num_layers,
+            mtp_may_stand_alone=of.megatron.rules.mtp_may_stand_alone,
+        )
+        assert of.megatron.is_laid_out_like(of.megatron)
+
+
+@given(placements())
+def test_a_relaunch_changes_its_placement_alone(case: tuple[int, int, Placement]) -> None:
+    num_layers, pp_size, placement = case
+    saved = family(DENSE, "source").megatron
+    sizes = replace(saved.arguments, num_layers=num_layers, pp_size=pp_size)
+    for overlaps in (False, True):
+        found = Megatron(sizes, saved.rules).relaunched(placement, overlaps=overlaps)
+        assert found.layout == placement.place(num_layers, pp_size)
+        assert found.rules == saved.rules
+        assert found.arguments == replace(
+            sizes, placement=placement, overlaps_param_gather_with_step=overlaps
+        )
+
+
+def test_an_impossible_placement_is_told_when_the_layers_are_asked_for() -> None:
+    relaunched = family(DENSE, "source").megatron.relaunched(Placement(7), overlaps=False)
+    with pytest.raises(LayoutError, match="do not divide"):
+        _ = relaunched.layout
+
+
+def test_runs_are_alike_by_their_layers_however_they_are_told() -> None:
+    saved = family(DENSE, "source").megatron
+    half = saved.arguments.num_layers // 2
+    assert saved.layout.vp_size == 1
+    for form in (Ends(first=half), LayoutString(f"Et*{half}|t*{half}L")):
+        again = saved.relaunched(Placement(1, form), overlaps=False)
+        assert again.is_laid_out_like(saved)
+        assert saved.is_laid_out_like(again)
+    for other in (Placement(2), Placement(1, Ends(first=half - 1))):
+        moved = saved.relaunched(other, overlaps=False)
+        assert not moved.is_laid_out_like(saved)
+        assert not saved.is_laid_out_like(moved)
+
+
+def test_runs_are_alike_by_their_optimizers() -> None:
+    """Overlapping splits one off."""
+    saved = family(OVERLAP, "truth").megatron
+    placement, overlaps = (
+        saved.arguments.placement,
+        saved.arguments.overlaps_param_gather_with_step,
+    )
+    assert overlaps
+    assert saved.relaunched(placement, overlaps=True).is_laid_out_like(saved)
+    assert not saved.relaunched(placement, overlaps=False).is_laid_out_like(saved)

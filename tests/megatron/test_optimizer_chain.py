@@ -1,0 +1,157 @@
+"""The optimizers that a rank chains: which there are, and whose parameters they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from pp_to_vpp.megatron.megatron import Megatron
+from pp_to_vpp.megatron.optimizer_chain import (
+    ChainedOptimizer,
+    OptimizerKind,
+    chain_of,
+    has_expert_optimizer,
+    has_optimizer,
+    items_by_group,
+)
+from pp_to_vpp.megatron.parameters import Parameters, is_layer_matrix
+
+from ..families import SIDES, families, family
+from ..pairs import DEEPSEEK, DENSE, EMPTY, EMPTY_OLD, LION, MOE, OVERLAP, names
+
+
+@pytest.mark.parametrize(
+    ("vp_size", "expert", "overlaps", "chain"),
+    [
+        (1, False, False, [(False, (0,))]),
+        (2, True, False, [(False, (0, 1)), (True, (0, 1))]),
+        (3, False, True, [(False, (0,)), (False, (1, 2))]),
+        (2, True, True, [(False, (0,)), (False, (1,)), (True, (0, 1))]),
+    ],
+)
+def test_optimizers_in_the_order_of_their_entries(
+    vp_size: int, expert: bool, overlaps: bool, chain: list[tuple[bool, tuple[int, ...]]]
+) -> None:
+    saved = family(DENSE, "source").megatron
+    megatron = saved.relaunched(saved.arguments.placement, overlaps=overlaps)
+    found = chain_of([()] * vp_size, megatron, has_experts=expert)
+    assert found == tuple(ChainedOptimizer(is_expert, stages) for is_expert, stages in chain)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != LION])
+def test_real_files_have_the_optimizers_that_are_computed(name: str) -> None:
+    """By the rules of their version, whichever parameters a rank has."""
+    for side in ("source", "truth"):
+        for of in families(name, side):
+            others_have = of.has_expert_optimizer
+            for rank in of.ranks.values():
+                own = has_expert_optimizer(rank.parameters, of.megatron, others_have=others_have)
+                chain = chain_of(rank.parameters, of.megatron, has_experts=own)
+                is_saved = of.kind is not OptimizerKind.NONE
+                has_one = is_saved and has_optimizer(rank.parameters, of.megatron)
+                found = tuple(own.kind for own in rank.optimizers)
+                assert found == (chain if has_one else ())
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_groups_take_each_parameter_once(name: str, side: str) -> None:
+    for of in families(name, side):
+        for rank in of.ranks.values():
+            found = [
+                item.name
+                for own in rank.optimizers
+                for items in items_by_group(rank.parameters, own.kind, of.megatron).values()
+                for item in items
+            ]
+            held = [item.name for items in rank.parameters for item in items]
+            assert sorted(found) == sorted(held if rank.optimizers else [])
+
+
+def test_groups_keep_the_order_of_parameters() -> None:
+    of = family(OVERLAP, "truth")
+    parameters = of.ranks[0].parameters
+    second = ChainedOptimizer(is_expert=False, vp_stages=(1,))
+    by_key = items_by_group(parameters, second, of.megatron)
+    order = [item.name for item in parameters[1]]
+    for items in by_key.values():
+        places = [order.index(item.name) for item in items]
+        assert places == sorted(places)
+    first = [order.index(items[0].name) for items in by_key.values()]
+    assert first == sorted(first)
+
+
+def test_matrices_of_layers_and_all_others() -> None:
+    of = family(MOE, "source")
+    parameters = of.ranks[0].parameters
+    held = [item for items in parameters for item in items]
+    for is_expert in (False, True):
+        for takes in (False, True):
+            optimizer = ChainedOptimizer(is_expert, (0,), takes)
+            found = items_by_group(parameters, optimizer, of.megatron)
+            taken = {item.name for items in found.values() for item in items}
+            assert taken == {
+                item.name
+                for item in held
+                if (".experts." in item.name) is is_expert
+                and is_layer_matrix(item, of.megatron) is takes
+            }
+    matrices = {item.name for item in held if is_layer_matrix(item, of.megatron)}
+    assert "decoder.layers.0.self_attention.linear_qkv.weight" in matrices
+    assert "decoder.layers.0.input_layernorm.weight" not in matrices
+    assert "embedding.word_embeddings.weight" not in matrices
+
+
+def by(run: Megatron, rules: Mapping[str, bool]) -> Megatron:
+    """A run by other rules."""
+    return replace(run, rules=replace(run.rules, **rules))
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_rank_without_parameters_has_an_optimizer_for_the_groups_of_others(stages: int) -> None:
+    of = family(DENSE, "source")
+    nothing: Parameters = [()] * stages
+    some = [*nothing, of.ranks[0].parameters[0]]
+    for keeps in (False, True):
+        megatron = by(of.megatron, {"keeps_all_groups": keeps})
+        assert has_optimizer(nothing, megatron) is keeps
+        assert has_optimizer(some, megatron)
+
+
+@pytest.mark.parametrize(("name", "keeps"), [(EMPTY_OLD, False), (EMPTY, True)])
+def test_real_ranks_without_parameters(name: str, keeps: bool) -> None:
+    """Megatron saved an entry for those of newer versions alone."""
+    empty = 0
+    for side in ("source", "truth"):
+        of = family(name, side)
+        for rank in of.ranks.values():
+            if not any(rank.parameters):
+                empty += 1
+                assert has_optimizer(rank.parameters, of.megatron) is keeps
+                assert bool(rank.optimizers) is keeps
+    assert empty
+
+
+def test_every_rank_has_an_expert_optimizer_if_any_has_by_newer_rules() -> None:
+    of = family(MOE, "source")
+    experts = of.ranks[0].parameters
+    dense = [[item for item in items if ".experts." not in item.name] for items in experts]
+    for keeps in (False, True):
+        megatron = by(of.megatron, {"keeps_all_groups": keeps})
+        for others_have in (False, True):
+            assert has_expert_optimizer(experts, megatron, others_have=others_have)
+            assert has_expert_optimizer([(), *experts], megatron, others_have=others_have)
+            expected = keeps and others_have
+            for parameters in (dense, [()], [(), ()]):
+                found = has_expert_optimizer(parameters, megatron, others_have=others_have)
+                assert found is expected
+
+
+@pytest.mark.parametrize(("name", "have"), [(MOE, True), (DEEPSEEK, True), (DENSE, False)])
+def test_families_with_experts_have_an_expert_optimizer(name: str, have: bool) -> None:
+    for side in ("source", "truth"):
+        for of in families(name, side):
+            assert of.has_expert_optimizer is have
+            for rank in of.ranks.values():
+                assert any(own.kind.is_expert for own in rank.optimizers) is have
