@@ -50,12 +50,6 @@ class RankFiles:
     """``distrib_optim.pt``, if there is one."""
 
     @property
-    def iteration(self) -> int | None:
-        """Of training, as the rank file tells; None if it does not."""
-        found = (as_mapping(self.model.root) or {}).get("iteration")
-        return found if type(found) is int else None
-
-    @property
     def all(self) -> tuple[TorchFile, ...]:
         """Those that are there."""
         return (self.model,) if self.optimizer is None else (self.model, self.optimizer)
@@ -216,7 +210,7 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
     """
     first = next(iter(files.values()))
     where = first.model.path
-    arguments = read_arguments(_root(first), where)
+    arguments = read_arguments(rank_root(first), where)
     for rank_files in files.values():
         _check_arguments(rank_files, arguments)
     failures: list[CheckpointError | Unexplained] = []
@@ -245,7 +239,12 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
     )
 
 
-def _root(files: RankFiles) -> Mapping[Any, Any]:
+def rank_root(files: RankFiles) -> Mapping[Any, Any]:
+    """The top level of a rank file.
+
+    Raises:
+        CheckpointError: it is none of a version that can be converted.
+    """
     root = as_mapping(files.model.root)
     if root is None:
         raise CheckpointError.of(
@@ -272,7 +271,7 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
     Raises:
         LayoutError: they tell an impossible one.
     """
-    return Megatron(read_arguments(_root(files), files.model.path), rules).layout
+    return Megatron(read_arguments(rank_root(files), files.model.path), rules).layout
 
 
 def _read_family(files: Mapping[int, RankFiles], megatron: Megatron) -> Family:
@@ -313,7 +312,7 @@ def _read_family(files: Mapping[int, RankFiles], megatron: Megatron) -> Family:
 def _check_arguments(files: RankFiles, first: SavedArguments) -> None:
     """All ranks of a run have the same arguments, as far as they matter here."""
     where = files.model.path
-    own = replace(read_arguments(_root(files), where), names=first.names)
+    own = replace(read_arguments(rank_root(files), where), names=first.names)
     if own != first:
         names = [field.name for field in fields(own)]
         odd = next(name for name in names if getattr(own, name) != getattr(first, name))
@@ -349,7 +348,7 @@ def _check_optimizers(family: Family) -> None:
 
 
 def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKind:
-    if OPTIMIZER in _root(files):
+    if OPTIMIZER in rank_root(files):
         if arguments.uses_distributed_optimizer:
             return OptimizerKind.DISTRIBUTED
         return OptimizerKind.PLAIN
@@ -365,7 +364,7 @@ def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKin
 def _read_rank(
     files: RankFiles, pp_rank: int, megatron: Megatron, kind: OptimizerKind
 ) -> tuple[SourceRank, Mapping[str, FlatState | PlainState]]:
-    root = _root(files)
+    root = rank_root(files)
     where = files.model.path
     contents = read_chunks(root, megatron.layout, pp_rank, where)
     parameters = [content.parameters for content in contents]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.family import TensorName
 from ..container import crc32
@@ -15,14 +16,22 @@ from ..errors import ANOTHER_COPY, CheckpointError, problem
 from ..megatron.megatron import Megatron
 from ..megatron.ranks import RankId
 from ..options import Depth, Options
+from ..source import fingerprint
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..target.plan import RankPlan
 from ..verify.compare import Proof, prepare
 from ..verify.digests import digest_folder
-from . import target_folder
+from . import manifest, target_folder
 from .finishing import FinishContext, KeptJob, RankDone, check_kept, finish_rank
-from .plan_family import PlanJob, PlannedFamily, check_families, plan_family
+from .plan_family import (
+    PlanJob,
+    PlannedFamily,
+    RankJob,
+    check_families,
+    fingerprint_rank,
+    plan_family,
+)
 from .schedule import Copier, FamilyCopy
 from .workers import Workers
 
@@ -39,6 +48,8 @@ class Prepared:
     """The run that saved the source."""
     target: Megatron
     """The run that will load the target."""
+    manifest: Mapping[str, Any]
+    """What this conversion is known by."""
     ranks: tuple[RankPlan, ...]
     """What the target will hold; after a dry run, without contents."""
     facts: tuple[str, ...]
@@ -104,16 +115,27 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
     prepare(options.depth)
     with Workers(options.processes) as workers:
         jobs = [
-            PlanJob(survey.family(key), survey.iteration, pp_ranks, target, not options.is_dry_run)
+            PlanJob(survey.family(key), survey.told, pp_ranks, target, not options.is_dry_run)
             for key in survey.families
         ]
         families = list(workers.map(plan_family, jobs))
         check_families(families, survey.path)
-        prepared = _prepare(options, survey, families)
+        known = [family.fingerprints for family in families]
+        source = fingerprint_source(workers, survey, dict(i for f in known for i in f.items()))
+        prepared = _prepare(options, survey, families, source)
         listener.planned(prepared)
         if options.is_dry_run or options.save_dir is None:
             return prepared, None
-        done = _write(workers, options, options.save_dir, prepared, families, listener)
+        is_first = manifest.claim(options.save_dir, prepared.manifest)
+        try:
+            done = _write(workers, options, options.save_dir, prepared, families, listener)
+        except BaseException:
+            if is_first:
+                manifest.withdraw(options.save_dir)
+            raise
+        manifest.claim(options.save_dir, prepared.manifest)  # it is still there, and ours
+    if target_folder.is_whole(options.save_dir, survey.ranks):
+        manifest.finish(options.save_dir, prepared.manifest, options.depth)
     outcome = Outcome(
         ranks=tuple(sorted(done, key=lambda rank: rank.id)),
         seconds=time.monotonic() - began,
@@ -123,7 +145,9 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
     return prepared, outcome
 
 
-def _prepare(options: Options, survey: Survey, families: Sequence[PlannedFamily]) -> Prepared:
+def _prepare(
+    options: Options, survey: Survey, families: Sequence[PlannedFamily], known_by: str
+) -> Prepared:
     first = families[0]
     arguments = survey.arguments
     sizes = (
@@ -142,6 +166,7 @@ def _prepare(options: Options, survey: Survey, families: Sequence[PlannedFamily]
         save_dir=options.save_dir,
         source=first.source,
         target=first.target,
+        manifest=manifest.manifest_of(known_by, survey.iteration, first.target),
         ranks=tuple(rank for family in families for rank in family.ranks),
         facts=tuple(facts),
         notes=(
@@ -218,6 +243,26 @@ def _copies(
         ]
         derivations = crc32.derivable(wanted, family.records)
         yield FamilyCopy(plans, derivations, FinishContext(proof, family.sources))
+
+
+def fingerprint_source(
+    workers: Workers, survey: Survey, known: Mapping[RankId, str] | None = None
+) -> str:
+    """The fingerprint of the whole source: all its folders are read, and are of one save.
+
+    Args:
+        workers: read the folders.
+        survey: the source.
+        known: fingerprints of folders that have been read.
+
+    Raises:
+        CheckpointError: a folder cannot be read, or is of another save.
+    """
+    found = dict(known or {})
+    rest = [rank for rank in survey.ranks if rank not in found]
+    jobs = [RankJob(survey.path, rank, survey.told) for rank in rest]
+    found.update(zip(rest, workers.map(fingerprint_rank, jobs), strict=True))
+    return fingerprint.of_checkpoint(found)
 
 
 def digest_source(

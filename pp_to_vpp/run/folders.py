@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,13 +166,42 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         CopyError: writing failed.
     """
+    with _written(path, text) as temporary:
+        temporary.replace(path)
+
+
+def write_first(path: Path, text: str) -> bool:
+    """Like ``write_whole``, unless the file is there already; whether it was written. Of several
+    runs that try at once, on whichever hosts, one succeeds.
+
+    Raises:
+        CopyError: writing failed.
+    """
+    with _written(path, text) as temporary:
+        try:
+            os.link(temporary, path)  # exclusive on network file systems too
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            with contextlib.suppress(FileExistsError), path.open("x") as file:
+                file.write(text)
+                return True
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _written(path: Path, text: str) -> Iterator[Path]:
+    """A text on disk under a private name beside ``path``, which is removed afterwards."""
     temporary = path.with_name(f".{path.name}.{_own_mark()}")
     try:
         with temporary.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        yield temporary
         sync_folder(path.parent)
     except OSError as error:
         raise copy_error(path, "cannot be written", error) from None

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..checkpoint import one_save
 from ..checkpoint.family import Family, RankFiles
 from ..container.extents import Extent
-from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem, show
+from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
-from ..megatron.ranks import OPTIMIZER_FILE
-from ..source.files import FamilyFolders, SourceFile, other_files, source_files
+from ..megatron.ranks import OPTIMIZER_FILE, RankId
+from ..source import fingerprint
+from ..source.files import FamilyFolders, SourceFile, other_files, read_source_rank, source_files
 from ..source.proof import proven_family
 from ..target import check
 from ..target.plan import FilePlan, RankPlan, plan_rank
@@ -23,8 +25,8 @@ class PlanJob:
     """A family to be planned."""
 
     folders: FamilyFolders
-    iteration: int | None
-    """Of training, as the checkpoint's first rank tells."""
+    told: Mapping[str, object]
+    """What all rank files of the save tell alike."""
     pp_ranks: tuple[int, ...]
     """The target ranks wanted."""
     target: Target
@@ -54,6 +56,8 @@ class PlannedFamily:
     hold them. Families with the same dense or expert parameters share one."""
     left_behind: tuple[str, ...]
     """Files of the rank folders that are no part of the checkpoint."""
+    fingerprints: Mapping[RankId, str]
+    """Those of the rank folders that were read."""
 
 
 def plan_family(job: PlanJob) -> PlannedFamily:
@@ -97,6 +101,10 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         rounding=rounding,
         optimizer_states=_optimizer_states(family),
         left_behind=tuple(left),
+        fingerprints={
+            rank.files.id: fingerprint.of_rank(rank.files, job.folders.directory)
+            for rank in family.ranks.values()
+        },
     )
 
 
@@ -105,10 +113,10 @@ def _read(job: PlanJob) -> tuple[Family, str]:
     files: dict[int, RankFiles] = {}
     needed = set(job.pp_ranks)
     while True:
-        found = job.folders.read(needed)
-        for own in found.values():
-            _check_iteration(own, job.iteration)
-        files |= found
+        files |= job.folders.read(needed)
+        problems = [text for p in needed for text in one_save.differences(files[p], job.told)]
+        if problems:
+            raise CheckpointError(*problems[:8])
         family, rounding = proven_family(dict(sorted(files.items())))
         layout = job.target.of(family.megatron).layout
         wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(layout, rank)}
@@ -117,16 +125,27 @@ def _read(job: PlanJob) -> tuple[Family, str]:
             return family, rounding
 
 
-def _check_iteration(files: RankFiles, iteration: int | None) -> None:
-    """All ranks are of one iteration."""
-    if files.iteration != iteration:
-        raise CheckpointError.of(
-            files.model.path,
-            "it was saved at another iteration than the checkpoint's first rank",
-            expected=f"iteration {show(iteration)}",
-            found=f"iteration {show(files.iteration)}",
-            cure=ONE_SAVE,
-        )
+@dataclass(frozen=True, slots=True)
+class RankJob:
+    """A rank folder of which nothing is wanted but that it belongs to the save."""
+
+    directory: str
+    id: RankId
+    told: Mapping[str, object]
+    """What all rank files tell alike."""
+
+
+def fingerprint_rank(job: RankJob) -> str:
+    """Hold a rank folder to the save; its fingerprint.
+
+    Raises:
+        CheckpointError: it is of another save, or cannot be read.
+    """
+    files = read_source_rank(job.directory, job.id)
+    problems = one_save.differences(files, job.told)
+    if problems:
+        raise CheckpointError(*problems)
+    return fingerprint.of_rank(files, job.directory)
 
 
 def _optimizer_states(family: Family) -> dict[str, bool]:

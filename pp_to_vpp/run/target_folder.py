@@ -116,6 +116,11 @@ def check_space(save_dir: Path, needed: int) -> None:
         )
 
 
+def is_whole(save_dir: Path, ranks: Iterable[RankId]) -> bool:
+    """Whether every rank folder is there."""
+    return all((save_dir / rank.folder).is_dir() for rank in ranks)
+
+
 def write_tracker(save_dir: Path, ranks: Sequence[RankId]) -> str:
     """Name the iteration in the tracker file once every rank folder is there; what became of it."""
     missing = [rank for rank in ranks if not (save_dir / rank.folder).is_dir()]

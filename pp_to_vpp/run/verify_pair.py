@@ -13,7 +13,8 @@ from ..options import Depth, Options
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..verify.compare import Proof, VerifyJob, prepare, rules_of, told_layout, verify_folder
-from .convert import Listener, digest_source
+from . import manifest
+from .convert import Listener, digest_source, fingerprint_source
 from .target_folder import check_place
 from .workers import Workers
 
@@ -59,7 +60,9 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         digests = digest_source(workers, source, options.depth)
         folders = {key: source.family(key) for key in source.families}
         rules = dict(zip(folders, workers.map(rules_of, folders.values()), strict=True))
+        known_by = fingerprint_source(workers, source)
         layout = told_layout((target.path, target.ranks[0], next(iter(rules.values()))))
+        _check_manifest(options.save_dir, known_by, source.iteration, layout)
         proofs = {
             key: Proof(folders[key], rules[key], layout, options.depth, digests.get(key, {}))
             for key in folders
@@ -103,3 +106,28 @@ def _survey_target(save_dir: Path, source: Survey) -> Survey:
             cure="convert again",
         )
     return target
+
+
+def _check_manifest(
+    save_dir: Path, fingerprint: str, iteration: int | None, layout: PipelineLayout
+) -> None:
+    """Where the target tells which conversion made it, it must be one of this source.
+
+    Raises:
+        VerificationError: it was made of another source, or for another layout.
+    """
+    found = manifest.read_manifest(save_dir)
+    if found is None:
+        return
+    source, target = (found.get(side) or {} for side in ("source", "target"))
+    problems = manifest.differences(
+        {
+            "fingerprint": source.get("fingerprint"),
+            "iteration": source.get("iteration"),
+            "layout": target.get("layout"),
+        },
+        {"fingerprint": fingerprint, "iteration": iteration, "layout": str(layout)},
+        save_dir / manifest.NAME,
+    )
+    if problems:
+        raise VerificationError(*problems)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.one_save import told
 from ..container.pickling import as_mapping
 from ..errors import (
     COPY_MISSING,
@@ -33,8 +34,8 @@ class Survey:
     ranks: tuple[RankId, ...]
     arguments: SavedArguments
     """Of the first rank."""
-    iteration: int | None
-    """As the first rank file tells."""
+    told: Mapping[str, object]
+    """What all rank files of one save tell alike (see ``one_save``), as the first one does."""
     ignored: tuple[str, ...]
     """Entries beside the rank folders that are no part of the checkpoint."""
 
@@ -42,6 +43,12 @@ class Survey:
     def families(self) -> tuple[tuple[int, int], ...]:
         """Each (tp_rank, ep_rank)."""
         return tuple(sorted({rank.family for rank in self.ranks}))
+
+    @property
+    def iteration(self) -> int | None:
+        """Of training; None if the files do not tell."""
+        found = self.told.get("iteration")
+        return found if type(found) is int else None
 
     def family(self, family: tuple[int, int]) -> FamilyFolders:
         """The folders of one family."""
@@ -71,7 +78,7 @@ def take_survey(iteration_dir: str) -> Survey:
     arguments = read_arguments(as_mapping(files.model.root) or {}, files.model.path)
     _check_sizes(path, sorted(ranks), arguments)
     ignored = tuple(name for name in names if RankId.parse(name) is None)
-    return Survey(str(path), tuple(sorted(ranks)), arguments, files.iteration, ignored)
+    return Survey(str(path), tuple(sorted(ranks)), arguments, told(files), ignored)
 
 
 def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:

@@ -1,0 +1,82 @@
+"""What all rank folders of one save tell alike, and what each may tell for itself.
+
+A folder that was left behind by an older save, or copied from another, is found by what it says of
+itself: iteration, consumed samples, sizes, options, optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import ONE_SAVE, problem, show
+from ..megatron.arguments import namespace_values
+from ..megatron.param_groups import STEP
+from .family import RankFiles, rank_root
+from .optimizer_entries import OPTIMIZER, read_entries
+
+_OWN_ARGUMENTS = ("rank", "local_rank")
+"""Those that differ from rank to rank (checkpointing.py saves the namespace of the saving rank)."""
+_COUNTS = ("iteration", "num_floating_point_operations_so_far")
+
+
+def told(files: RankFiles) -> Mapping[str, object]:
+    """The numbers and flags that a rank file shares with those of the same save.
+
+    Strings and objects among the arguments are left out: paths may differ from host to host.
+
+    Raises:
+        CheckpointError: the file has no arguments, or is no rank file.
+    """
+    root, where = rank_root(files), files.model.path
+    found: dict[str, object] = {name: root[name] for name in _COUNTS if name in root}
+    for name, value in namespace_values(root.get("args"), where).items():
+        if name not in _OWN_ARGUMENTS and isinstance(value, (bool, int, float, type(None))):
+            found[f"args.{name}"] = value
+    if OPTIMIZER in root:
+        steps = {show(step) for step in _steps(root[OPTIMIZER], where)}
+        found["optimizer steps"] = ", ".join(sorted(steps)) or None
+    return found
+
+
+def _steps(node: Any, where: str) -> Iterator[Any]:
+    for entry in read_entries(node, where):
+        for group in entry.groups:
+            if isinstance(group.get(STEP), (int, float)):
+                yield group[STEP]
+
+
+def differences(files: RankFiles, expected: Mapping[str, object]) -> list[str]:
+    """What a rank tells otherwise than the checkpoint's first one (see ``told``), as problems.
+
+    Raises:
+        CheckpointError: the file has no arguments, or is no rank file.
+    """
+    found = told(files)
+    steps = "optimizer steps"  # a rank without parameters of its own counts none
+    if found.get(steps) is None or expected.get(steps) is None:
+        found = {name: value for name, value in found.items() if name != steps}
+        expected = {name: value for name, value in expected.items() if name != steps}
+    odd = [
+        name
+        for name in dict.fromkeys((*expected, *found))
+        if _MISSING in (found.get(name, _MISSING), expected.get(name, _MISSING))
+        or not _is_same(found[name], expected[name])
+    ]
+    return [
+        problem(
+            files.model.path,
+            f"its {name} is not that of the checkpoint's first rank: folders of two saves lie here",
+            expected=show(expected.get(name)),
+            found=show(found.get(name)),
+            cure=ONE_SAVE,
+        )
+        for name in odd[:3]
+    ]
+
+
+_MISSING = object()
+
+
+def _is_same(one: object, other: object) -> bool:
+    return type(one) is type(other) and repr(one) == repr(other)  # a NaN is itself

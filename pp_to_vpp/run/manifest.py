@@ -1,0 +1,144 @@
+"""One target, one conversion: a small file in the target's iteration folder says which.
+
+The first run makes it, exclusively; every later one, on this node or another, must agree with it.
+It holds nothing of hosts, paths or times, so that each node may read its own copy of the source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import UsageError, problem, show
+from ..megatron.megatron import Megatron
+from ..options import Depth
+from . import folders
+
+NAME = "pp_to_vpp.json"
+_SCHEMA = 1
+_MAX_BYTES = 1 << 20
+_LATER = ("verified",)
+"""What is added when all folders are there."""
+
+
+def manifest_of(fingerprint: str, iteration: int | None, target: Megatron) -> dict[str, Any]:
+    """What a conversion is known by.
+
+    Args:
+        fingerprint: of the whole source (see ``source.fingerprint``).
+        iteration: of training.
+        target: the run that will load it.
+    """
+    arguments = target.arguments
+    words = arguments.placement.arguments(arguments.num_layers, arguments.pp_size)
+    return {
+        "schema": _SCHEMA,
+        "pp_to_vpp": __version__,
+        "source": {"fingerprint": fingerprint, "iteration": iteration},
+        "target": {
+            "layout": str(target.layout),
+            "arguments": dict(
+                arguments.placement.arguments(arguments.num_layers, arguments.pp_size)
+            ),
+            "overlap_param_gather_with_optimizer_step": arguments.overlaps_param_gather_with_step,
+        },
+    }
+
+
+def read_manifest(save_dir: Path) -> Mapping[str, Any] | None:
+    """The manifest of a target; None where there is none.
+
+    Raises:
+        UsageError: it is no manifest.
+    """
+    path = save_dir / NAME
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(_MAX_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from None
+    if not isinstance(found, dict):
+        raise _unreadable(path, show(found))
+    return found
+
+
+def _unreadable(path: Path, why: str) -> UsageError:
+    return UsageError.of(
+        path, "it is no manifest of a conversion", found=why, cure="choose another target folder"
+    )
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> list[str]:
+    """Where two conversions differ, both sides named; nothing if they are one."""
+    ours, theirs = _flat(wanted), _flat(found)
+    return [
+        problem(
+            path,
+            f"another conversion writes, or wrote, this target ({name})",
+            expected=show(ours.get(name)),
+            found=show(theirs.get(name)),
+            cure="give every run of one conversion the same source and options; for another "
+            "conversion choose another --save-iteration-dir, or remove this one",
+        )
+        for name in dict.fromkeys((*ours, *theirs))
+        if ours.get(name) != theirs.get(name) and name.partition(".")[0] not in _LATER
+    ]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def claim(save_dir: Path, manifest: Mapping[str, Any]) -> bool:
+    """Make the manifest, or agree with the one that is there; whether it was made.
+
+    It comes into being whole, by a link from a private name: that is exclusive on NFS too.
+
+    Raises:
+        UsageError: another conversion has this target.
+        CopyError: it cannot be written.
+    """
+    path = save_dir / NAME
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise folders.copy_error(save_dir, "cannot be made", error) from None
+    if folders.write_first(path, _text(manifest)):
+        return True
+    problems = differences(read_manifest(save_dir) or {}, manifest, path)
+    if problems:
+        raise UsageError(*problems)
+    return False
+
+
+def finish(save_dir: Path, manifest: Mapping[str, Any], depth: Depth) -> None:
+    """Note in the manifest how a target that is whole was verified.
+
+    Raises:
+        CopyError: it cannot be written.
+    """
+    folders.write_whole(save_dir / NAME, _text({**manifest, "verified": depth.value}))
+
+
+def withdraw(save_dir: Path) -> None:
+    """Remove the manifest of a run that has published nothing, unless another run has begun."""
+    with contextlib.suppress(OSError):
+        if [entry.name for entry in os.scandir(save_dir)] == [NAME]:
+            (save_dir / NAME).unlink()
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"

@@ -1,0 +1,45 @@
+"""What a source is known by, wherever it lies: its records' names, sizes and checksums.
+
+Neither paths nor times count: each node may read a copy of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from ..checkpoint.family import RankFiles
+from ..container.extents import Extent
+from ..megatron.ranks import RankId
+from .files import RangeReader, other_files
+
+
+def of_rank(files: RankFiles, directory: str) -> str:
+    """The fingerprint of one rank folder, in hexadecimal.
+
+    Records without a checksum, and files that are copied as they are, are sampled at both ends.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    found = hashlib.sha256()
+    with RangeReader() as reader:
+        for file in files.all:
+            name = file.path.rpartition("/")[2]
+            for record in file.records.values():
+                line = f"{name} {record.name} {record.length} {record.crc32}\n"
+                found.update(line.encode("utf-8", "surrogatepass"))
+                if not record.has_checksum:
+                    found.update(reader.ends(Extent(file.path, record.offset, record.length)))
+        for name, extent in other_files(directory, files.id)[0]:
+            found.update(f"{name} {extent.length}\n".encode())
+            found.update(reader.ends(extent))
+    return found.hexdigest()
+
+
+def of_checkpoint(ranks: Mapping[RankId, str]) -> str:
+    """The fingerprint of all rank folders, from those of each."""
+    found = hashlib.sha256()
+    for rank, fingerprint in sorted(ranks.items()):
+        found.update(f"{rank.folder} {fingerprint}\n".encode())
+    return found.hexdigest()
