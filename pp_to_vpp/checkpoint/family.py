@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from ..container.extents import Extent
-from ..container.pickling import as_mapping
+from ..container.pickling import as_mapping, is_same
 from ..container.tensors import TensorRef
 from ..container.torch_file import TorchFile
 from ..errors import COPY_MISSING, FROM_MEGATRON, ONE_SAVE, CheckpointError, LayoutError, show
@@ -26,7 +26,9 @@ from ..megatron.optimizer_chain import (
     chain_of,
     has_expert_optimizer,
     has_optimizer,
+    items_by_group,
 )
+from ..megatron.param_groups import GroupKey, are_explained, identity, key_of_group
 from ..megatron.parameters import Item, Parameters
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
@@ -149,6 +151,22 @@ class Family:
         """Some rank has an optimizer for expert buffers."""
         optimizers = (own for rank in self.ranks.values() for own in rank.optimizers)
         return any(own.kind.is_expert for own in optimizers)
+
+    def odd_groups(self) -> Iterator[tuple[SourceRank, OptimizerEntry]]:
+        """The ranks and entries whose param groups the rules do not make of their parameters, or
+        are other ones than those of the same key on other ranks."""
+        known: dict[tuple[object, GroupKey], dict[Any, Any]] = {}
+        for rank in self.ranks.values():
+            for own in rank.optimizers:
+                groups = own.entry.groups
+                keys = list(items_by_group(rank.parameters, own.kind, self.megatron))
+                is_odd = not are_explained(groups, keys, self.megatron.rules)
+                for group in groups:
+                    kind = (own.kind.takes_matrices, key_of_group(group))
+                    mine = identity(group)
+                    is_odd |= not is_same(known.setdefault(kind, mine), mine)
+                if is_odd:
+                    yield rank, own.entry
 
     def holds_state(self, *, is_expert: bool) -> bool:
         """Whether the optimizer files of this family hold the state of the dense or the expert

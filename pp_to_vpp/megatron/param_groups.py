@@ -7,13 +7,14 @@ decoupled learning rates make further groups (optimizer/__init__.py ``_get_param
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import show
 from .megatron import Megatron
 from .parameters import Item, is_embedding_or_output, is_in_expert_buffer
+from .rules import Rules
 
 STEP = "step"
 """Count of optimizer steps, kept in each group by the fused optimizers."""
@@ -60,6 +61,39 @@ def are_sorted(groups: Iterable[Mapping[Any, Any]]) -> bool:
     """Whether they are those of all ranks in one order for all: from 0.16, known by a key that
     came with it (FORMAT 6.2)."""
     return any("default_config" in group for group in groups)
+
+
+def identity(group: Mapping[Any, Any]) -> dict[Any, Any]:
+    """All that tells a group from its siblings, and is alike wherever it is saved."""
+    return {name: value for name, value in group.items() if name not in (STEP, "params")}
+
+
+def are_explained(
+    groups: Sequence[Mapping[Any, Any]], keys: Sequence[GroupKey], rules: Rules
+) -> bool:
+    """Whether the rules make these groups of a rank's parameters: their number, keys and order.
+
+    A run may have rules of its own: other parameters without weight decay, learning rates scaled
+    for some (``no_weight_decay_cond``, ``scale_lr_cond``, ``lr_mult``; config overrides).
+
+    Args:
+        groups: as saved, of one optimizer.
+        keys: of the rank's parameters that it takes, in first-seen order.
+        rules: of the version.
+    """
+    found = [key_of_group(group) for group in groups]
+    multipliers = {(group.get("wd_mult", 1.0), group.get("lr_mult", 1.0)) for group in groups}
+    rates = {
+        (key.is_decoupled, group.get("max_lr"), group.get("min_lr"))
+        for key, group in zip(found, groups, strict=True)
+    }
+    if not multipliers <= {(0.0, 1.0), (1.0, 1.0)} or len(set(found)) != len(found):
+        return False
+    if len(rates) != len({key.is_decoupled for key in found}):
+        return False
+    if are_sorted(groups):
+        return set(keys) <= set(found)
+    return found[: len(keys)] == list(keys) if rules.keeps_all_groups else found == list(keys)
 
 
 def steps(groups: Iterable[Mapping[Any, Any]], held: Collection[GroupKey]) -> set[str]:

@@ -120,7 +120,7 @@ def claim(save_dir: Path, manifest: Mapping[str, Any]) -> bool:
         return True
     problems = differences(read_manifest(save_dir) or {}, manifest, path)
     if problems:
-        raise UsageError(*problems)
+        raise UsageError(problems[0])
     return False
 
 

@@ -16,7 +16,7 @@ from ..checkpoint.family import SourceRank
 from ..checkpoint.optimizer_entries import GROUPS, MAINS, OPTIMIZER, STATE, OptimizerEntry
 from ..checkpoint.plain_states import PlainState
 from ..container.tensors import sharing_lists
-from ..errors import ONE_SAVE, CheckpointError
+from ..errors import ONE_SAVE, CheckpointError, show
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import (
     ChainedOptimizer,
@@ -29,6 +29,7 @@ from ..megatron.optimizer_chain import (
 from ..megatron.param_groups import STEP, are_sorted, key_of_group, steps
 from .model import TargetRank
 
+_TELLING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr")
 _PARAMS = "params"
 """Numbers of the parameters of a group, in optimizers that save their own state."""
 
@@ -106,11 +107,14 @@ class _EntryWriter:
     def _groups(self, own: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
         """The param groups in the order of the version.
 
-        Where they are sorted, as in the source. Before: those of the rank's parameters in
+        Where they are sorted, or made by rules of the run's own, as in the source. Before: those of the rank's parameters in
         first-seen order, then, from 0.14, all others in the order in which the ranks of the run
         bring them: that of the first rank where this one brings none.
         """
-        if are_sorted(own):
+        odd = next(self._rank.family.odd_groups(), None)
+        if odd is not None and not self._rank.megatron.rules.keeps_all_groups:
+            raise _unknown_order(*odd)
+        if odd is not None or are_sorted(own):  # loading matches them by what they say
             return [dict(group) for group in own]
         known = {key_of_group(group): group for group in own}
         for entry in self._entries():
@@ -202,6 +206,21 @@ class _EntryWriter:
         self._check_steps(numbered_groups)
         mains_of_groups = {MAINS: mains} if MAINS in template.node else {}
         return template.replaced({STATE: numbered, GROUPS: numbered_groups}, mains_of_groups)
+
+
+def _unknown_order(rank: SourceRank, entry: OptimizerEntry) -> CheckpointError:
+    """The refusal of groups that loading would match by position."""
+    shown = "; ".join(
+        ", ".join(f"{name} {show(group.get(name))}" for name in _TELLING if name in group)
+        for group in entry.groups
+    )
+    return CheckpointError.of(
+        rank.files.model.path,
+        f"its param groups ({shown}) are not those that Megatron's rules make of its parameters",
+        cure="the run has rules of its own for weight decay or learning rates; Megatron up to 0.13 "
+        "matches groups by their order, which cannot be known for the target: "
+        "save once with 0.14 or later, which matches them by what they say",
+    )
 
 
 def _sharing(group: dict[Any, Any], others: Collection[dict[Any, Any]]) -> dict[Any, Any]:

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..checkpoint.family import Family, TensorName, layout_of, read_family
 from ..checkpoint.optimizer_entries import OPTIMIZER
-from ..container import pickling
 from ..container.extents import Extent
-from ..errors import ConversionError, FormatError, VerificationError, problem, show
+from ..container.pickling import is_same
+from ..errors import ConversionError, VerificationError, problem, show
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer, items_by_group
@@ -172,22 +171,12 @@ def _compare_items(
 
 def _compare_item(wanted: Item, found: Item) -> Iterator[str]:
     if wanted.tensor is None or found.tensor is None:
-        if not _is_same(wanted.value, found.value):
+        if not is_same(wanted.value, found.value):
             yield f"{wanted.name} differs from its source"
         return
     ours, theirs = found.tensor, wanted.tensor
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         yield f"{wanted.name} is {ours.dtype} {ours.shape}, not {theirs.dtype} {theirs.shape}"
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values would be written alike; the contents of storages do not count."""
-    if type(one) is type(other) and isinstance(one, (str, int, type(None))):
-        return bool(one == other)
-    try:
-        return pickling.dump(one)[0] == pickling.dump(other)[0]
-    except FormatError:
-        return False
 
 
 def _read(extent: Extent) -> bytes:
@@ -209,11 +198,11 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     if (OPTIMIZER in ours) != is_expected:
         yield f"its entry {OPTIMIZER!r} is {'missing' if is_expected else 'one too many'}"
     for key in left:
-        if not _is_same(ours[key], theirs[key]):
+        if not is_same(ours[key], theirs[key]):
             yield f"entry {show(key)} differs from its source"
     mine, yours = (namespace_values(root["args"], "args") for root in (ours, theirs))
     for name in {*mine, *yours} - FOLLOWING_PLACEMENT:
-        if name not in mine or name not in yours or not _is_same(mine[name], yours[name]):
+        if name not in mine or name not in yours or not is_same(mine[name], yours[name]):
             yield f"args.{name} differs from its source"
 
 
