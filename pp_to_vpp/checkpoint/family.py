@@ -16,6 +16,7 @@ from ..container.pickling import as_mapping, is_same
 from ..container.tensors import TensorRef
 from ..container.torch_file import TorchFile
 from ..errors import COPY_MISSING, FROM_MEGATRON, ONE_SAVE, CheckpointError, LayoutError, show
+from ..megatron import naming
 from ..megatron.arguments import SavedArguments, read_arguments
 from ..megatron.buffers import RankBuffers, buffers_of
 from ..megatron.megatron import Megatron
@@ -210,6 +211,8 @@ class Family:
         """For each parameter with an fp32 main parameter, what must agree: nothing else ties a
         parameter to its state (FORMAT 7.6, FORMAT 7.7)."""
         for item in self.items():
+            if self.megatron.arguments.clips_qk and naming.is_scaled_by_qk_clip(item.rest):
+                continue
             state = self.states.get(item.name)
             main = None if state is None else state.main
             if main is not None and item.tensor is not None:

@@ -27,7 +27,10 @@ FLOAT_BYTES = _ITEM_BYTES["float32"]
 FLOAT_STORAGE = Global("torch", "FloatStorage")
 _REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_WITH_ATTRIBUTES = Global("torch._tensor", "_rebuild_from_type_v2")
-_REBUILD_ARGUMENTS = 6
+_REBUILD_NPU_TENSOR = "_rebuild_npu_tensor"
+"""torch_npu's, in torch_npu.utils.storage and elsewhere: one argument more, a device format."""
+_REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+_ARGUMENTS = 6
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 1 << 62
 
@@ -98,8 +101,15 @@ class TensorRef:
 
     def moved(self, storage: Storage, offset: int) -> Instance:
         """The node of the same tensor as a view of another storage."""
-        _, _, *rest = self.node.arguments
-        return Instance(self.node.factory, (storage, offset, *rest))
+        return _moved(self.node, storage, offset)
+
+
+def _moved(node: Instance, storage: Storage, offset: int) -> Instance:
+    if node.factory == _REBUILD_PARAMETER:
+        data, *others = node.arguments
+        return Instance(node.factory, (_moved(data, storage, offset), *others))
+    _, _, *rest = node.arguments
+    return Instance(node.factory, (storage, offset, *rest))
 
 
 def as_tensor(node: Any) -> TensorRef | None:
@@ -108,9 +118,17 @@ def as_tensor(node: Any) -> TensorRef | None:
     Raises:
         FormatError: negative or non-integer sizes, or a view that leaves its storage.
     """
-    if not isinstance(node, Instance) or node.factory != _REBUILD_TENSOR:
+    if not isinstance(node, Instance):
         return None
-    if len(node.arguments) != _REBUILD_ARGUMENTS or node.by_new:
+    if node.factory == _REBUILD_PARAMETER and node.arguments:
+        inner = as_tensor(node.arguments[0])
+        return None if inner is None else replace(inner, node=node)
+    is_npu = node.factory.name == _REBUILD_NPU_TENSOR and node.factory.module.startswith(
+        "torch_npu"
+    )
+    if node.factory != _REBUILD_TENSOR and not is_npu:
+        return None
+    if len(node.arguments) != _ARGUMENTS + is_npu or node.by_new:
         raise FormatError("a tensor with unknown arguments")
     storage, offset, shape, stride = node.arguments[:4]
     if not isinstance(storage, Storage) or storage_item_bytes(storage.type) is None:

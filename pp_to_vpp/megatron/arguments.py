@@ -67,6 +67,8 @@ class SavedArguments:
     """0.14 and 0.15 do when embedding_init_method_std is given."""
     decays_qk_norms: bool
     """apply_wd_to_qk_layernorm (0.16)."""
+    clips_qk: bool
+    """qk_clip: the weights that it scales are not their main parameters rounded."""
 
     @property
     def dense_shards(self) -> int:
@@ -253,6 +255,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
             and "apply_wd_to_qk_layernorm" not in values
         ),
         decays_qk_norms=read.flag("apply_wd_to_qk_layernorm"),
+        clips_qk=read.flag("qk_clip"),
     )
     problems = _unsupported(values, where) or read.problems
     if values.get("optimizer") == "sgd" and arguments.uses_distributed_optimizer:

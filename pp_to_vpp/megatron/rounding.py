@@ -3,6 +3,7 @@
 Megatron copies each main parameter into its weight after a step, rounding to nearest even. With
 stored remainders the weight may instead be the main parameter cut off at 16 bits
 (``store_param_remainders``: optimizer/__init__.py from 0.11, distrib_optimizer.py from 0.13).
+MindSpeed's --reuse-fp32-param rounds ties away from zero: it adds 32768 to the bits.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
 
     _Bits = NDArray[np.uint32]
 
-WAYS = ("rounded", "cut off")
+WAYS = ("rounded", "rounded half up", "cut off")
 _EXPONENT, _QUIET = 0x7F800000, 0x7FFFFFFF
 
 
 def _bfloat16_rounded(bits: _Bits) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _bfloat16_half_up(bits: _Bits) -> NDArray[np.uint16]:
+    return ((bits + 0x8000) >> 16).astype(np.uint16)
 
 
 def _bfloat16_cut(bits: _Bits) -> NDArray[np.uint16]:
@@ -37,7 +42,11 @@ def _float16_rounded(bits: _Bits) -> NDArray[np.uint16]:
 
 
 _CONVERSIONS: dict[str, dict[str, Callable[[_Bits], NDArray[np.uint16]]]] = {
-    "bfloat16": {"rounded": _bfloat16_rounded, "cut off": _bfloat16_cut},
+    "bfloat16": {
+        "rounded": _bfloat16_rounded,
+        "rounded half up": _bfloat16_half_up,
+        "cut off": _bfloat16_cut,
+    },
     "float16": {"rounded": _float16_rounded},
 }
 

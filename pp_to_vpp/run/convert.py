@@ -159,6 +159,8 @@ def _prepare(
     facts = [first.kind.value, sizes]
     if first.rounding:
         facts.append(f"16-bit weights are their main parameters {first.rounding}")
+    if arguments.clips_qk:
+        facts.append("but for those that --qk-clip scales, which cannot be compared")
     left = [name for family in families for name in family.left_behind]
     left += [name for name in survey.ignored if not name.startswith(".")]
     return Prepared(

@@ -132,7 +132,7 @@ class StateDictWriter:
         if tensor is None:
             return item.value
         storage = tensor.storage
-        location = self._device if storage.location.startswith("cuda") else storage.location
+        location = storage.location if storage.location == "cpu" else self._device
         if tensor.span != storage.numel:
             return tensor.moved(Storage(storage.type, location, tensor.span, (tensor.extent,)), 0)
         if location == storage.location:

@@ -18,7 +18,9 @@ from ..container.torch_file import TorchFile
 
 _COMPARED = 16
 """Elements."""
-_TORCH_FUNCTIONS = ("_rebuild_tensor_v2", "_rebuild_from_type_v2")
+_TORCH_FUNCTIONS = (
+    "_rebuild_tensor_v2", "_rebuild_from_type_v2", "_rebuild_parameter",
+)  # fmt: skip
 
 
 def load_torch() -> None:
@@ -37,8 +39,17 @@ class _StandIn:
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def __setstate__(self, state: object) -> None:
-        pass
+    def _take(self, *_: object, **__: object) -> None:
+        """What unpickling gives an object after it is made."""
+
+    __setstate__ = __setitem__ = append = extend = add = update = _take
+
+
+def _rebuild_npu_tensor(*arguments: Any) -> Any:
+    """torch_npu's own tensors: its seventh argument is a format of the device."""
+    import torch
+
+    return torch._utils._rebuild_tensor_v2(*arguments[:6])  # noqa: SLF001  (named in the file)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -51,6 +62,8 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if module in ("torch._utils", "torch._tensor") and name in _TORCH_FUNCTIONS:
             return super().find_class(module, name)
+        if name == "_rebuild_npu_tensor":
+            return _rebuild_npu_tensor
         if (module, name) in (("torch", "Tensor"), ("torch.storage", "UntypedStorage")):
             return getattr(torch, name)
         if (module, name) == ("torch", "UntypedStorage"):
