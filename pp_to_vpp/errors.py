@@ -27,7 +27,7 @@ FROM_MEGATRON = "use an iteration folder that Megatron-LM saved with --ckpt-form
 NOT_CONVERTED = "it cannot be converted exactly; see 'What is refused' in the README"
 ASK_FOR_SUPPORT = "it could change the layout, so it is not converted: ask for support of it"
 COPY_MISSING = "copy what is missing from where the checkpoint was saved"
-PUT_FILE_THERE = "put the file itself there"
+PUT_FILE_THERE = "put the file itself there, as cp -rL does"
 AT_REST = "nothing may write to the source: run again when it is at rest"
 NOTHING_TO_CONVERT = "virtual stages need pipeline parallelism: there is nothing to convert"
 
@@ -128,6 +128,8 @@ def show(value: object) -> str:
         return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
     if isinstance(value, (list, tuple, dict)):
         return f"a {type(value).__name__} of {len(value)}"
+    if type(value).__str__ is not object.__str__:  # the container's own kinds say what they are
+        return str(value)
     return f"a {type(value).__name__}"
 
 

@@ -7,6 +7,7 @@ of registration, with the module versions of torch in its attribute ``_metadata`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,7 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
             cure="encoder-decoder models cannot run with virtual pipeline stages",
         )
     stack = stacks.pop() if stacks else "decoder"
+    _check_kind(mapping, where)
     _check_layers(mapping, chunk, where)
     placed = _place_keys(mapping, chunk, where)
     items = tuple(
@@ -131,6 +133,33 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
         )
     modules = None if metadata is None else tuple(_place_modules(metadata, mapping, chunk))
     return ChunkContents(chunk, stack, items, modules)
+
+
+_NESTED = re.compile(r"(?P<prefix>.+\.)(?:decoder|encoder)\.layers\.[0-9]+\.")
+_HYBRID = re.compile(r"(?:decoder|encoder)\.layers\.[0-9]+\.mixer\.")
+
+
+def _check_kind(keys: Iterable[str], where: str) -> None:
+    """Refuse by their keys what no argument names."""
+    for key in keys:
+        nested = _NESTED.match(key)
+        if nested is not None and not key.startswith("mtp."):
+            raise CheckpointError.of(
+                where,
+                f"its layers stand under {nested['prefix']!r}, as in multimodal or wrapped models",
+                expected="keys that begin with decoder.layers or encoder.layers",
+                cure="virtual stages of such models are not known to work: convert the language "
+                "model's own checkpoint, saved without its wrapper",
+            )
+        if _HYBRID.match(key):
+            raise CheckpointError.of(
+                where,
+                f"key {show(key)} is that of a hybrid (Mamba) layer, and no pattern in the "
+                "arguments says where layers are: Megatron up to 0.16 cannot run such models with "
+                "virtual stages",
+                cure="load and save it once with Megatron 0.17 or 0.18 and a "
+                "--hybrid-layer-pattern of one segment for each pipeline stage",
+            )
 
 
 def _check_layers(mapping: Iterable[str], chunk: ModelChunk, where: str) -> None:

@@ -40,6 +40,8 @@ _MAX32 = 0xFFFFFFFF
 _MAX16 = 0xFFFF
 _MADE_BY, _NEEDED = 0x031E, 0x002D
 """Versions in the 64-bit end record, as miniz writes them."""
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""The magic number, pickled, with which files before torch 1.6 begin."""
 _MAX_DIRECTORY = 64 << 20
 """Bytes; a real rank file has some kilobytes."""
 
@@ -69,6 +71,12 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
             records.
     """
     size = file.seek(0, 2)
+    file.seek(0)
+    if file.read(len(_LEGACY)) == _LEGACY:
+        raise FormatError(
+            "it is in torch's legacy format (_use_new_zipfile_serialization=False), which is no "
+            "archive: load it and save it once with torch.save as it is today"
+        )
     entries, directory_offset = _read_directory(file, size)
     stems = {name.partition("/")[0] for name, *_ in entries}
     if len(stems) != 1:

@@ -47,6 +47,9 @@ class Instance:
     appended: list[Any] = field(default_factory=list)
     state: Any = None
 
+    def __str__(self) -> str:
+        return f"an object of {str(self.factory)[:80]}"
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
 

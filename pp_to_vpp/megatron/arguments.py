@@ -8,6 +8,7 @@ meaning that the version had.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from ..errors import (
     show,
 )
 from .naming import chunk_keys
-from .pipeline import PLACEMENT_ARGUMENTS, Ends, Even, LayoutString, Placement
+from .pipeline import LISTS, PLACEMENT_ARGUMENTS, Ends, Even, LayoutString, Listed, Placement
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
@@ -120,6 +121,15 @@ class _Reader:
         value: str | None = self.take(name, lambda v: isinstance(v, str), "string", default=None)
         return value
 
+    def counts(self, name: str) -> tuple[int, ...] | None:
+        """A list of layer counts, or a string of it; other types have other meanings."""
+        value = self.values.get(name)
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}(,[0-9]{1,5}){1,999}", value):
+            return tuple(map(int, value.split(",")))
+        if isinstance(value, list) and value and all(type(n) is int and n >= 0 for n in value):
+            return tuple(value)
+        return None
+
     def split(self, name: str) -> tuple[int, ...] | None:
         def is_right(value: Any) -> bool:
             return isinstance(value, list) and all(
@@ -152,6 +162,7 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
     )
 
 
+_V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
 _UNSUPPORTED = (
     # argument, is it on?, what it means
     ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
@@ -178,11 +189,29 @@ _UNSUPPORTED = (
 )
 
 
+def _v_schedule(values: Mapping[Any, Any]) -> str | None:
+    """The argument that asks for a V-shaped schedule of a fork, where the last chunks are on the
+    first ranks (MindSpeed, FlagScale, Primus)."""
+    if values.get("schedules_method") == "dualpipev":
+        return "schedules_method"
+    if values.get("use_dualpipev"):
+        return "use_dualpipev"
+    if values.get("patch_primus_pipeline") and values.get("pp_algorithm") in _V_ALGORITHMS:
+        return "pp_algorithm"
+    if values.get("patch_zero_bubble") and values.get("enable_zero_bubble"):
+        return next((n for n in ("zero_bubble_v_schedule", "enable_1f1b_v") if values.get(n)), None)
+    return None
+
+
 def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
     """What the arguments tell that cannot be converted."""
+    schedule = _v_schedule(values)
+    rows = [*_UNSUPPORTED]
+    if schedule is not None:
+        rows.append((schedule, bool, "a V-shaped schedule: its chunks are not interleaved"))
     return [
         problem(where, f"args.{name} is {show(values[name])}: {meaning}", cure=NOT_CONVERTED)
-        for name, is_on, meaning in _UNSUPPORTED
+        for name, is_on, meaning in rows
         if values.get(name) is not None and is_on(values[name])
     ]
 
@@ -202,6 +231,10 @@ def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
         counts_embedding=read.flag("account_for_embedding_in_pipeline_split"),
         counts_loss=read.flag("account_for_loss_in_pipeline_split"),
     )
+    for name in LISTS:
+        counts = read.counts(name)
+        if counts is not None:
+            return Placement(vp_size, Listed(counts, name))
     if text is not None:
         return Placement(vp_size, LayoutString(text))
     if ends == Ends():

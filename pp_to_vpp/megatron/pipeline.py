@@ -277,7 +277,38 @@ class LayoutString:
         return {"pipeline_model_parallel_layout": self.text}
 
 
-Form: TypeAlias = Even | Ends | LayoutString
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """The layers of each chunk as a list, in arguments of forks; a source's only.
+
+    The list is rank by rank: virtual stages of pipeline rank 0, of rank 1, ... (MindSpeed's
+    num_layer_list and others have no virtual stages, Primus has).
+    """
+
+    counts: tuple[int, ...]
+    argument: str
+    """That tells them."""
+
+    def cut(self, shape: Shape) -> Cut:
+        """See ``Placement.place``."""
+        if len(self.counts) != shape.chunks or sum(self.counts) != shape.num_layers:
+            raise LayoutError(
+                f"layer placement: args.{self.argument} tells {len(self.counts)} stages of "
+                f"{sum(self.counts)} layers, not {shape.chunks} of {shape.num_layers}; "
+                "check that the arguments are those of this checkpoint"
+            )
+        places = (interleaved(index, shape.pp_size) for index in range(shape.chunks))
+        return Cut(tuple(self.counts[p * shape.vp_size + v] for p, v in places), shape.chunks - 1)
+
+    def arguments(self, _: Shape) -> dict[str, object]:
+        """See ``Placement.arguments``."""
+        return {}
+
+
+Form: TypeAlias = Even | Ends | LayoutString | Listed
+
+LISTS = ("num_layer_list", "decoder_pipeline_manual_split_list", "num_layers_to_build")
+"""Arguments of forks that hold the layers of each stage: MindSpeed-LLM, Primus, others."""
 
 _ARGUMENTS: Mapping[str, object] = {
     "virtual_pipeline_model_parallel_size": None,
@@ -290,6 +321,7 @@ _ARGUMENTS: Mapping[str, object] = {
     "decoder_last_pipeline_num_layers": None,
     "decoder_first_pipeline_num_layers_split": None,
     "decoder_last_pipeline_num_layers_split": None,
+    **dict.fromkeys(LISTS),
 }
 """The attributes of ``args`` that tell a placement, with the values of those not used."""
 PLACEMENT_ARGUMENTS = frozenset(_ARGUMENTS)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import LayoutError, UsageError, problem
+from ..errors import CheckpointError, LayoutError, UsageError, problem
 from ..megatron.arguments import SavedArguments
 from ..megatron.megatron import Megatron
-from ..megatron.pipeline import Ends, Even, LayoutString, Placement, parse_layout
+from ..megatron.pipeline import Ends, Even, LayoutString, Listed, Placement, parse_layout
 from ..megatron.rules import candidates
 from ..options import Options
 
@@ -68,9 +68,15 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
 
     Raises:
         LayoutError: it is impossible, or the source has it already.
+        CheckpointError: the placement of the source is not understood.
     """
     wanted = Target(_placement(options, arguments), options.overlaps)
     source = Megatron(arguments, next(candidates(arguments.names)))
+    try:
+        _ = source.layout
+    except LayoutError as error:
+        where = f"{options.load_dir}: the source's own arguments tell no possible placement"
+        raise CheckpointError(*(f"{where}: {line}" for line in error.problems)) from None
     target = wanted.of(source)
     if target.is_laid_out_like(source):
         raise LayoutError.of(
@@ -115,7 +121,7 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
                 # Two equal halves are even; in these words Megatron could not launch (``notes``).
                 return Placement(vp_size)
             return Placement(vp_size, Ends(own_first, own_last))
-        case LayoutString():
+        case LayoutString() | Listed():
             return Placement(vp_size)
 
 

@@ -19,7 +19,7 @@ from ..checkpoint.family import Family, TensorName, layout_of, read_family
 from ..checkpoint.optimizer_entries import OPTIMIZER
 from ..container.extents import Extent
 from ..container.pickling import is_same
-from ..errors import ConversionError, VerificationError, problem, show
+from ..errors import ConversionError, UsageError, VerificationError, problem, show
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer, items_by_group
@@ -82,9 +82,20 @@ def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
 
 
 def prepare(depth: Depth) -> None:
-    """Load what workers will need, before they are forked: they then share one copy of it."""
+    """Load what workers will need, before they are forked: they then share one copy of it.
+
+    Raises:
+        UsageError: torch is needed, and not there.
+    """
     if depth is Depth.FULL:
-        torch_loading.load_torch()
+        try:
+            torch_loading.load_torch()
+        except ImportError as error:
+            raise UsageError.of(
+                "--verify full",
+                f"it opens files with torch, which cannot be imported ({error})",
+                cure="install torch (a CPU build will do), or use --verify structure",
+            ) from None
 
 
 def rules_of(source: FamilyFolders) -> Rules:

@@ -49,7 +49,8 @@ def _rebuild_npu_tensor(*arguments: Any) -> Any:
     """torch_npu's own tensors: its seventh argument is a format of the device."""
     import torch
 
-    return torch._utils._rebuild_tensor_v2(*arguments[:6])  # noqa: SLF001  (named in the file)
+    rebuild: Any = torch._utils._rebuild_tensor_v2  # noqa: SLF001  (what the file's own stands for)
+    return rebuild(*arguments[:6])
 
 
 class _Unpickler(pickle.Unpickler):
@@ -64,10 +65,10 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if name == "_rebuild_npu_tensor":
             return _rebuild_npu_tensor
-        if (module, name) in (("torch", "Tensor"), ("torch.storage", "UntypedStorage")):
-            return getattr(torch, name)
-        if (module, name) == ("torch", "UntypedStorage"):
+        if (module, name) == ("torch.storage", "UntypedStorage"):
             return torch.UntypedStorage
+        if (module, name) in (("torch", "Tensor"), ("torch", "UntypedStorage")):
+            return getattr(torch, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         return type(str(name), (_StandIn,), {})
