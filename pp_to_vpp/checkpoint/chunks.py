@@ -141,16 +141,19 @@ _HYBRID = re.compile(r"(?:decoder|encoder)\.layers\.[0-9]+\.mixer\.")
 
 def _check_kind(keys: Iterable[str], where: str) -> None:
     """Refuse by their keys what no argument names."""
-    for key in keys:
-        nested = _NESTED.match(key)
-        if nested is not None and not key.startswith("mtp."):
-            raise CheckpointError.of(
-                where,
-                f"its layers stand under {nested['prefix']!r}, as in multimodal or wrapped models",
-                expected="keys that begin with decoder.layers or encoder.layers",
-                cure="virtual stages of such models are not known to work: convert the language "
-                "model's own checkpoint, saved without its wrapper",
-            )
+    names = list(keys)
+    nested = {m["prefix"]: None for key in names if (m := _NESTED.match(key))}
+    prefixes = [prefix for prefix in nested if not prefix.startswith("mtp.")]
+    if prefixes:
+        raise CheckpointError.of(
+            where,
+            f"its layers stand under {' and '.join(prefixes[:3])}, as in multimodal or wrapped "
+            "models",
+            expected="keys that begin with decoder.layers or encoder.layers",
+            cure="virtual stages of such models are not known to work: convert the language "
+            "model's own checkpoint, saved without its wrapper",
+        )
+    for key in names:
         if _HYBRID.match(key):
             raise CheckpointError.of(
                 where,

@@ -185,7 +185,7 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
         with located(f"{where}, state {show(name)}"):
             tensor = as_tensor(value)
         if (
-            not isinstance(name, str)
+            not (isinstance(name, str) and name)
             or tensor is None
             or tensor.dtype != "float32"
             or tensor.shape != (buffer.numel_unpadded,)

@@ -6,14 +6,17 @@ itself: iteration, consumed samples, sizes, options, optimizer steps.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..container.pickling import dump
 from ..errors import ONE_SAVE, problem, show
 from ..megatron.arguments import namespace_values
 from ..megatron.param_groups import STEP
 from .family import RankFiles, rank_root
 from .optimizer_entries import OPTIMIZER, read_entries
+from .top_level import unknown_values
 
 _OWN_ARGUMENTS = ("rank", "local_rank")
 """Those that differ from rank to rank (checkpointing.py saves the namespace of the saving rank)."""
@@ -33,6 +36,8 @@ def told(files: RankFiles) -> Mapping[str, object]:
     for name, value in namespace_values(root.get("args"), where).items():
         if name not in _OWN_ARGUMENTS and isinstance(value, (bool, int, float, type(None))):
             found[f"args.{name}"] = value
+    for key, value in unknown_values(root, where).items():
+        found[f"entry {key!r}"] = hashlib.sha256(dump(value)[0]).hexdigest()
     if OPTIMIZER in root:
         steps = {show(step) for step in _steps(root[OPTIMIZER], where)}
         found["optimizer steps"] = ", ".join(sorted(steps)) or None

@@ -122,6 +122,8 @@ def _checked_tensors(item: Item, main: Any, state: Any, where: str) -> dict[str,
             tensor = unwrap_tensor(value)
         if tensor is None:
             continue
+        if not (isinstance(name, str) and name) or (name == MAIN and value is not main):
+            raise Unexplained(f"{item.name}: a state called {show(name)}")
         if tensor.shape not in (item.weight.shape, ()):
             raise Unexplained(f"{item.name} of shape {item.weight.shape}: {show(name)} differs")
         tensors[name] = tensor

@@ -163,7 +163,7 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
 
 
 _V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
-_UNSUPPORTED = (
+_UNSUPPORTED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     # argument, is it on?, what it means
     ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
     ("is_hybrid_model", bool, "a hybrid (Mamba) model: its layers follow a pattern of their own"),

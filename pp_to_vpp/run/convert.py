@@ -161,6 +161,7 @@ def _prepare(
         facts.append(f"16-bit weights are their main parameters {first.rounding}")
     if arguments.clips_qk:
         facts.append("but for those that --qk-clip scales, which cannot be compared")
+    odd = [name for name in survey.told if name.startswith("entry ")]
     left = [name for family in families for name in family.left_behind]
     left += [name for name in survey.ignored if not name.startswith(".")]
     return Prepared(
@@ -173,6 +174,7 @@ def _prepare(
         facts=tuple(facts),
         notes=(
             *request.notes(first.source, first.target),
+            *(f"{name} is unknown, alike in all files, and copied" for name in odd),
             *(f"not copied, no part of a checkpoint: {name}" for name in left),
         ),
     )

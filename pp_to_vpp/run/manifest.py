@@ -42,9 +42,7 @@ def manifest_of(fingerprint: str, iteration: int | None, target: Megatron) -> di
         "source": {"fingerprint": fingerprint, "iteration": iteration},
         "target": {
             "layout": str(target.layout),
-            "arguments": dict(
-                arguments.placement.arguments(arguments.num_layers, arguments.pp_size)
-            ),
+            "arguments": dict(words),
             "overlap_param_gather_with_optimizer_step": arguments.overlaps_param_gather_with_step,
         },
     }

@@ -22,6 +22,8 @@ from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
 _REFUSED_FILES = re.compile(r"layer_wise_optimizer_.*\.pt|optim\.pt|model_rng\.pt")
+_MAY_HOLD_STATE = re.compile(r"\.(pt|pth|bin|ckpt|npy|npz|pkl|safetensors|distcp)$|^rank_[0-9]+$")
+"""The last are folders of DLRover, which keeps optimizers by data-parallel rank."""
 _SAMPLED = 16
 """Elements compared at each end of a parameter."""
 _READ_BYTES = 4 << 20
@@ -143,6 +145,13 @@ def other_files(
                 path / name,
                 "a file of an optimizer or of an old format that is kept per rank",
                 cure=NOT_CONVERTED,
+            )
+        if _MAY_HOLD_STATE.search(name) and not _KEPT_AS_THEY_ARE.fullmatch(name):
+            raise CheckpointError.of(
+                path / name,
+                "an unknown file in a rank folder, which could hold state that moves with layers",
+                cure="ask for support of it, or convert a copy without it if the relaunch can do "
+                "without",
             )
         if _KEPT_AS_THEY_ARE.fullmatch(name):
             with open_source(path / name) as file:

@@ -114,7 +114,8 @@ class _EntryWriter:
         odd = next(self._rank.family.odd_groups(), None)
         if odd is not None and not self._rank.megatron.rules.keeps_all_groups:
             raise _unknown_order(*odd)
-        if odd is not None or are_sorted(own):  # loading matches them by what they say
+        # By what they say, not by position, loading matches these.
+        if odd is not None or are_sorted(own):
             return [dict(group) for group in own]
         known = {key_of_group(group): group for group in own}
         for entry in self._entries():

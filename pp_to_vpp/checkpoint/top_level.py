@@ -1,0 +1,81 @@
+"""The keys of a rank file's top level: each is known, explained, or refused by its name.
+
+Known ones belong to the rank, and are copied, or are keyed by chunk or layer, and are converted
+(checkpointing.py ``generate_state_dict``, 0.6 to 0.19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..container.pickling import as_mapping
+from ..errors import CheckpointError, show
+from ..megatron.naming import chunk_keys, split_layer
+from .optimizer_entries import OPTIMIZER
+
+_OF_THE_RANK = frozenset(
+    (
+        "args", "checkpoint_version", "iteration", "opt_param_scheduler", "rng_state",
+        "rerun_state_machine", "num_floating_point_operations_so_far", "content_metadata",
+        "tokens", "lr_scheduler",
+    )
+)  # fmt: skip
+_KEYED_BY_LAYER = {
+    "ema_model": "a moving average of the weights (MindSpeed), which has one dict for each chunk",
+    "modelopt_state": "the state of a model that ModelOpt has changed",
+}
+_CURE = (
+    "what it holds could belong to layers that move, so it is not converted: ask for support of "
+    "it, or remove it from all files of a copy if the relaunch can do without"
+)
+
+
+def unknown_values(root: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """What no rule knows, but holds plain values alone and may be copied if it is alike in all
+    rank files.
+
+    Raises:
+        CheckpointError: a key that could hold what moves with layers.
+    """
+    known = {*_OF_THE_RANK, OPTIMIZER, *chunk_keys(root)}
+    found: dict[str, Any] = {}
+    for key, value in root.items():
+        if key in known:
+            continue
+        what = next(
+            (f": {text}" for name, text in _KEYED_BY_LAYER.items() if str(key).startswith(name)), ""
+        )
+        if what or not isinstance(key, str) or not all(_is_plain(part) for part in _parts(value)):
+            raise CheckpointError.of(where, f"unknown entry {show(key)}{what}", cure=_CURE)
+        found[key] = value
+    return found
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The leaves of dicts, lists and tuples, and the keys of dicts."""
+    pending, seen = [value], {id(value)}
+    while pending:
+        node = pending.pop()
+        mapping = as_mapping(node)
+        inner = (
+            [*mapping, *mapping.values()]
+            if mapping is not None
+            else list(node)
+            if isinstance(node, (list, tuple))
+            else None
+        )
+        if inner is None:
+            yield node
+            continue
+        for part in inner:
+            if id(part) not in seen or not isinstance(part, (dict, list, tuple)):
+                seen.add(id(part))
+                pending.append(part)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number or a text that names no layer."""
+    if isinstance(value, str):
+        return split_layer(value) is None and ".layers." not in value
+    return value is None or isinstance(value, (bool, int, float))
