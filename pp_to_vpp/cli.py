@@ -185,6 +185,7 @@ def _guarded_run(given: Options) -> int:
         if given.report is not None:
             outputs.write_report(given.report, json.dumps(content, indent=1) + "\n")
     except ConversionError as error:
+        _report_refusal(given.report, error)
         return _refuse(error)
     except KeyboardInterrupt:
         print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
@@ -194,6 +195,15 @@ def _guarded_run(given: Options) -> int:
         print("pp_to_vpp: this is an error of the program, please report it", file=sys.stderr)
         return ConversionError.exit_status
     return 0
+
+
+def _report_refusal(path: Path | None, error: ConversionError) -> None:
+    """A refusal is a result too; where its report cannot be written, the lines say all."""
+    from . import report
+
+    if path is not None:
+        with contextlib.suppress(CopyError):
+            outputs.write_report(path, json.dumps(report.of_refusal(error), indent=1) + "\n")
 
 
 def _refuse(error: ConversionError) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .errors import ConversionError
 
 if TYPE_CHECKING:
     from .megatron.pipeline import PipelineLayout
@@ -67,6 +68,11 @@ def of_verification(verified: Verified) -> dict[str, object]:
         "bytes_verified": verified.length,
         "verification": verified.depth.value,
     }
+
+
+def of_refusal(error: ConversionError) -> dict[str, object]:
+    """A run that did not do what it was asked for."""
+    return {**_head("refusal"), "status": error.exit_status, "problems": list(error.problems)}
 
 
 def _head(kind: str) -> dict[str, object]:

@@ -107,9 +107,9 @@ class _EntryWriter:
     def _groups(self, own: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
         """The param groups in the order of the version.
 
-        Where they are sorted, or made by rules of the run's own, as in the source. Before: those of the rank's parameters in
-        first-seen order, then, from 0.14, all others in the order in which the ranks of the run
-        bring them: that of the first rank where this one brings none.
+        Where they are sorted, or made by rules of the run's own, as in the source. Before: those of
+        the rank's parameters in first-seen order, then, from 0.14, all others in the order in which
+        the ranks of the run bring them: that of the first rank where this one brings none.
         """
         odd = next(self._rank.family.odd_groups(), None)
         if odd is not None and not self._rank.megatron.rules.keeps_all_groups:

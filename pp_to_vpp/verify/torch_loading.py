@@ -57,21 +57,30 @@ class _Unpickler(pickle.Unpickler):
     """Loads tensors and containers; everything else becomes a stand-in."""
 
     def find_class(self, module: str, name: str) -> Any:
-        import torch  # seconds and hundreds of megabytes, for full proof only
-
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module in ("torch._utils", "torch._tensor") and name in _TORCH_FUNCTIONS:
+        known = _known(module, name)
+        if (
+            known is None
+            and module in ("torch._utils", "torch._tensor")
+            and (name in _TORCH_FUNCTIONS)
+        ):
             return super().find_class(module, name)
-        if name == "_rebuild_npu_tensor":
-            return _rebuild_npu_tensor
-        if (module, name) == ("torch.storage", "UntypedStorage"):
-            return torch.UntypedStorage
-        if (module, name) in (("torch", "Tensor"), ("torch", "UntypedStorage")):
-            return getattr(torch, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return type(str(name), (_StandIn,), {})
+        return type(str(name), (_StandIn,), {}) if known is None else known
+
+
+def _known(module: str, name: str) -> Any:
+    """What is loaded as it is, of what files name otherwise than by a function of torch."""
+    import torch  # seconds and hundreds of megabytes, for full proof only
+
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        return getattr(torch, name)
+    if name == "_rebuild_npu_tensor":
+        return _rebuild_npu_tensor
+    return {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch", "Tensor"): torch.Tensor,
+        ("torch", "UntypedStorage"): torch.UntypedStorage,
+        ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
+    }.get((module, name))
 
 
 def differences(file: TorchFile, read: Callable[[Extent], bytes]) -> Iterator[str]:
