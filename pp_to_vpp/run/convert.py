@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.family import TensorName
-from ..container import crc32
-from ..container.extents import Extent
 from ..errors import ANOTHER_COPY, CheckpointError, problem
 from ..megatron.megatron import Megatron
 from ..megatron.ranks import RankId
@@ -237,15 +235,7 @@ def _copies(
     """What is left to copy, family by family."""
     for family, proof in families:
         plans = tuple(rank for rank in family.ranks if rank.id not in kept)
-        wanted = [
-            piece
-            for rank in plans
-            for file in rank.files
-            for pieces in file.contents
-            for piece in pieces
-            if isinstance(piece, Extent)
-        ]
-        derivations = crc32.derivable(wanted, family.records)
+        derivations = {} if kept else family.derivations
         yield FamilyCopy(plans, derivations, FinishContext(proof, family.sources))
 
 

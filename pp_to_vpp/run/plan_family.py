@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..checkpoint import one_save
 from ..checkpoint.family import Family, RankFiles
+from ..container.crc32 import Derivation, derivable
 from ..container.extents import Extent
 from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem
 from ..megatron.megatron import Megatron
@@ -46,8 +47,8 @@ class PlannedFamily:
     ranks: tuple[RankPlan, ...]
     sources: tuple[SourceFile, ...]
     """The source files as they were."""
-    records: Mapping[str, tuple[tuple[Extent, int], ...]]
-    """The records of each source file with their CRC-32; 0 where none was computed."""
+    derivations: Mapping[Extent, Derivation]
+    """Ranges whose checksums follow from others, if all ranks are copied (``crc32.derivable``)."""
     kind: OptimizerKind
     rounding: str
     """How the 16-bit weights come from their main parameters; "" if there are none."""
@@ -96,7 +97,7 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         target=target,
         ranks=tuple(plans if job.needs_contents else map(_without_contents, plans)),
         sources=sources if job.needs_contents else (),
-        records=_records(family) if job.needs_contents else {},
+        derivations=_derivations(plans, family) if job.needs_contents else {},
         kind=family.kind,
         rounding=rounding,
         optimizer_states=_optimizer_states(family),
@@ -163,8 +164,10 @@ def _optimizer_states(family: Family) -> dict[str, bool]:
     return found
 
 
-def _records(family: Family) -> dict[str, tuple[tuple[Extent, int], ...]]:
-    return {
+def _derivations(plans: Iterable[RankPlan], family: Family) -> Mapping[Extent, Derivation]:
+    """What can be derived of what is copied, given the checksums of the source's records."""
+    wanted = [extent for plan in plans for extent in plan.extents()]
+    records = {
         file.path: tuple(
             (Extent(file.path, record.offset, record.length), record.crc32)
             for record in file.records.values()
@@ -172,6 +175,7 @@ def _records(family: Family) -> dict[str, tuple[tuple[Extent, int], ...]]:
         for rank in family.ranks.values()
         for file in rank.files.all
     }
+    return derivable(wanted, records)
 
 
 def _without_contents(rank: RankPlan) -> RankPlan:

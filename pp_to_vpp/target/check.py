@@ -42,9 +42,8 @@ def check(
 def _used(ranks: Iterable[RankPlan]) -> dict[str, list[tuple[int, int]]]:
     """The ranges of each source file that are to be copied."""
     used: dict[str, list[tuple[int, int]]] = {}
-    for piece in (p for plan in ranks for file in plan.files for c in file.contents for p in c):
-        if isinstance(piece, Extent):
-            used.setdefault(piece.path, []).append((piece.offset, piece.length))
+    for extent in (extent for plan in ranks for extent in plan.extents()):
+        used.setdefault(extent.path, []).append((extent.offset, extent.length))
     return used
 
 

@@ -52,10 +52,14 @@ class RankPlan:
         """Bytes of all files."""
         return sum(file.length for file in self.files)
 
+    def extents(self) -> Iterator[Extent]:
+        """The ranges of source files that it is made of, in order."""
+        pieces = (piece for file in self.files for record in file.contents for piece in record)
+        return (piece for piece in pieces if isinstance(piece, Extent))
+
     def source_paths(self) -> tuple[str, ...]:
         """The source files that its bytes come from."""
-        extents = (p for file in self.files for pieces in file.contents for p in pieces)
-        return tuple(sorted({p.path for p in extents if isinstance(p, Extent)}))
+        return tuple(sorted({extent.path for extent in self.extents()}))
 
 
 def plan_rank(

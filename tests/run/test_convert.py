@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.container.pickling import Global, Instance
-from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString
+from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Listed
 from pp_to_vpp.source.survey import take_survey
 
 from ..compare import differences
@@ -122,7 +122,7 @@ def options_for(iteration: Path) -> list[str]:
                 if split is not None:
                     words = map(str, split)
                     options += [f"--target-{end}-virtual-pipeline-num-layers-split", *words]
-        case Even():
+        case Even() | Listed():
             pass
     return options
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.checkpoint.family import TensorName
-from pp_to_vpp.container import crc32
-from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.errors import CopyError, UsageError, VerificationError
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.options import Depth
@@ -32,9 +30,8 @@ from ..edit import copy_of, flip_byte
 from ..families import SIDES, iteration, opposite, surveyed, target_of
 from ..inline import Inline
 from ..pairs import DENSE, pair
+from .test_copying import Crcs
 from .test_plan_family import target_like
-
-Crcs = tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -58,14 +55,14 @@ def copied(
     source: Path, name: str, save_dir: Path, side: str = "source", depth: Depth = Depth.STRUCTURE
 ) -> list[Copied]:
     """Copy all rank folders of the family (0, 0) under their temporary names."""
-    folders = take_survey(str(source)).family((0, 0))
+    survey = take_survey(str(source))
+    folders = survey.family((0, 0))
     target = target_like(target_of(name, opposite(side)))
-    planned = plan_family(PlanJob(folders, 1, tuple(folders.ranks), target, needs_contents=True))
+    job = PlanJob(folders, survey.told, tuple(folders.ranks), target, needs_contents=True)
+    planned = plan_family(job)
     proof = Proof(planned.folders, planned.source.rules, planned.target.layout, depth)
     context = FinishContext(proof, planned.sources)
-    files = [file for rank in planned.ranks for file in rank.files]
-    wanted = [p for f in files for c in f.contents for p in c if isinstance(p, Extent)]
-    family = FamilyCopy(planned.ranks, crc32.derivable(wanted, planned.records), context)
+    family = FamilyCopy(planned.ranks, planned.derivations, context)
 
     def take(given: Any, plan: RankPlan, folder: TemporaryFolder, crc32s: Crcs) -> Copied:
         return Copied(given, plan, folder, crc32s)

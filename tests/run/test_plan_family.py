@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pp_to_vpp.checkpoint.family import RankFiles
+from pp_to_vpp.container import crc32
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.errors import CheckpointError, ConversionError
 from pp_to_vpp.megatron.megatron import Megatron
@@ -38,7 +39,7 @@ def job_for(name: str, side: str, number: int = 0, *, needs_contents: bool = Tru
     found = surveyed(name, side)
     folders = found.family(found.families[number])
     target = target_like(target_of(name, opposite(side)))
-    return PlanJob(folders, found.iteration, tuple(folders.ranks), target, needs_contents)
+    return PlanJob(folders, found.told, tuple(folders.ranks), target, needs_contents)
 
 
 def planned(name: str, side: str = "source") -> list[PlannedFamily]:
@@ -68,18 +69,21 @@ def test_what_planning_a_family_shows(name: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("name", [DENSE, MOE, PLAIN])
-def test_records_are_those_of_the_archives(name: str) -> None:
-    """With the CRC-32 that the standard library reads, in order of their places."""
-    for found in planned(name):
-        for path, records in found.records.items():
-            with zipfile.ZipFile(path) as file:
-                infos = sorted(file.infolist(), key=lambda info: info.header_offset)
-            assert [(extent.length, crc32) for extent, crc32 in records] == [
-                (info.file_size, info.CRC) for info in infos
-            ]
-            offsets = [extent.offset for extent, _ in records]
-            assert offsets == sorted(offsets)
-            assert {extent.path for extent, _ in records} == {path}
+def test_checksums_that_are_derived_are_those_of_the_bytes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From those of the archive's records and of what else is copied."""
+
+    def crc32_of(extent: Extent) -> int:
+        data = Path(extent.path).read_bytes()
+        return zlib.crc32(data[extent.offset : extent.offset + extent.length])
+
+    monkeypatch.setattr(crc32, "_WORTH_DERIVING", 1)
+    monkeypatch.setattr(crc32, "_WORTH_READING", 0)
+    found = [d for family in planned(name) for d in family.derivations.items()]
+    assert found
+    for extent, derivation in found:
+        assert derivation.solve(crc32_of) == crc32_of(extent)
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
@@ -87,7 +91,7 @@ def test_dry_runs_know_the_sizes(name: str, side: str) -> None:
     """Without contents, which would only have to be carried between processes."""
     whole = plan_family(job_for(name, side))
     dry = plan_family(job_for(name, side, needs_contents=False))
-    assert (dry.sources, dry.records) == ((), {})
+    assert (dry.sources, dry.derivations) == ((), {})
     for rank, full in zip(dry.ranks, whole.ranks, strict=True):
         assert [(f.name, f.length) for f in rank.files] == [(f.name, f.length) for f in full.files]
         assert all(file.contents == () and file.layout is None for file in rank.files)
@@ -115,7 +119,7 @@ def test_ranks_without_experts_are_planned_the_same_too(
     target = Target(Placement(len(layout.split("|")) // 2, LayoutString(layout)), overlaps=False)
     found = take_survey(str(source))
     folders = found.family((0, 1))
-    job = PlanJob(folders, found.iteration, tuple(folders.ranks), target, needs_contents=True)
+    job = PlanJob(folders, found.told, tuple(folders.ranks), target, needs_contents=True)
     whole = plan_family(job)
     for pp_rank in folders.ranks:
         assert plan_family(replace(job, pp_ranks=(pp_rank,))).ranks == (whole.ranks[pp_rank],)
@@ -140,7 +144,7 @@ def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = found.family(found.families[0])
     for pp_rank, needed in ((0, {0}), (1, {0, 1}), (2, {2}), (3, {3})):
         read.clear()
-        plan_family(PlanJob(folders, found.iteration, (pp_rank,), target, needs_contents=True))
+        plan_family(PlanJob(folders, found.told, (pp_rank,), target, needs_contents=True))
         assert set(read) == needed
 
 
