@@ -18,9 +18,9 @@ from pp_to_vpp.source import files
 
 def assemble(encoded: EncodedFile, read: Callable[[Extent], bytes]) -> bytes:
     """The bytes of a planned file."""
-    written = bytearray(encoded.layout.length)
+    written = bytearray(encoded.archive.length)
     crc32s = []
-    for record, pieces in zip(encoded.layout.records, encoded.contents, strict=True):
+    for record, pieces in zip(encoded.archive.records, encoded.contents, strict=True):
         payload = b""
         for piece in pieces:
             match piece:
@@ -32,7 +32,7 @@ def assemble(encoded: EncodedFile, read: Callable[[Extent], bytes]) -> bytes:
                     payload += data
         written[record.offset : record.offset + record.length] = payload
         crc32s.append(zlib.crc32(payload))
-    for offset, part in archive.frame(encoded.layout, crc32s):
+    for offset, part in archive.frame(encoded.archive, crc32s):
         written[offset : offset + len(part)] = part
     return bytes(written)
 

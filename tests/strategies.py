@@ -88,7 +88,8 @@ def targets(draw: st.DrawFn, arguments: SavedArguments) -> Placement:
     vp_size = draw(st.integers(1, 3))
     stages = draw(layout_strings(layers, pp_size * vp_size)).split("|")
     last_layer = max((i for i, stage in enumerate(stages) if "t" in stage), default=0)
-    holder = draw(st.integers(max(last_layer, pp_size * (vp_size - 1), 1), len(stages) - 1))
+    first_allowed = pp_size * (vp_size - 1) + 1  # not on the first pipeline rank
+    holder = draw(st.integers(max(last_layer, first_allowed), len(stages) - 1))
     stages[-1] = stages[-1].removesuffix("L")
     stages[holder] += "m" * mtp
     stages[-1] += "L"

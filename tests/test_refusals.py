@@ -250,17 +250,6 @@ def test_a_missing_dense_optimizer_is_noticed(program: Program, tmp_path: Path) 
     program.refuses(4, program.convert(source, tmp_path / "x"), "holds the dense optimizer state")
 
 
-@pytest.mark.parametrize("folder", ["mp_rank_00_001_000", "mp_rank_00_000_001"])
-def test_folders_of_two_iterations_are_refused(
-    folder: str, program: Program, tmp_path: Path
-) -> None:
-    """In one family of ranks or in another; a folder of a stage that is asked for alone too."""
-    source = copy_of(pair(MOE).source, tmp_path)
-    rewrite(source / folder / "model_optim_rng.pt", lambda root: root.update(iteration=2))
-    reason = f"{folder}/model_optim_rng.pt: it was saved at another iteration"
-    program.refuses(4, program.convert(source, tmp_path / "x"), reason, "found iteration 2")
-
-
 def test_folders_with_and_without_an_expert_rank_are_refused(
     program: Program, tmp_path: Path
 ) -> None:

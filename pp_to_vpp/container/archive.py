@@ -228,7 +228,7 @@ class PlacedRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ArchiveLayout:
+class ArchivePlan:
     """Where everything lies in an archive to be written."""
 
     records: tuple[PlacedRecord, ...]
@@ -237,9 +237,9 @@ class ArchiveLayout:
     """Bytes of the whole file."""
 
 
-def lay_out(
+def plan_archive(
     stem: str, records: Sequence[tuple[str, int]], alignment: int = ALIGNMENT
-) -> ArchiveLayout:
+) -> ArchivePlan:
     """Place records, given as (name without the leading folder, length), one after the other."""
     placed: list[PlacedRecord] = []
     position = directory_length = 0
@@ -256,7 +256,7 @@ def lay_out(
         )
         position = placed[-1].end
     end = position + directory_length + _END64.size + _LOCATOR.size + _END.size
-    return ArchiveLayout(tuple(placed), position, end)
+    return ArchivePlan(tuple(placed), position, end)
 
 
 def _wide_extra(length: int, packed_length: int, header_offset: int) -> bytes:
@@ -269,11 +269,11 @@ def _wide_extra(length: int, packed_length: int, header_offset: int) -> bytes:
     return _EXTRA_HEADER.pack(_ZIP64_EXTRA, len(body)) + body if body else b""
 
 
-def frame(layout: ArchiveLayout, crc32s: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+def frame(plan: ArchivePlan, crc32s: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """All bytes of the file that are not record data, as (offset, bytes), given each record's
     CRC-32."""
     directory = b""
-    for record, crc32 in zip(layout.records, crc32s, strict=True):
+    for record, crc32 in zip(plan.records, crc32s, strict=True):
         name = record.name.encode()
         header = _LOCAL_HEADER.pack(
             _LOCAL_SIGNATURE, 0, record.flags, 0, 0, 0, 0, 0, 0, len(name), len(record.extra)
@@ -292,7 +292,7 @@ def frame(layout: ArchiveLayout, crc32s: Sequence[int]) -> Iterator[tuple[int, b
             0, 0, 0, 0, min(record.header_offset, _MAX32),
         )  # fmt: skip
         directory += name + extra
-    count, start = len(layout.records), layout.directory_offset
+    count, start = len(plan.records), plan.directory_offset
     yield start, directory + _ends(count, len(directory), start)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import FormatError
 from . import archive, pickling
-from .archive import ArchiveLayout, Record
+from .archive import ArchivePlan, Record
 from .extents import Extent, Literal, Piece, join_pieces
 from .pickling import Global, Storage
 from .tensors import storage_item_bytes
@@ -97,9 +97,9 @@ def _read_checked(record: Record, read: Callable[[Record], bytes]) -> bytes:
 class EncodedFile:
     """A file to be written: what each record consists of, and where it lies."""
 
-    layout: ArchiveLayout
+    archive: ArchivePlan
     contents: tuple[tuple[Piece, ...], ...]
-    """The bytes of each record of the layout."""
+    """The bytes of each record."""
 
 
 def encode(root: Any, template: TorchFile) -> EncodedFile:
@@ -131,19 +131,19 @@ def encode(root: Any, template: TorchFile) -> EncodedFile:
         records[_IDENTITY] = (Literal(b"%040d" % number),)
     joined = {name: join_pieces(list(pieces)) for name, pieces in records.items()}
     sizes = [(name, sum(piece.length for piece in pieces)) for name, pieces in joined.items()]
-    layout = archive.lay_out(template.stem, sizes, _alignment(template))
-    return EncodedFile(layout, tuple(joined.values()))
+    plan = archive.plan_archive(template.stem, sizes, _alignment(template))
+    return EncodedFile(plan, tuple(joined.values()))
 
 
-def archive_of(file: TorchFile) -> tuple[ArchiveLayout, list[int]]:
+def archive_of(file: TorchFile) -> tuple[ArchivePlan, list[int]]:
     """Where torch places the records that a file has, and their CRC-32.
 
     Raises:
         FormatError: the file states an absurd alignment.
     """
     sizes = [(name, record.length) for name, record in file.records.items()]
-    layout = archive.lay_out(file.stem, sizes, _alignment(file))
-    return layout, [record.crc32 for record in file.records.values()]
+    plan = archive.plan_archive(file.stem, sizes, _alignment(file))
+    return plan, [record.crc32 for record in file.records.values()]
 
 
 def _alignment(template: TorchFile) -> int:

@@ -267,6 +267,11 @@ class LayoutString:
                 f"{text}: MTP layers before the last virtual stage of their rank; Megatron allows "
                 "m only in the last one"
             )
+        if holders and shape.vp_size > 1 and interleaved(holders[0], shape.pp_size)[0] == 0:
+            problems.append(
+                f"{text}: MTP layers on the first pipeline rank, which with virtual stages would "
+                "hold two embeddings: Megatron hangs when it saves that; put m on another rank"
+            )
         if problems:
             raise LayoutError(*problems)
         counts = tuple(stage.count("t") for stage in stages)

@@ -12,7 +12,7 @@ OPTIMIZER_FILE = "distrib_optim.pt"
 _RANK_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})_([0-9]{3,9})(?:_([0-9]{3,9}))?")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class RankId:
     """The model-parallel coordinates that name a rank folder (checkpointing.py, 0.6 to 0.19)."""
 
@@ -29,6 +29,14 @@ class RankId:
             return None
         tp_rank, pp_rank, ep_rank = match.groups()
         return cls(int(tp_rank), int(pp_rank), None if ep_rank is None else int(ep_rank))
+
+    def __lt__(self, other: RankId) -> bool:
+        """By coordinates; a rank without an expert rank comes first."""
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, int, int]:
+        return self.tp_rank, self.pp_rank, -1 if self.ep_rank is None else self.ep_rank
 
     @property
     def folder(self) -> str:

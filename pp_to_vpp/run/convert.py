@@ -124,14 +124,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         listener.planned(prepared)
         if options.is_dry_run or options.save_dir is None:
             return prepared, None
-        is_first = manifest.claim(options.save_dir, prepared.manifest)
-        try:
-            done = _write(workers, options, options.save_dir, prepared, families, listener)
-        except BaseException:
-            if is_first:
-                manifest.withdraw(options.save_dir)
-            raise
-        manifest.claim(options.save_dir, prepared.manifest)  # it is still there, and ours
+        done = _write(workers, options, options.save_dir, prepared, families, listener)
     if target_folder.is_whole(options.save_dir, survey.ranks):
         manifest.finish(options.save_dir, prepared.manifest, options.depth)
     outcome = Outcome(
@@ -198,6 +191,7 @@ def _write(
             prepared.source.rules,
         )
 
+    manifest.check(save_dir, prepared.manifest)
     check_others()
     there = target_folder.existing(save_dir, prepared.ranks, resume=options.resume)
     missing = [plan for plan in prepared.ranks if plan.id not in there]
@@ -222,9 +216,16 @@ def _write(
     done = list(workers.map(check_kept, kept))
     listener.started(sum(plan.length for plan in missing))
     copier = Copier(workers, save_dir, finish_rank, listener.advanced)
-    for rank in copier.run(_copies(zip(families, proofs, strict=True), there)):
-        log.info("%s: %d bytes written", rank.id.folder, rank.length)
-        done.append(rank)
+    is_first = manifest.claim(save_dir, prepared.manifest)
+    try:
+        for rank in copier.run(_copies(zip(families, proofs, strict=True), there)):
+            log.info("%s: %d bytes written", rank.id.folder, rank.length)
+            done.append(rank)
+    except BaseException:
+        if is_first:
+            manifest.withdraw(save_dir)
+        raise
+    manifest.claim(save_dir, prepared.manifest)  # it is there still, and ours
     check_others()
     return done
 

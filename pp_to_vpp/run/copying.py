@@ -177,7 +177,7 @@ def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int]) -> int:
         for (offset, pieces), crc32 in zip(plan.places(), crc32s, strict=True)
     ]
     with _opened(path, os.O_WRONLY) as target:
-        for offset, data in archive.frame(plan.layout, crc32s) if plan.layout else ():
+        for offset, data in archive.frame(plan.archive, crc32s) if plan.archive else ():
             _write(target, memoryview(data), offset, path)
             parts.append((offset, len(data), zlib.crc32(data)))
         try:

@@ -140,14 +140,14 @@ def _is_as_planned(path: Path, plan: FilePlan) -> bool:
     with open_source(path) as file:
         if os.fstat(file.fileno()).st_size != plan.length:
             return False
-        if plan.layout is None:
+        if plan.archive is None:
             return True
         try:
             stem, records = archive.read_records(file)
         except FormatError:
             return False
         placed = [(f"{stem}/{r.name}", r.offset, r.length) for r in records.values()]
-        if placed != [(r.name, r.offset, r.length) for r in plan.layout.records]:
+        if placed != [(r.name, r.offset, r.length) for r in plan.archive.records]:
             return False
         for offset, pieces in plan.places():
             position = offset

@@ -53,14 +53,17 @@ def read_manifest(save_dir: Path) -> Mapping[str, Any] | None:
 
     Raises:
         UsageError: it is no manifest.
+        CopyError: it cannot be read.
     """
     path = save_dir / NAME
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(_MAX_BYTES))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise folders.copy_error(path, "cannot be read", error) from None
+    except ValueError as error:
         raise _unreadable(path, str(error)) from None
     if not isinstance(found, dict):
         raise _unreadable(path, show(found))
@@ -113,13 +116,23 @@ def claim(save_dir: Path, manifest: Mapping[str, Any]) -> bool:
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise folders.copy_error(save_dir, "cannot be made", error) from None
+        raise folders.copy_error(save_dir, "cannot be written", error) from None
     if folders.write_first(path, _text(manifest)):
         return True
-    problems = differences(read_manifest(save_dir) or {}, manifest, path)
+    check(save_dir, manifest)
+    return False
+
+
+def check(save_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Agree with the manifest that is there, if there is one.
+
+    Raises:
+        UsageError: another conversion has this target.
+    """
+    found = read_manifest(save_dir)
+    problems = [] if found is None else differences(found, manifest, save_dir / NAME)
     if problems:
         raise UsageError(problems[0])
-    return False
 
 
 def finish(save_dir: Path, manifest: Mapping[str, Any], depth: Depth) -> None:
@@ -136,6 +149,7 @@ def withdraw(save_dir: Path) -> None:
     with contextlib.suppress(OSError):
         if [entry.name for entry in os.scandir(save_dir)] == [NAME]:
             (save_dir / NAME).unlink()
+            save_dir.rmdir()
 
 
 def _text(manifest: Mapping[str, Any]) -> str:

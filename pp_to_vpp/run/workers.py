@@ -85,9 +85,12 @@ class Workers:
 
     def kill(self) -> None:
         """End the workers at once, whatever they are doing."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.kill()
+        # The pool's thread sees that they are gone, and ends: left running, it could close its pipe
+        # while the interpreter's exit writes to it.
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for process in multiprocessing.active_children():
             process.join()
         threading.excepthook = self._old_hook
 

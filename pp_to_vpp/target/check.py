@@ -62,7 +62,7 @@ def _holes(file: FilePlan) -> Iterator[str]:
     end = 0
     for index, (offset, pieces) in enumerate(file.places()):
         length = sum(piece.length for piece in pieces)
-        planned = file.layout.records[index].length if file.layout else file.length
+        planned = file.archive.records[index].length if file.archive else file.length
         if length != planned or offset < end:
             yield f"record {index} of {planned} bytes gets {length} at {offset}"
         end = offset + length

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.family import Family
 from ..container import torch_file
-from ..container.archive import ArchiveLayout
+from ..container.archive import ArchivePlan
 from ..container.extents import Extent, Piece
 from ..errors import ASK_FOR_SUPPORT, located
 from ..megatron.arguments import patch_arguments
@@ -31,12 +31,12 @@ class FilePlan:
     length: int
     contents: tuple[tuple[Piece, ...], ...]
     """The bytes of each record; of a file that is no archive, one entry."""
-    layout: ArchiveLayout | None
+    archive: ArchivePlan | None
     """Where the records lie; None for a file that is copied as it is."""
 
     def places(self) -> Iterator[tuple[int, tuple[Piece, ...]]]:
         """Offset in the file and bytes of each record."""
-        offsets = [record.offset for record in self.layout.records] if self.layout else [0]
+        offsets = [record.offset for record in self.archive.records] if self.archive else [0]
         yield from zip(offsets, self.contents, strict=True)
 
 
@@ -100,4 +100,4 @@ def plan_rank(
 
 
 def _file_plan(name: str, encoded: torch_file.EncodedFile) -> FilePlan:
-    return FilePlan(name, encoded.layout.length, encoded.contents, encoded.layout)
+    return FilePlan(name, encoded.archive.length, encoded.contents, encoded.archive)

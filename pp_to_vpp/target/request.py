@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..errors import CheckpointError, LayoutError, UsageError, problem
 from ..megatron.arguments import SavedArguments
 from ..megatron.megatron import Megatron
+from ..megatron.naming import Section
 from ..megatron.pipeline import Ends, Even, LayoutString, Listed, Placement, parse_layout
 from ..megatron.rules import candidates
 from ..options import Options
@@ -84,6 +85,17 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
             "the source already has the layout that is asked for",
             found=f"virtual pipeline size {target.layout.vp_size} with the same layers per chunk",
             cure="there is nothing to convert; ask for another layout",
+        )
+    copies = [
+        any(Section.MTP_EMBEDDING in chunk.sections for chunk in run.layout.chunks)
+        for run in (source, target)
+    ]
+    if copies[0] != copies[1]:
+        raise LayoutError.of(
+            "target layout",
+            "MTP layers on the first stage share its embedding, elsewhere they have a copy, which "
+            f"the {'target' if copies[1] else 'source'} alone would have",
+            cure="ask for a layout with m on the first stage as in the source, or off it as there",
         )
     if options.overlaps and target.layout.vp_size == 1:
         raise LayoutError.of(

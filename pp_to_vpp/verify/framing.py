@@ -19,16 +19,16 @@ def differences(file: TorchFile) -> Iterator[str]:
         CheckpointError: the file cannot be read.
     """
     try:
-        layout, crc32s = torch_file.archive_of(file)
+        plan, crc32s = torch_file.archive_of(file)
     except FormatError as error:
         yield str(error)
         return
     size = os.stat(file.path).st_size
-    if layout.length != size:
-        yield f"it has {size} bytes, not the {layout.length} of its records"
+    if plan.length != size:
+        yield f"it has {size} bytes, not the {plan.length} of its records"
         return
     with RangeReader() as reader:
-        for offset, data in archive.frame(layout, crc32s):
+        for offset, data in archive.frame(plan, crc32s):
             if reader.read(Extent(file.path, offset, len(data))) != data:
                 yield f"it is damaged at or after byte {offset}, between its records"
                 return

@@ -23,7 +23,7 @@ from ..pairs import rank_files
 def rebuild(data: bytes, alignment: int = archive.ALIGNMENT) -> bytes:
     """Read an archive and lay it out anew."""
     stem, records = archive.read_records(io.BytesIO(data))
-    layout = archive.lay_out(stem, [(r.name, r.length) for r in records.values()], alignment)
+    layout = archive.plan_archive(stem, [(r.name, r.length) for r in records.values()], alignment)
     written = bytearray(b"\xee" * layout.length)
     for record, placed in zip(records.values(), layout.records, strict=True):
         payload = data[record.offset : record.offset + record.length]
@@ -77,7 +77,7 @@ def test_what_is_laid_out_is_tiled_aligned_and_readable(
         if ".." not in name.split("/") and "//" not in f"/{name}/"
     }
     alignment = data.draw(st.sampled_from([1, 64, 4096]))
-    layout = archive.lay_out("stem", [(n, len(p)) for n, p in payloads.items()], alignment)
+    layout = archive.plan_archive("stem", [(n, len(p)) for n, p in payloads.items()], alignment)
     parts = list(archive.frame(layout, [zlib.crc32(p) for p in payloads.values()]))
     parts += [(r.offset, p) for r, p in zip(layout.records, payloads.values(), strict=True)]
     position = 0
@@ -100,7 +100,7 @@ def test_records_beyond_four_gigabytes_are_placed_as_torch_places_them() -> None
         ("data/0", 0), ("data/1", 12), ("data/2", 4_400_000_000), ("data/3", 20), ("data/4", 0),
         ("version", 2), (".data/serialization_id", 40),
     ]  # fmt: skip
-    layout = archive.lay_out("big", records)
+    layout = archive.plan_archive("big", records)
     assert [record.offset for record in layout.records] == [
         64, 576, 704, 832, 960, 1024, 1152, 4400001280, 4400001408, 4400001472, 4400001600,
     ]  # fmt: skip

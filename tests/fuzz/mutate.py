@@ -156,7 +156,7 @@ class _Parts:
         ).joined()
 
     def joined(self) -> bytes:
-        layout = archive.lay_out(self.stem, [(name, len(data)) for name, data in self.records])
+        layout = archive.plan_archive(self.stem, [(name, len(data)) for name, data in self.records])
         written = bytearray(layout.length)
         for record, (_, data) in zip(layout.records, self.records, strict=True):
             written[record.offset : record.offset + record.length] = data

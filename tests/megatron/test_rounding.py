@@ -31,8 +31,11 @@ def test_rounding_is_torchs(bits: list[int], dtype: str) -> None:
     assert found.differing == ()
 
 
-def test_cut_off_weights_are_told_from_rounded_ones() -> None:
-    main = torch.tensor([0x3F80FFFF, 0x3F800001], dtype=torch.int32).view(torch.float32)
+def test_the_ways_to_16_bits_are_told_apart() -> None:
+    bits = torch.tensor([0x3F80FFFF, 0x3F800001, 0x3F808000], dtype=torch.int32)
+    main = bits.view(torch.float32)
+    half_up = ((bits + 0x8000) >> 16).to(torch.int16)
+    assert rounding.explain("bfloat16", [raw(half_up)], [raw(main)]).ways == {"rounded half up"}
     cut = main.view(torch.int16)[1::2].contiguous()
     assert rounding.explain("bfloat16", [raw(cut)], [raw(main)]).ways == {"cut off"}
     rounded = main.to(torch.bfloat16)

@@ -149,6 +149,7 @@ def test_nodes_may_share_the_work(program: Program, tmp_path: Path) -> None:
     assert sorted(path.name for path in shared.iterdir()) == [
         "mp_rank_00_001_000",
         "mp_rank_00_001_001",
+        "pp_to_vpp.json",
     ]
     assert not tracker.exists()
     assert "still to come" in run.output

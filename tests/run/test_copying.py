@@ -39,7 +39,9 @@ def file_plan(name: str, records: list[list[Piece]], folder: Path) -> FilePlan:
     lengths = [sum(piece.length for piece in record) for record in contents]
     if len(records) == 1:
         return FilePlan(name, lengths[0], contents, None)
-    layout = archive.lay_out("stem", [(f"r{i}", length) for i, length in enumerate(lengths)], 64)
+    layout = archive.plan_archive(
+        "stem", [(f"r{i}", length) for i, length in enumerate(lengths)], 64
+    )
     return FilePlan(name, layout.length, contents, layout)
 
 
@@ -59,11 +61,11 @@ def concatenated(records: list[list[Piece]], sources: dict[str, bytes]) -> list[
 
 def whole_file(plan: FilePlan, records: list[bytes]) -> bytes:
     """The bytes of a file from those of its records."""
-    if plan.layout is None:
+    if plan.archive is None:
         return records[0]
     data = bytearray(plan.length)
-    parts = [(r.offset, d) for r, d in zip(plan.layout.records, records, strict=True)]
-    for offset, part in (*parts, *archive.frame(plan.layout, list(map(zlib.crc32, records)))):
+    parts = [(r.offset, d) for r, d in zip(plan.archive.records, records, strict=True)]
+    for offset, part in (*parts, *archive.frame(plan.archive, list(map(zlib.crc32, records)))):
         data[offset : offset + len(part)] = part
     return bytes(data)
 

@@ -116,7 +116,7 @@ def test_a_source_that_changed_is_not_published(change: str, tmp_path: Path) -> 
 def test_what_fails_verification_is_not_published(depth: Depth, tmp_path: Path) -> None:
     """Unless none is asked for."""
     (rank, _) = copied(pair(DENSE).source, DENSE, tmp_path / "out", depth=depth)
-    layout = rank.plan.files[0].layout
+    layout = rank.plan.files[0].archive
     assert layout is not None
     record = next(r for r in layout.records if r.name.endswith("/data/0"))
     flip_byte(Path(rank.folder.file("model_optim_rng.pt")), record.offset)
@@ -183,7 +183,7 @@ def test_kept_folders_are_verified(tmp_path: Path) -> None:
     """A changed weight is no matter of structure: only the samples tell."""
     (rank, _) = copied(pair(DENSE).source, DENSE, tmp_path / "out")
     rank.finish()
-    layout = rank.plan.files[0].layout
+    layout = rank.plan.files[0].archive
     assert layout is not None
     record = next(r for r in layout.records if r.name.endswith("/data/0"))
     flip_byte(rank.folder.target / "model_optim_rng.pt", record.offset)
@@ -205,7 +205,7 @@ def test_full_verification_compares_the_digests_of_the_source(tmp_path: Path) ->
     context = replace(rank.context, proof=replace(rank.context.proof, digests=digests))
     other.context = rank.context = context
     other.finish()
-    layout = rank.plan.files[1].layout
+    layout = rank.plan.files[1].archive
     assert layout is not None
     record = max(layout.records, key=lambda r: r.length)
     flip_byte(Path(rank.folder.file("distrib_optim.pt")), record.offset + 4 * (record.length // 9))

@@ -94,7 +94,7 @@ def test_dry_runs_know_the_sizes(name: str, side: str) -> None:
     assert (dry.sources, dry.derivations) == ((), {})
     for rank, full in zip(dry.ranks, whole.ranks, strict=True):
         assert [(f.name, f.length) for f in rank.files] == [(f.name, f.length) for f in full.files]
-        assert all(file.contents == () and file.layout is None for file in rank.files)
+        assert all(file.contents == () and file.archive is None for file in rank.files)
         assert rank.length == full.length > 0
 
 

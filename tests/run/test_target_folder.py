@@ -145,7 +145,11 @@ def test_runs_of_two_layouts_make_no_checkpoint(program: Program, tmp_path: Path
     size = "--target-virtual-pipeline-model-parallel-size"
     first = program.convert(source, target, [size, "2"], "--pipeline-ranks-to-process", "0")
     assert first.status == 0
-    second = program.convert(source, target, [size, "4"], "--pipeline-ranks-to-process", "1")
+    other = ([size, "4"], "--pipeline-ranks-to-process", "1")
+    second = program.convert(source, target, *other)
+    program.refuses(2, second, "pp_to_vpp.json: another conversion writes, or wrote, this target")
+    (target / "pp_to_vpp.json").unlink()
+    second = program.convert(source, target, *other)
     program.refuses(2, second, "another conversion wrote this folder", "found virtual pipeline si")
     assert not (tmp_path / TRACKER).exists()
 

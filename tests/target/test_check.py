@@ -88,15 +88,15 @@ def test_faults_are_found(name: str, fault: str, data: st.DataObject) -> None:
 def test_overlapping_records_and_short_files_are_found() -> None:
     of, ranks = converted(DENSE, "source")
     file = ranks[0].files[0]
-    assert file.layout is not None
-    for length in (file.length // 2, file.layout.records[-1].offset):
+    assert file.archive is not None
+    for length in (file.length // 2, file.archive.records[-1].offset):
         short = replace(ranks[0], files=(replace(file, length=length), *ranks[0].files[1:]))
         (error,) = check.check([short, *ranks[1:]], of, sizes_of(of), is_whole=True)
         assert "records end at" in error
-    records = list(file.layout.records)
+    records = list(file.archive.records)
     index = next(i for i, record in enumerate(records) if i and record.length)
     records[index] = replace(records[index], offset=records[index - 1].offset)
-    overlapping = replace(file, layout=replace(file.layout, records=tuple(records)))
+    overlapping = replace(file, archive=replace(file.archive, records=tuple(records)))
     changed = replace(ranks[0], files=(overlapping, *ranks[0].files[1:]))
     errors = check.check([changed, *ranks[1:]], of, sizes_of(of), is_whole=True)
     assert any(f"record {index}" in error for error in errors)

@@ -125,7 +125,7 @@ def test_a_group_that_nobody_has_is_refused() -> None:
         return {**entry, OPTIMIZER: {**entry[OPTIMIZER], GROUPS: groups}}
 
     of = without_entry(family(ODD, "source"), decaying_only, 0, 1)
-    with pytest.raises(CheckpointError, match="no param group for GroupKey"):
+    with pytest.raises(CheckpointError, match="are not those that Megatron's rules make of"):
         entry_of(of, target_of(ODD, "truth"), 0)
 
 

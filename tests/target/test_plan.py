@@ -64,8 +64,8 @@ def times_written(file: FilePlan) -> Cells:
         for piece in pieces:
             cells[position : position + piece.length] += 1
             position += piece.length
-    assert file.layout is not None
-    for offset, data in archive.frame(file.layout, [0] * len(file.contents)):
+    assert file.archive is not None
+    for offset, data in archive.frame(file.archive, [0] * len(file.contents)):
         cells[offset : offset + len(data)] += 1
     return cells
 

@@ -21,7 +21,7 @@ from pp_to_vpp.target.request import wanted_ranks, wanted_target
 from ..examples import examples
 from ..families import SIDES, family, opposite, surveyed, target_of
 from ..inline import asking_for
-from ..pairs import DENSE, FORK, names
+from ..pairs import DEEPSEEK, DENSE, FORK, names
 from ..strategies import targets
 
 HERE = Path("/somewhere/iter_0000001")
@@ -214,3 +214,16 @@ def test_without_a_target_a_pair_is_verified() -> None:
     assert not Options(HERE, target_vp_size=1).verifies_only
     assert not Options(HERE, layout_string="E|L").verifies_only
     assert Options(HERE).depth is Depth.STRUCTURE
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ("E" + "t" * 8 + "m|L", "MTP layers on the first stage share its embedding"),
+        ("Ett|tt|ttttm|L", "MTP layers on the first pipeline rank"),
+    ],
+)
+def test_mtp_layers_keep_their_copy_of_the_embedding(layout: str, reason: str) -> None:
+    """On the first stage they have none of their own, and nobody could make it."""
+    with pytest.raises(LayoutError, match=reason):
+        wanted_target(Options(HERE, layout_string=layout), arguments_of(DEEPSEEK))

@@ -224,6 +224,10 @@ def test_arguments_that_tell_another_layout_are_found(
     set_arguments(target, virtual_pipeline_model_parallel_size=4)
     run = verify(program, pair(MOE).source, target, "structure")
     assert run.status == 6
+    assert "pp_to_vpp.json: another conversion writes, or wrote, this target (layout)" in run.errors
+    (target / "pp_to_vpp.json").unlink()
+    run = verify(program, pair(MOE).source, target, "structure")
+    assert run.status == 6
     assert "its model chunks are not those its arguments tell" in run.errors
 
 
