@@ -7,6 +7,7 @@ itself: iteration, consumed samples, sizes, options, optimizer steps.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,4 +85,6 @@ _MISSING = object()
 
 
 def _is_same(one: object, other: object) -> bool:
-    return type(one) is type(other) and repr(one) == repr(other)  # a NaN is itself
+    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
+        return math.isnan(other)
+    return type(one) is type(other) and one == other

@@ -23,6 +23,7 @@ from ..megatron.arguments import SavedArguments, read_arguments
 from ..megatron.ranks import RankId
 from .files import FamilyFolders, read_rank
 
+_MAX_ITERATION = 1 << 62
 _RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
 
 
@@ -48,7 +49,7 @@ class Survey:
     def iteration(self) -> int | None:
         """Of training; None if the files do not tell."""
         found = self.told.get("iteration")
-        return found if type(found) is int else None
+        return found if type(found) is int and 0 <= found < _MAX_ITERATION else None
 
     def family(self, family: tuple[int, int]) -> FamilyFolders:
         """The folders of one family."""

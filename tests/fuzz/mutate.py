@@ -246,6 +246,15 @@ def _other_number(piece: bytes, random: Random) -> bytes:
 
 def _objects(data: bytes, random: Random) -> bytes:
     """Values of the object graph replaced: by extremes, by other values of it, by their owners."""
+    return _edited(data, random, _replace)
+
+
+def _beside(data: bytes, random: Random) -> bytes:
+    """Lies about what stands beside the tensors: entries, param groups, of which save it is."""
+    return _edited(data, random, _mislead)
+
+
+def _edited(data: bytes, random: Random, edit: Callable[[Any, Random], None]) -> bytes:
     parts = _Parts.of(data)
     contents = dict(parts.records)
 
@@ -255,7 +264,7 @@ def _objects(data: bytes, random: Random) -> bytes:
     try:
         root = pickling.load(parts.pickled, make_storage)
         for _ in range(random.choice((1, 1, 2, 4))):
-            _replace(root, random)
+            edit(root, random)
         pickled, storages = pickling.dump(root)
     except Exception:
         raise _Unreadable from None
@@ -341,6 +350,48 @@ def _replace(root: Any, random: Random) -> None:
             _set(place, random.choice(_EXTREMES))
 
 
+_PLAIN = (0, 1.5, "x", None, [1, {"a": 2}])
+_OF_LAYERS: tuple[Any, ...] = (
+    {"decoder.layers.1.mlp": 2}, [".layers.3."], Instance(Global("a", "B"), ()),
+)  # fmt: skip
+_GROUP_KEYS = ("wd_mult", "lr_mult", "max_lr", "min_lr", "is_expert_parallel", "is_decoupled_lr")
+
+
+def _groups(root: Any) -> list[list[dict[str, Any]]]:
+    """The param groups of each optimizer of a rank file."""
+    node = root.get("optimizer", [])
+    entries = node if isinstance(node, list) else [node]
+    return [entry.get("optimizer", entry)["param_groups"] for entry in entries if entry]
+
+
+def _mislead(root: Any, random: Random) -> None:
+    if "args" not in root:  # an optimizer file
+        owner = random.choice([root, *(v for v in root.values() if isinstance(v, dict))])
+        owner[random.choice(("ema", "x", 7))] = random.choice((*_PLAIN, *_OF_LAYERS))
+        return
+    groups = random.choice(_groups(root) or [[{}]])
+    group = random.choice(groups)
+    match random.randrange(8):
+        case 0:
+            root[random.choice(("ema_model", "notes", "modelopt_state"))] = random.choice(_PLAIN)
+        case 1:
+            root[random.choice(("ema", "x"))] = random.choice(_OF_LAYERS)
+        case 2:
+            random.shuffle(groups)
+        case 3:
+            group[random.choice(_GROUP_KEYS)] = random.choice((0.0, 1.0, 0.25, True, False))
+        case 4:
+            groups.append({**group, "lr_mult": random.choice((0.5, 1.0))})
+        case 5:
+            groups.remove(group)
+        case 6:
+            root["iteration"] += random.choice((-1, 1, 1000))
+        case _:
+            values = root["args"].state
+            name = random.choice([n for n, v in values.items() if type(v) in (int, float)])
+            values[name] += random.choice((1, -1))
+
+
 _Mutation = Callable[[bytes, Random], bytes]
 _MUTATIONS: tuple[tuple[_Mutation, int], ...] = (
     *((mutation, 1) for mutation in _BYTES),
@@ -349,5 +400,6 @@ _MUTATIONS: tuple[tuple[_Mutation, int], ...] = (
     (_records, 2),
     (_pickle_bytes, 6),
     (_opcodes, 6),
+    (_beside, 25),
     (_objects, 12),
 )

@@ -2,7 +2,8 @@
 
 Whatever a file holds, the program ends in time, within its memory, with one of its own exit
 statuses and without a traceback. Where a mutation does no harm, the target must verify on its own,
-and its model chunks must hold the very tensors of the source.
+its model chunks must hold the very tensors of the source, and what stands beside them (entries,
+arguments, kinds of param groups) must be the source's.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
+from pp_to_vpp.container import pickling
 from pp_to_vpp.container.pickling import as_mapping
 from pp_to_vpp.container.tensors import as_tensor
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import ConversionError
+from pp_to_vpp.megatron.arguments import FOLLOWING_PLACEMENT
 from pp_to_vpp.megatron.naming import chunk_keys
 from pp_to_vpp.source import files
 from tests.fuzz import forked
@@ -117,7 +121,10 @@ class Bench:
         if status != 0:
             return status
         status = forked.program(*folders)  # what a conversion with verification would have said
-        return status or (0 if tensors(source) == tensors(self.target) else _WRONG)
+        if status:
+            return status
+        is_right = tensors(source) == tensors(self.target)
+        return 0 if is_right and not lost_beside(source, self.target) else _WRONG
 
 
 def tensors(iteration: Path) -> Counter[tuple[str, tuple[int, ...], str]]:
@@ -135,6 +142,49 @@ def tensors(iteration: Path) -> Counter[tuple[str, tuple[int, ...], str]]:
                 digest = hashlib.sha256(data[start : start + length])
                 found[tensor.dtype, tensor.shape, digest.hexdigest()] += 1
     return found
+
+
+def lost_beside(source: Path, target: Path) -> list[str]:
+    """What stands beside the tensors and is not the source's, told without any rule: entries of
+    each rank, its arguments, and the kinds of param groups that all ranks have together."""
+    found = []
+    kinds: tuple[set[str], set[str]] = (set(), set())
+    for path in sorted(source.glob("*/model_optim_rng.pt")):
+        folder = path.parent.name
+        ours, theirs = (
+            as_mapping(files.read_torch_file(side / folder / path.name).root) or {}
+            for side in (source, target)
+        )
+        for root, own in zip((ours, theirs), kinds, strict=True):
+            own |= {_frozen(_without_counts(group)) for group in _groups_of(root)}
+        left, right = _beside(ours), _beside(theirs)
+        found += [
+            f"{folder}: {name}"
+            for name in {*left, *right}
+            if name.removeprefix("args.") not in FOLLOWING_PLACEMENT
+            and _frozen(left.get(name)) != _frozen(right.get(name))
+        ]
+    return found + [f"param group {kind}" for kind in kinds[0] ^ kinds[1]]
+
+
+def _beside(root: dict[Any, Any]) -> dict[str, Any]:
+    moved = {*chunk_keys(root), "args", "optimizer"}
+    entries = {str(key): value for key, value in root.items() if key not in moved}
+    return entries | {f"args.{name}": value for name, value in root["args"].state.items()}
+
+
+def _groups_of(root: dict[Any, Any]) -> list[dict[str, Any]]:
+    node = root.get("optimizer", [])
+    entries = node if isinstance(node, list) else [node]
+    return [group for entry in entries for group in entry.get("optimizer", entry)["param_groups"]]
+
+
+def _without_counts(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("step", "params")}
+
+
+def _frozen(value: Any) -> str:
+    return hashlib.sha256(pickling.dump(value)[0]).hexdigest()
 
 
 def outcome(run: Run) -> tuple[str, bool]:
