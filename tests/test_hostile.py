@@ -100,8 +100,8 @@ def assert_file_is_refused(
         done = run(source, target)
     finally:
         path.write_bytes(before)
-    status = 3 if name in make.IMPOSSIBLE else 4
-    assert_refused(done, status, target, "layout" if status == 3 else str(source))
+    named = "tell no possible placement" if name in make.IMPOSSIBLE else str(source)
+    assert_refused(done, 4, target, named)
 
 
 @pytest.mark.parametrize("name", FILES)

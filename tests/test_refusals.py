@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.container.pickling import Global, Instance, as_mapping
+from pp_to_vpp.source.files import read_torch_file
 
 from .edit import copy_of, float_tensor, rewrite, rewrite_all, set_arguments
-from .pairs import DENSE, MOE, PLAIN, pair
+from .pairs import DENSE, ETP, MOE, PLAIN, pair
 from .runs import Program
 
 Edit = Callable[[Path], None]
@@ -309,3 +310,18 @@ def test_unreadable_files_are_named(program: Program, tmp_path: Path) -> None:
     path = source / "mp_rank_00_001" / "model_optim_rng.pt"
     path.chmod(0)
     program.refuses(4, program.convert(source, tmp_path / "x"), "cannot be read (Permission")
+
+
+def test_state_that_one_rank_lacks_is_named(program: Program, tmp_path: Path) -> None:
+    """A file that holds nothing, as those of families do whose state another one has."""
+    source = copy_of(pair(ETP).source, tmp_path)
+    holders = [path for path in sorted(source.glob("*/distrib_optim.pt")) if state_in(path)]
+    rewrite(holders[-1], lambda root: [None for _ in root])
+    run = program.convert(source, tmp_path / "x" / "iter_0000001")
+    program.refuses(4, run, f"{holders[-1].parent.name}/model_optim_rng.pt: distrib_optim.pt besi")
+
+
+def state_in(path: Path) -> bool:
+    """Whether an optimizer file holds the state of every optimizer."""
+    root = read_torch_file(path).root
+    return isinstance(root, list) and None not in root

@@ -366,6 +366,16 @@ def _check_optimizers(family: Family) -> None:
             raise CheckpointError.of(
                 where, "distrib_optim.pt beside it is missing", cure=COPY_MISSING
             )
+        for own in rank.optimizers:
+            is_wanted = family.holds_state(is_expert=own.kind.is_expert)
+            has_buffers = rank.buffers is not None and rank.buffers.of(own.kind)
+            if is_wanted and has_buffers and not own.holds_state:
+                kind = "expert" if own.kind.is_expert else "dense"
+                raise CheckpointError.of(
+                    where,
+                    f"distrib_optim.pt beside it has no {kind} optimizer state, its siblings' have",
+                    cure=ONE_SAVE,
+                )
 
 
 def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKind:

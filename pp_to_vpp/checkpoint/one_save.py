@@ -24,15 +24,14 @@ _OWN_ARGUMENTS = ("rank", "local_rank")
 _COUNTS = ("iteration", "num_floating_point_operations_so_far")
 
 
-def told(files: RankFiles) -> Mapping[str, object]:
-    """The numbers and flags that a rank file shares with those of the same save.
+def told(root: Mapping[Any, Any], where: str) -> Mapping[str, object]:
+    """The numbers and flags that a rank file shares with those of the same save, by its top level.
 
     Strings and objects among the arguments are left out: paths may differ from host to host.
 
     Raises:
-        CheckpointError: the file has no arguments, or is no rank file.
+        CheckpointError: the file has no arguments, or entries that nobody knows.
     """
-    root, where = rank_root(files), files.model.path
     found: dict[str, object] = {name: root[name] for name in _COUNTS if name in root}
     for name, value in namespace_values(root.get("args"), where).items():
         if name not in _OWN_ARGUMENTS and isinstance(value, (bool, int, float, type(None))):
@@ -58,7 +57,7 @@ def differences(files: RankFiles, expected: Mapping[str, object]) -> list[str]:
     Raises:
         CheckpointError: the file has no arguments, or is no rank file.
     """
-    found = told(files)
+    found = told(rank_root(files), files.model.path)
     steps = "optimizer steps"  # a rank without parameters of its own counts none
     if found.get(steps) is None or expected.get(steps) is None:
         found = {name: value for name, value in found.items() if name != steps}

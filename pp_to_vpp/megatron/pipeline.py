@@ -220,8 +220,9 @@ def _split_stage(
             )
         return (count // vp_size,) * vp_size
     if len(split) != vp_size or min(split) < 1 or sum(split) != count:
+        shown = " ".join(map(str, split[:64])) + (" ..." if split[64:] else "")
         raise LayoutError(
-            f"pipeline rank {pp_rank}: virtual stages of {' '.join(map(str, split))} layers do not "
+            f"pipeline rank {pp_rank}: virtual stages of {shown} layers do not "
             f"fit; expected {vp_size} positive numbers that add up to {count}"
         )
     return split

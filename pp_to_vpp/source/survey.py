@@ -76,10 +76,11 @@ def take_survey(iteration_dir: str) -> Survey:
         raise CheckpointError(_why_no_ranks(path, names, odd))
     first = min(ranks)
     files = read_rank(str(path), first)
-    arguments = read_arguments(as_mapping(files.model.root) or {}, files.model.path)
+    root, where = as_mapping(files.model.root) or {}, files.model.path
+    arguments = read_arguments(root, where)
     _check_sizes(path, sorted(ranks), arguments)
     ignored = tuple(name for name in names if RankId.parse(name) is None)
-    return Survey(str(path), tuple(sorted(ranks)), arguments, told(files), ignored)
+    return Survey(str(path), tuple(sorted(ranks)), arguments, told(root, where), ignored)
 
 
 def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:

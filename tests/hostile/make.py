@@ -322,7 +322,7 @@ IMPOSSIBLE = frozenset(
         *(f"model-layout-{name}" for name in LAYOUTS),
     )
 )
-"""Files that tell a layout no run can have: exit status 3."""
+"""Files that tell a placement no run can have."""
 
 
 def absurd() -> Iterator[tuple[str, Any]]:

@@ -91,13 +91,13 @@ def test_data_loaders_are_kept_and_others_left(tmp_path: Path) -> None:
     source = copy_of(pair(DENSE).source, tmp_path)
     rank, folder = RankId(0, 1, None), source / "mp_rank_00_001"
     assert other_files(str(source), rank) == ([], [])
-    for name in ("train_dataloader_dprank000.pt", "train_dataloader_dprank001.pt", "b", "a.pt"):
+    for name in ("train_dataloader_dprank000.pt", "train_dataloader_dprank001.pt", "b", "a.txt"):
         (folder / name).write_bytes(name.encode())
     kept, left = other_files(str(source), rank)
     path = str(folder / "train_dataloader_dprank000.pt")
     assert kept[0] == ("train_dataloader_dprank000.pt", Extent(path, 0, 29))
     assert [name for name, _ in kept] == [f"train_dataloader_dprank00{i}.pt" for i in (0, 1)]
-    assert left == ["mp_rank_00_001/a.pt", "mp_rank_00_001/b"]
+    assert left == ["mp_rank_00_001/a.txt", "mp_rank_00_001/b"]
 
 
 @pytest.mark.parametrize("name", ["layer_wise_optimizer_0.pt", "optim.pt", "model_rng.pt"])
