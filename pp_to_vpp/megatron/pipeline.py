@@ -288,7 +288,7 @@ class Listed:
     """The layers of each chunk as a list, in arguments of forks; a source's only.
 
     The list is rank by rank: virtual stages of pipeline rank 0, of rank 1, ... (MindSpeed's
-    num_layer_list and others have no virtual stages, Primus has).
+    num_layer_list and others have no virtual stages, Primus has; FORMAT 4.6).
     """
 
     counts: tuple[int, ...]
