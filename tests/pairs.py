@@ -71,16 +71,16 @@ def pair(name: str) -> Pair:
     folder = _root() / name
     if not folder.exists():
         with tarfile.open(DATA / f"{name}.tar.xz") as archive:
-            archive.extractall(_root(), filter="data")
+            # The argument `filter` is unknown to Debian 12's Python, 3.11.2; the attribute is not.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(_root())
     case = json.loads((folder / "case.json").read_text())
     (source,) = (folder / "source").glob("iter_*")
     (truth,) = (folder / "truth").glob("iter_*")
     return Pair(name, source, truth, tuple(shlex.split(case["convert"])), case["megatron"])
 
 
-def rank_files() -> list[Path]:
-    """Every file of every pair."""
-    found: list[Path] = []
-    for name in names():
-        found += sorted(pair(name).source.glob("*/*.pt")) + sorted(pair(name).truth.glob("*/*.pt"))
-    return found
+def rank_files(name: str) -> list[Path]:
+    """Every file of a pair, of the source and of the truth."""
+    found = pair(name)
+    return sorted(found.source.glob("*/*.pt")) + sorted(found.truth.glob("*/*.pt"))
