@@ -25,6 +25,9 @@ _OBJECTS_BETWEEN_COLLECTIONS = 200_000
 _LOOK_SECONDS = 1.0
 """How often a waiting parent looks whether the pool is still served."""
 
+_POOL_SURVIVES_DEATH = (3, 11, 5)
+"""From this Python on a pool itself closes the pipe of its tasks when a worker dies (gh-94777)."""
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -87,6 +90,11 @@ class Workers:
         """End the workers at once, whatever they are doing."""
         for process in multiprocessing.active_children():
             process.kill()
+        if sys.version_info < _POOL_SURVIVES_DEATH:
+            # Else the pool's thread goes on writing a task, to nobody, into a pipe that is full.
+            queue = getattr(self._pool, "_call_queue", None)
+            if queue is not None:
+                queue._reader.close()  # noqa: SLF001 - as later Pythons do
         # The pool's thread sees that they are gone, and ends: left running, it could close its pipe
         # while the interpreter's exit writes to it.
         self._pool.shutdown(wait=True, cancel_futures=True)

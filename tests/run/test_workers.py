@@ -128,6 +128,30 @@ def test_tasks_after_a_killed_worker_get_the_same_error() -> None:
             workers.submit(late_square, 1)
 
 
+def test_tasks_that_fill_the_pipe_do_not_outlive_a_killed_worker() -> None:
+    """Before Python 3.11.5 the pool's own thread waits for a reader of what it has written."""
+    program = """
+        import os, signal
+        from pp_to_vpp.run.workers import Workers
+
+        def die(data):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with Workers(1) as workers:
+            for _ in workers.map(die, [bytes(1_000_000)] * 4):
+                pass
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "CopyError: worker process: it was killed" in run.stderr
+
+
 def test_killing_ends_what_is_being_done() -> None:
     with Workers(2) as workers:
         assert list(workers.map(late_square, [1])) == [1]
