@@ -55,6 +55,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "bytes_verified": int,
         "verification": str,
     },
+    "refusal": {**_HEAD, "status": int, "problems": [str]},
 }
 """What each kind of report is made of: a type or several, a list of one shape, or fields."""
 
@@ -160,6 +161,16 @@ def test_a_dry_run_needs_no_target(program: Program, tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert list(strange(found, _SHAPES["plan"])) == []
     assert found["target"]["path"] is None
+
+
+def test_a_refusal_has_its_report(program: Program, tmp_path: Path) -> None:
+    case, path = pair(DENSE), tmp_path / "refusal.json"
+    target = ("--target-virtual-pipeline-model-parallel-size", "3", "--dry-run")
+    run = program("--load-iteration-dir", case.source, *target, "--report", path)
+    assert run.status == 3
+    found = json.loads(path.read_text())
+    assert list(strange(found, _SHAPES["refusal"])) == []
+    assert (found["kind"], found["status"]) == ("refusal", run.status)
 
 
 @pytest.mark.parametrize("kind", _SHAPES)
