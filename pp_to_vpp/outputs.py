@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import CopyError
-from .run.folders import copy_error, write_whole
 
 STANDARD_OUTPUT = Path("-")
 
@@ -77,6 +76,8 @@ def write_report(path: Path, text: str) -> None:
     Raises:
         CopyError: it cannot be written.
     """
+    from .run.folders import write_whole  # --help must not wait for numpy
+
     if not _is_special(path):
         write_whole(path, text)
         return
@@ -88,4 +89,6 @@ def write_report(path: Path, text: str) -> None:
 
 
 def _output_error(path: Path, error: OSError) -> CopyError:
+    from .run.folders import copy_error
+
     return copy_error(path, "cannot be written", error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..container.extents import Extent
@@ -114,7 +115,7 @@ class Sample:
     main: Extent
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Family:
     """The ranks of one (tp, ep) and the logical model they hold together.
 
@@ -153,10 +154,12 @@ class Family:
         optimizers = (own for rank in self.ranks.values() for own in rank.optimizers)
         return any(own.kind.is_expert for own in optimizers)
 
-    def odd_groups(self) -> Iterator[tuple[SourceRank, OptimizerEntry]]:
+    @cached_property
+    def odd_groups(self) -> tuple[tuple[SourceRank, OptimizerEntry], ...]:
         """The ranks and entries whose param groups the rules do not make of their parameters, or
         are other ones than those of the same key on other ranks."""
         known: dict[tuple[object, GroupKey], dict[Any, Any]] = {}
+        odd: list[tuple[SourceRank, OptimizerEntry]] = []
         for rank in self.ranks.values():
             for own in rank.optimizers:
                 groups = own.entry.groups
@@ -167,7 +170,8 @@ class Family:
                     mine = identity(group)
                     is_odd |= not is_same(known.setdefault(kind, mine), mine)
                 if is_odd:
-                    yield rank, own.entry
+                    odd.append((rank, own.entry))
+        return tuple(odd)
 
     def holds_state(self, *, is_expert: bool) -> bool:
         """Whether the optimizer files of this family hold the state of the dense or the expert

@@ -111,7 +111,7 @@ class _EntryWriter:
         the rank's parameters in first-seen order, then, from 0.14, all others in the order in which
         the ranks of the run bring them: that of the first rank where this one brings none.
         """
-        odd = next(self._rank.family.odd_groups(), None)
+        odd = next(iter(self._rank.family.odd_groups), None)
         if odd is not None and not self._rank.megatron.rules.keeps_all_groups:
             raise _unknown_order(*odd)
         # By what they say, not by position, loading matches these.
