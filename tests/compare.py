@@ -8,6 +8,7 @@ another run draws other random numbers. Storages and the bytes of pickles are no
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import types
@@ -99,7 +100,12 @@ class _TolerantUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] in _IMPORTABLE:
             return super().find_class(module, name)
-        return type(f"{module}.{name}", (StandIn,), {})
+        return _stand_in(f"{module}.{name}")
+
+
+@functools.cache  # a class may be a part of an object: the same in each file
+def _stand_in(name: str) -> type[StandIn]:
+    return type(name, (StandIn,), {})
 
 
 _TOLERANT = types.SimpleNamespace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,5 +106,9 @@ def _read(path: Path) -> Any:
     except ImportError:
         return torch.load(path, map_location="cpu", weights_only=False)
     register_safe_globals()
+    if (3, 11) <= sys.version_info < (3, 11, 4):
+        torch.serialization.add_safe_globals(
+            [getattr]
+        )  # in these Pythons a member of an enum is one
     assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") is None
     return torch.load(path, map_location="cpu", weights_only=True)
