@@ -7,11 +7,10 @@ itself: iteration, consumed samples, sizes, options, optimizer steps.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..container.pickling import dump
+from ..container.pickling import dump, is_same
 from ..errors import ONE_SAVE, problem, show
 from ..megatron.arguments import namespace_values
 from ..megatron.param_groups import STEP
@@ -65,8 +64,7 @@ def differences(files: RankFiles, expected: Mapping[str, object]) -> list[str]:
     odd = [
         name
         for name in dict.fromkeys((*expected, *found))
-        if _MISSING in (found.get(name, _MISSING), expected.get(name, _MISSING))
-        or not _is_same(found[name], expected[name])
+        if name not in found or name not in expected or not is_same(found[name], expected[name])
     ]
     return [
         problem(
@@ -78,12 +76,3 @@ def differences(files: RankFiles, expected: Mapping[str, object]) -> list[str]:
         )
         for name in odd[:3]
     ]
-
-
-_MISSING = object()
-
-
-def _is_same(one: object, other: object) -> bool:
-    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
-        return math.isnan(other)
-    return type(one) is type(other) and one == other
