@@ -16,7 +16,18 @@ from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.source.proof import proven_family
 from pp_to_vpp.source.survey import Survey, take_survey
 
-from .pairs import LION, PLAIN, SGD, WEIGHTS, names, pair
+from .pairs import (
+    LAYER_WISE,
+    LAYER_WISE_ODD,
+    LION,
+    MUON,
+    PLAIN,
+    SGD,
+    SOAP,
+    WEIGHTS,
+    names,
+    pair,
+)
 
 SIDES = [(name, side) for name in names() for side in ("source", "truth")]
 """Every checkpoint in the test data."""
@@ -26,6 +37,10 @@ KINDS = {
     PLAIN: OptimizerKind.PLAIN,
     SGD: OptimizerKind.PLAIN,
     LION: OptimizerKind.PLAIN,
+    MUON: OptimizerKind.PLAIN,
+    SOAP: OptimizerKind.PLAIN,
+    LAYER_WISE: OptimizerKind.LAYER_WISE,
+    LAYER_WISE_ODD: OptimizerKind.LAYER_WISE,
     WEIGHTS: OptimizerKind.NONE,
 }
 """The optimizers of pairs that have not the usual one, told here so that no file need be decoded

@@ -8,7 +8,7 @@ ones. Values are compared by whoever can read files, from the ``samples``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,15 +28,16 @@ from ..megatron.optimizer_chain import (
     chain_of,
     has_expert_optimizer,
     has_optimizer,
-    items_by_group,
+    share_of,
 )
 from ..megatron.param_groups import GroupKey, are_explained, identity, key_of_group
 from ..megatron.parameters import Item, Parameters
 from ..megatron.pipeline import PipelineLayout
-from ..megatron.ranks import RankId
+from ..megatron.ranks import RankId, layer_wise_file
 from ..megatron.rules import Rules, candidates
 from .chunks import ChunkContents, read_chunks
 from .flat_states import FlatState, Unexplained, are_views_of_buffers, read_flat_states
+from .layer_wise_states import LayerWiseFiles, read_layer_wise_states
 from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
 
@@ -52,11 +53,13 @@ class RankFiles:
     """``model_optim_rng.pt``."""
     optimizer: TorchFile | None
     """``distrib_optim.pt``, if there is one."""
+    layer_wise: LayerWiseFiles = field(default_factory=LayerWiseFiles)
 
     @property
     def all(self) -> tuple[TorchFile, ...]:
         """Those that are there."""
-        return (self.model,) if self.optimizer is None else (self.model, self.optimizer)
+        flat = () if self.optimizer is None else (self.optimizer,)
+        return (self.model, *flat, *self.layer_wise.own.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +68,9 @@ class SourceOptimizer:
 
     kind: ChainedOptimizer
     entry: OptimizerEntry
-    """In ``model_optim_rng.pt``."""
+    """In ``model_optim_rng.pt``, or in a layer-wise file."""
+    items: Mapping[GroupKey, Sequence[Item]]
+    """The parameters that it has there, by param group."""
     holds_state: bool
     """Its state is in ``distrib_optim.pt`` of this folder."""
 
@@ -80,12 +85,17 @@ class SourceRank:
     contents: tuple[ChunkContents, ...]
     """The chunk of each virtual stage."""
     optimizers: tuple[SourceOptimizer, ...]
-    """Those chained on this rank; empty for weights only."""
-    buffers: RankBuffers | None
+    """Those chained on this rank, in each layer-wise file if there are any; empty for weights
+    only."""
+    buffers: RankBuffers | None = None
     """Flat buffers; None without the distributed optimizer."""
-    shares_storages: bool
+    shares_storages: bool = False
     """Weights are views of the flat buffers."""
-    buffer_keys: Mapping[str, Any]
+    buffer_keys: Mapping[str, Any] = field(default_factory=dict)
+    copies: Mapping[str, PlainState] = field(default_factory=dict)
+    """States that ``model_optim_rng.pt`` repeats from a layer-wise file, by global name."""
+    elsewhere: frozenset[str] = frozenset()
+    """Parameters whose states lie in layer-wise files that were not read."""
 
     @property
     def parameters(self) -> Parameters:
@@ -163,8 +173,7 @@ class Family:
         for rank in self.ranks.values():
             for own in rank.optimizers:
                 groups = own.entry.groups
-                keys = list(items_by_group(rank.parameters, own.kind, self.megatron))
-                is_odd = not are_explained(groups, keys, self.megatron.rules)
+                is_odd = not are_explained(groups, list(own.items), self.megatron.rules)
                 for group in groups:
                     kind = (own.kind.takes_matrices, key_of_group(group))
                     mine = identity(group)
@@ -173,7 +182,12 @@ class Family:
                     odd.append((rank, own.entry))
         return tuple(odd)
 
-    def holds_state(self, *, is_expert: bool) -> bool:
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """Parameters whose states lie in the folders of other expert ranks, which were not read."""
+        return frozenset().union(*(rank.elsewhere for rank in self.ranks.values()))
+
+    def holds_state(self, *, is_expert: bool | None) -> bool:
         """Whether the optimizer files of this family hold the state of the dense or the expert
         parameters. Only one family of those with the same parameters does."""
         optimizers = (own for rank in self.ranks.values() for own in rank.optimizers)
@@ -210,6 +224,21 @@ class Family:
             for kind, tensor in state.tensors.items() if state is not None else ():
                 found[TensorName(item.name, kind)] = tensor
         return found
+
+    def values(self, item: Item) -> tuple[Any, Mapping[Any, Any]]:
+        """What belongs to an item beside tensors: a value that is none, and the numbers in its
+        optimizer state."""
+        state = self.states.get(item.name)
+        numbers = state.values if isinstance(state, PlainState) else {}
+        return (item.value if item.tensor is None else None), numbers
+
+    def copies(self) -> Iterator[tuple[TensorName, Extent, Extent]]:
+        """Tensors of states that the files hold twice, which must be alike."""
+        for rank in self.ranks.values():
+            for name, copy in rank.copies.items():
+                tensors = self.states[name].tensors
+                for kind, tensor in copy.tensors.items():
+                    yield TensorName(name, kind), tensor.extent, tensors[kind].extent
 
     def samples(self) -> Iterator[Sample]:
         """For each parameter with an fp32 main parameter, what must agree: nothing else ties a
@@ -383,6 +412,15 @@ def _check_optimizers(family: Family) -> None:
 
 
 def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKind:
+    if files.layer_wise:
+        if files.optimizer is not None:
+            raise CheckpointError.of(
+                files.optimizer.path,
+                f"it lies beside {layer_wise_file(min(files.layer_wise.own))}, and no optimizer "
+                "has files of both kinds",
+                cure=ONE_SAVE,
+            )
+        return OptimizerKind.LAYER_WISE
     if OPTIMIZER in rank_root(files):
         if arguments.uses_distributed_optimizer:
             return OptimizerKind.DISTRIBUTED
@@ -403,11 +441,14 @@ def _read_rank(
     where = files.model.path
     contents = read_chunks(root, megatron.layout, pp_rank, where)
     parameters = [content.parameters for content in contents]
+    if kind is OptimizerKind.LAYER_WISE:
+        return _with_layer_wise(files, contents, megatron)
     entries: tuple[OptimizerEntry, ...] = ()
     chain: tuple[ChainedOptimizer, ...] = ()
     if kind is not OptimizerKind.NONE:
         entries = read_entries(root[OPTIMIZER], where)
         chain = _chain(entries, parameters, megatron, where)
+    share = share_of(parameters, chain, megatron)
     buffers: RankBuffers | None = None
     shares = False
     if megatron.arguments.uses_distributed_optimizer:
@@ -421,14 +462,34 @@ def _read_rank(
     held = tuple(False for _ in chain)
     keys: Mapping[str, Any] = {}
     if kind is OptimizerKind.PLAIN:
-        states = read_plain_states(entries, contents, chain, megatron, where)
+        states = read_plain_states(entries, chain, share, where)
     elif kind is OptimizerKind.DISTRIBUTED and buffers is not None and files.optimizer is not None:
         flat = read_flat_states(
             files.optimizer.root, contents, chain, buffers, files.optimizer.path
         )
         states, keys, held = flat.by_name, flat.buffer_keys, flat.held
-    optimizers = tuple(map(SourceOptimizer, chain, entries, held))
+    optimizers = tuple(map(SourceOptimizer, chain, entries, share, held))
     return SourceRank(files, root, contents, optimizers, buffers, shares, keys), states
+
+
+def _with_layer_wise(
+    files: RankFiles, contents: tuple[ChunkContents, ...], megatron: Megatron
+) -> tuple[SourceRank, Mapping[str, PlainState]]:
+    root = rank_root(files)
+    parameters = [content.parameters for content in contents]
+    repeated = (root[OPTIMIZER], files.model.path) if OPTIMIZER in root else None
+    found = read_layer_wise_states(
+        files.layer_wise, repeated, parameters, files.id.ep_rank or 0, megatron
+    )
+    optimizers = tuple(
+        SourceOptimizer(kind, entry, items, holds_state=True)
+        for entries, share in found.parts
+        for kind, entry, items in zip(found.chain, entries, share, strict=True)
+    )
+    rank = SourceRank(
+        files, root, contents, optimizers, copies=found.copies, elsewhere=found.elsewhere
+    )
+    return rank, found.by_name
 
 
 def _chain(

@@ -25,19 +25,32 @@ _KNOWN_KEYS = frozenset((OPTIMIZER, STATE, GROUPS, MAINS, "grad_scaler"))
 
 
 def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[ChainedOptimizer, ...]:
-    """The optimizers of a chain in which some param groups tell that another optimizer than the
-    run's own takes them; () if none does. Every rank has them all, in the same order."""
-    routed = [any(_ROUTED in group for group in entry.groups) for entry in entries]
-    if not any(routed):
+    """The optimizers of a chain in which some take matrices alone, as their param groups tell; ()
+    if none does. Every rank has them all, in the same order.
+
+    From 0.18 the groups of all other parameters name their optimizer; before, Muon was the only one
+    and is known by its own options.
+    """
+    groups = [group for entry in entries for group in entry.groups]
+    is_named = any(_ROUTED in group for group in groups)
+    if not (is_named or any(map(_is_muon, groups))):
         return ()
-    return tuple(
-        ChainedOptimizer(
-            is_expert=any(key_of_group(group).is_expert for group in entry.groups),
-            vp_stages=tuple(range(vp_size)),
-            takes_matrices=not is_routed,
-        )
-        for entry, is_routed in zip(entries, routed, strict=True)
-    )
+
+    def takes_matrices(entry: OptimizerEntry) -> bool:
+        return all(_ROUTED not in g if is_named else _is_muon(g) for g in entry.groups)
+
+    def is_expert(entry: OptimizerEntry) -> bool | None:
+        found = {key_of_group(group).is_expert for group in entry.groups}
+        return found.pop() if len(found) == 1 else None
+
+    stages = tuple(range(vp_size))
+    return tuple(ChainedOptimizer(is_expert(e), stages, takes_matrices(e)) for e in entries)
+
+
+def _is_muon(group: Mapping[Any, Any]) -> bool:
+    """Whether Muon takes a group: SGD has a dampening beside its momentum, Adam has betas."""
+    names = group.keys()
+    return bool(names & {"momentum", "momentum_beta"}) and not names & {"betas", "dampening"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..container.pickling import is_same
 from ..container.tensors import TensorRef, unwrap_tensor
 from ..errors import NOT_CONVERTED, CheckpointError, located, show
-from ..megatron.megatron import Megatron
-from ..megatron.optimizer_chain import ChainedOptimizer, items_by_group
+from ..megatron.optimizer_chain import ChainedOptimizer, Share
 from ..megatron.param_groups import key_of_group
 from ..megatron.parameters import Item
 from ..megatron.rounding import SIXTEEN_BIT
-from .chunks import ChunkContents
 from .flat_states import Unexplained
 from .optimizer_entries import MAINS, STATE, OptimizerEntry
 
@@ -38,6 +37,21 @@ class PlainState:
     """Those of both, by name."""
 
     @property
+    def values(self) -> dict[Any, Any]:
+        """What the entry holds beside tensors, such as a step count."""
+        return {
+            name: value for name, value in (self.entry or {}).items() if name not in self.tensors
+        }
+
+    def is_like(self, other: PlainState) -> bool:
+        """Whether two states hold the same but for the bytes of tensors."""
+        forms, others = (
+            [(name, tensor.form) for name, tensor in state.tensors.items()]
+            for state in (self, other)
+        )
+        return forms == others and is_same(self.values, other.values)
+
+    @property
     def main(self) -> TensorRef | None:
         """The main parameter, if there is one in the order of its elements."""
         tensor = self.tensors.get(MAIN)
@@ -46,25 +60,33 @@ class PlainState:
 
 def read_plain_states(
     entries: Sequence[OptimizerEntry],
-    contents: Sequence[ChunkContents],
     chain: Sequence[ChainedOptimizer],
-    megatron: Megatron,
+    share: Share,
     where: str,
+    *,
+    leaves_experts: bool = False,
 ) -> dict[str, PlainState]:
     """The states of a non-distributed optimizer, by global name of the parameter.
+
+    Args:
+        entries: of the chained optimizers.
+        chain: those optimizers.
+        share: the parameters that each has there.
+        where: the file, for messages.
+        leaves_experts: the states of experts are those of another rank's.
 
     Raises:
         CheckpointError: the entry has an unknown structure.
         Unexplained: groups or shapes are not those of the parameters.
     """
     found: dict[str, PlainState] = {}
-    parameters = [content.parameters for content in contents]
-    for optimizer, entry in zip(chain, entries, strict=True):
-        by_key = items_by_group(parameters, optimizer, megatron)
+    for optimizer, entry, own in zip(chain, entries, share, strict=True):
+        by_key = dict(own)
         states, mains = _plain_entry(entry, where)
         unclaimed = set(states)
         for index, group in enumerate(entry.groups):
-            items = by_key.pop(key_of_group(group), [])
+            key = key_of_group(group)
+            items = by_key.pop(key, [])
             numbers = group.get("params")
             if not isinstance(numbers, list) or len(numbers) != len(items):
                 raise Unexplained(f"param group {index} does not have {len(items)} parameters")
@@ -79,8 +101,10 @@ def read_plain_states(
             for item, number in zip(items, numbers, strict=True):
                 main = next(queue, None) if item.weight.dtype in SIXTEEN_BIT else None
                 state = _claim(number, states, unclaimed)
-                tensors = _checked_tensors(item, main, state, where)
-                found[item.name] = PlainState(state, main, tensors)
+                shapes = _state_shapes(item, of_matrices=optimizer.takes_matrices is True)
+                if not (leaves_experts and key.is_expert):
+                    tensors = _checked_tensors(item, main, state, shapes, where)
+                    found[item.name] = PlainState(state, main, tensors)
         if by_key:
             raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
         if unclaimed:
@@ -112,9 +136,24 @@ def _plain_entry(entry: OptimizerEntry, where: str) -> tuple[Mapping[Any, Any], 
     )
 
 
-def _checked_tensors(item: Item, main: Any, state: Any, where: str) -> dict[str, TensorRef]:
-    """The tensors of a state: each has the parameter's shape, or is a scalar."""
-    values = dict(state) if isinstance(state, dict) else {}
+def _state_shapes(item: Item, *, of_matrices: bool) -> set[tuple[int, ...]]:
+    """The shapes that states may have: the parameter's, or none. Optimizers for matrices also keep
+    factors for rows and columns (emerging_optimizers: soap.py, adaptive_muon.py)."""
+    shape = item.weight.shape
+    if not of_matrices:
+        return {shape, ()}
+    rows, columns = shape
+    factors = {(rows, rows), (columns, columns), (rows, 1), (1, columns), (1,)}
+    return {shape, (), *factors}
+
+
+def _checked_tensors(
+    item: Item, main: Any, state: Any, shapes: set[tuple[int, ...]], where: str
+) -> dict[str, TensorRef]:
+    """The tensors of a state, each of one of the shapes; the main parameter of the parameter's."""
+    if not (state is None or isinstance(state, dict)):
+        raise Unexplained(f"{item.name}: its state is {show(state)}")
+    values = dict(state or {})
     values[MAIN] = main
     tensors: dict[str, TensorRef] = {}
     for name, value in values.items():
@@ -124,7 +163,7 @@ def _checked_tensors(item: Item, main: Any, state: Any, where: str) -> dict[str,
             continue
         if not (isinstance(name, str) and name) or (name == MAIN and value is not main):
             raise Unexplained(f"{item.name}: a state called {show(name)}")
-        if tensor.shape not in (item.weight.shape, ()):
+        if tensor.shape not in ({item.weight.shape} if name == MAIN else shapes):
             raise Unexplained(f"{item.name} of shape {item.weight.shape}: {show(name)} differs")
         tensors[name] = tensor
     if main is not None and (MAIN not in tensors or tensors[MAIN].dtype != "float32"):

@@ -68,6 +68,11 @@ class TensorRef:
         return _STORAGES[self.storage.type.name][0]
 
     @property
+    def form(self) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """Dtype, shape and strides: what equal bytes mean the same with."""
+        return self.dtype, self.shape, self.stride
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of one element."""
         return _STORAGES[self.storage.type.name][1]

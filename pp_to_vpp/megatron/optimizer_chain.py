@@ -1,15 +1,17 @@
 """The optimizers that a rank chains, and which parameters each takes.
 
 A rank has one optimizer, or a chain: dense parameters, then experts with buffers of their own
-(optimizer/__init__.py ``get_megatron_optimizer``). Optimizers for matrices alone, such as Lion, are
-chained with an Adam for all other parameters (``_get_megatron_emerging_optimizer``, 0.18 and
-later).
+(optimizer/__init__.py ``get_megatron_optimizer``). Optimizers for matrices alone, such as Muon, are
+chained with an Adam or Lion for all other parameters (muon.py, 0.16 and 0.17;
+``_get_megatron_emerging_optimizer``, 0.18 and later).
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from .megatron import Megatron
 from .param_groups import GroupKey, key_of_item
@@ -22,13 +24,15 @@ class OptimizerKind(enum.Enum):
     NONE = "weights only"
     DISTRIBUTED = "distributed optimizer"
     PLAIN = "non-distributed optimizer"
+    LAYER_WISE = "layer-wise optimizer"
 
 
 @dataclass(frozen=True, slots=True)
 class ChainedOptimizer:
     """One optimizer of the chain."""
 
-    is_expert: bool
+    is_expert: bool | None
+    """Whether it takes the parameters of expert buffers or the others; None for both."""
     vp_stages: tuple[int, ...]
     """The chunks it is responsible for."""
     takes_matrices: bool | None = None
@@ -37,6 +41,10 @@ class ChainedOptimizer:
     def is_like(self, other: ChainedOptimizer) -> bool:
         """Whether both are for the same kind of parameters, of whichever chunks."""
         return replace(self, vp_stages=other.vp_stages) == other
+
+
+Share: TypeAlias = Sequence[Mapping[GroupKey, Sequence[Item]]]
+"""The parameters that the optimizers of a chain hold, for each by param group."""
 
 
 def has_optimizer(parameters: Parameters, megatron: Megatron) -> bool:
@@ -79,6 +87,13 @@ def items_by_group(
         for item in parameters[stage]:
             key = key_of_item(item, megatron)
             is_taken = optimizer.takes_matrices in (None, is_layer_matrix(item, megatron))
-            if is_taken and key.is_expert == optimizer.is_expert:
+            if is_taken and optimizer.is_expert in (None, key.is_expert):
                 by_key.setdefault(key, []).append(item)
     return by_key
+
+
+def share_of(
+    parameters: Parameters, chain: Iterable[ChainedOptimizer], megatron: Megatron
+) -> Share:
+    """All parameters of a rank, as its optimizers take them."""
+    return [items_by_group(parameters, optimizer, megatron) for optimizer in chain]

@@ -7,9 +7,21 @@ from dataclasses import dataclass
 
 MODEL_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
+_LAYER_WISE_FILE = re.compile(r"layer_wise_optimizer_(0|[1-9][0-9]{0,8})\.pt")
 
 # Widths are minimums; without the second number the last would be the expert rank (FORMAT 1.1).
 _RANK_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})_([0-9]{3,9})(?:_([0-9]{3,9}))?")
+
+
+def layer_wise_file(dp_rank: int) -> str:
+    """The file of a data-parallel rank of a layer-wise optimizer."""
+    return f"layer_wise_optimizer_{dp_rank}.pt"
+
+
+def dp_rank_of(name: str) -> int | None:
+    """The data-parallel rank whose layer-wise optimizer a file is; None for any other name."""
+    match = _LAYER_WISE_FILE.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,4 +279,8 @@ def digest_source(
         damaged += (problem(path, text, cure=ANOTHER_COPY) for path, text in digests.damaged)
     if damaged:
         raise CheckpointError(*damaged)
-    return found
+    # The states of dense parameters may lie in the folders of other expert ranks.
+    together: dict[int, dict[TensorName, bytes]] = {}
+    for (tp_rank, _), digests_of in found.items():
+        together.setdefault(tp_rank, {}).update(digests_of)
+    return {family: {**together[family[0]], **own} for family, own in found.items()}

@@ -8,20 +8,21 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from ..checkpoint.family import RankFiles
+from ..checkpoint.layer_wise_states import LayerWiseFiles
 from ..container import archive, torch_file
 from ..container.archive import Record
 from ..container.extents import Extent
 from ..container.torch_file import TorchFile
 from ..errors import ANOTHER_COPY, NOT_CONVERTED, PUT_FILE_THERE, CheckpointError, located
-from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId
+from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
-_REFUSED_FILES = re.compile(r"layer_wise_optimizer_.*\.pt|optim\.pt|model_rng\.pt")
+_REFUSED_FILES = re.compile(r"optim\.pt|model_rng\.pt")
 _MAY_HOLD_STATE = re.compile(r"\.(pt|pth|bin|ckpt|npy|npz|pkl|safetensors|distcp)$|^rank_[0-9]+$")
 """The last are folders of DLRover, which keeps optimizers by data-parallel rank."""
 _SAMPLED = 16
@@ -97,7 +98,14 @@ def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> Ra
         rank,
         read_torch_file(path / MODEL_FILE),
         read_torch_file(path / OPTIMIZER_FILE) if has_optimizer else None,
+        LayerWiseFiles(_read_layer_wise(path)),
     )
+
+
+def _read_layer_wise(folder: Path) -> dict[int, TorchFile]:
+    """The files of a layer-wise optimizer in a rank folder, by data-parallel rank."""
+    found = ((dp_rank_of(name), folder / name) for name in sorted(os.listdir(folder)))
+    return {dp_rank: read_torch_file(path) for dp_rank, path in found if dp_rank is not None}
 
 
 @functools.lru_cache(maxsize=16)
@@ -114,14 +122,26 @@ class FamilyFolders:
     """The iteration folder."""
     ranks: Mapping[int, RankId]
     """By pipeline rank."""
+    ep_size: int
+    """expert_model_parallel_size."""
 
     def read(self, pp_ranks: Iterable[int]) -> dict[int, RankFiles]:
-        """Decode the files of some ranks.
+        """Decode the files of some ranks; of a layer-wise optimizer, those in the folders of all
+        expert ranks.
 
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        return {p: read_source_rank(self.directory, self.ranks[p]) for p in sorted(pp_ranks)}
+        return {p: self._read_rank(self.ranks[p]) for p in sorted(pp_ranks)}
+
+    def _read_rank(self, rank: RankId) -> RankFiles:
+        files = read_source_rank(self.directory, rank)
+        if not files.layer_wise or self.ep_size == 1:
+            return files
+        others: dict[int, TorchFile] = {}
+        for ep_rank in (number for number in range(self.ep_size) if number != rank.ep_rank):
+            others |= _read_layer_wise(Path(self.directory) / replace(rank, ep_rank=ep_rank).folder)
+        return replace(files, layer_wise=LayerWiseFiles(files.layer_wise.own, others))
 
 
 def other_files(
@@ -138,13 +158,11 @@ def other_files(
     kept: list[tuple[str, Extent]] = []
     left: list[str] = []
     for name in sorted(os.listdir(path)):
-        if name in (MODEL_FILE, OPTIMIZER_FILE):
+        if name in (MODEL_FILE, OPTIMIZER_FILE) or dp_rank_of(name) is not None:
             continue
         if _REFUSED_FILES.fullmatch(name):
             raise CheckpointError.of(
-                path / name,
-                "a file of an optimizer or of an old format that is kept per rank",
-                cure=NOT_CONVERTED,
+                path / name, "a file of Megatron's old format", cure=NOT_CONVERTED
             )
         if _MAY_HOLD_STATE.search(name) and not _KEPT_AS_THEY_ARE.fullmatch(name):
             raise CheckpointError.of(

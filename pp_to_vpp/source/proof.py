@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..checkpoint.family import Family, RankFiles, Sample, read_family
 from ..container.tensors import FLOAT_BYTES, item_bytes
@@ -22,6 +22,10 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
     for family in read_family(files):
         way, differing = check_samples(family.samples())
         if way is not None:
+            odd = next(unlike_copies(family), None)
+            if odd is not None:
+                path, text = odd
+                raise CheckpointError.of(path, text, cure=ONE_SAVE)
             return family, way
         worst = worst or differing
     raise CheckpointError.of(
@@ -30,6 +34,21 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
         expected="16-bit weights that follow from the fp32 main parameters",
         cure=ONE_SAVE,
     )
+
+
+def unlike_copies(family: Family, *, in_full: bool = False) -> Iterator[tuple[str, str]]:
+    """Path and text about each tensor that the files hold twice with other bytes, at both ends or
+    anywhere."""
+    with RangeReader() as reader:
+        for name, copy, original in family.copies():
+            both = (copy, original)
+            if in_full:
+                pairs = zip(*map(reader.chunks, both), strict=True)
+                is_same = all(one == other for one, other in pairs)
+            else:
+                is_same = len({reader.ends(extent) for extent in both}) == 1
+            if not is_same:
+                yield copy.path, f"{name} is not as in the layer-wise file beside it"
 
 
 def check_samples(wanted: Iterable[Sample]) -> tuple[str | None, list[Sample]]:

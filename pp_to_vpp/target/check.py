@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..checkpoint.family import Family
 from ..container.extents import Extent
+from ..megatron.ranks import MODEL_FILE
 from .plan import FilePlan, RankPlan
 
 
@@ -27,34 +28,43 @@ def check(
         for file in plan.files
         for text in _holes(file)
     ]
-    used = _used(ranks)
+    used = _used(file for plan in ranks for file in plan.files)
     for path, ranges in used.items():
         if not all(0 <= offset <= offset + length <= sizes[path] for offset, length in ranges):
             errors.append(f"{path}: bytes past its end are wanted")
     errors += [f"{path}: bytes at {offset} are used twice" for path, offset in used_twice(ranks)]
-    taken = {path: sorted(ranges) for path, ranges in used.items()}
+    taken = {path: sorted(set(ranges)) for path, ranges in used.items()}
+    elsewhere = {name for plan in ranks for name in plan.elsewhere}
     for name, tensor in family.manifest().items() if is_whole else ():
+        if name.kind and name.parameter in elsewhere:
+            continue
         if not _covers(taken.get(tensor.extent.path, []), tensor.extent):
             errors.append(f"{tensor.extent.path}: {name} is not used")
     return errors[:20]
 
 
-def _used(ranks: Iterable[RankPlan]) -> dict[str, list[tuple[int, int]]]:
+def _used(files: Iterable[FilePlan]) -> dict[str, list[tuple[int, int]]]:
     """The ranges of each source file that are to be copied."""
     used: dict[str, list[tuple[int, int]]] = {}
-    for extent in (extent for plan in ranks for extent in plan.extents()):
+    for extent in (extent for file in files for extent in file.extents()):
         used.setdefault(extent.path, []).append((extent.offset, extent.length))
     return used
 
 
-def used_twice(ranks: Iterable[RankPlan]) -> Iterator[tuple[str, int]]:
-    """File and offset of bytes that two objects share: written apart, each would have a copy."""
-    for path, ranges in _used(ranks).items():
-        end = 0
-        for offset, length in sorted(ranges):
-            if offset < end:
-                yield path, offset
-            end = max(end, offset + length)
+def used_twice(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, int]]:
+    """File and offset of bytes that two objects share: written apart, each would have a copy.
+
+    The model's files are apart from the others, one of which they may repeat.
+    """
+    for of_model in (True, False):
+        files = (file for plan in ranks for file in plan.files)
+        kind = (file for file in files if (file.name == MODEL_FILE) == of_model)
+        for path, ranges in _used(kind).items():
+            end = 0
+            for offset, length in sorted(ranges):
+                if offset < end:
+                    yield path, offset
+                end = max(end, offset + length)
 
 
 def _holes(file: FilePlan) -> Iterator[str]:

@@ -21,12 +21,13 @@ from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import (
     ChainedOptimizer,
     OptimizerKind,
+    Share,
     chain_of,
     has_expert_optimizer,
     has_optimizer,
-    items_by_group,
 )
-from ..megatron.param_groups import STEP, are_sorted, key_of_group, steps
+from ..megatron.param_groups import STEP, GroupKey, are_sorted, key_of_group, steps
+from ..megatron.parameters import Item
 from .model import TargetRank
 
 _TELLING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr")
@@ -40,7 +41,9 @@ def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
     family = rank.family
     if family.kind is OptimizerKind.NONE or not has_optimizer(rank.parameters, rank.megatron):
         return ()
-    routed = [own.kind for own in rank.own.optimizers if own.kind.takes_matrices is not None]
+    # Each layer-wise file has the same chain.
+    kinds = dict.fromkeys(own.kind for own in rank.own.optimizers)
+    routed = [kind for kind in kinds if kind.takes_matrices is not None]
     if routed:
         return tuple(replace(kind, vp_stages=tuple(range(len(rank.chunks)))) for kind in routed)
     has_experts = has_expert_optimizer(
@@ -49,18 +52,24 @@ def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
     return chain_of(rank.parameters, rank.megatron, has_experts=has_experts)
 
 
-def placed_entries(
-    root: Mapping[Any, Any], rank: TargetRank, chain: Sequence[ChainedOptimizer]
-) -> dict[Any, Any]:
-    """The top level of ``model_optim_rng.pt`` with this rank's optimizers, or without any.
+def rank_entries(rank: TargetRank, chain: Sequence[ChainedOptimizer], share: Share) -> Any:
+    """The entries of the chained optimizers with these parameters: a dict for one, a list for
+    several, None without any.
 
     Raises:
         CheckpointError: the source has no param groups for what the rank gets.
     """
-    if not chain:
+    entries = [
+        EntryWriter(rank, optimizer, by_key).entry()
+        for optimizer, by_key in zip(chain, share, strict=True)
+    ]
+    return entries[0] if len(entries) == 1 else entries or None
+
+
+def place_entry(root: Mapping[Any, Any], entry: Any | None) -> dict[Any, Any]:
+    """The top level of ``model_optim_rng.pt`` with a rank's optimizers, or without any."""
+    if entry is None:
         return {key: value for key, value in root.items() if key != OPTIMIZER}
-    entries = [_EntryWriter(rank, optimizer).entry() for optimizer in chain]
-    entry = entries[0] if len(entries) == 1 else entries
     if OPTIMIZER in root:
         return {**root, OPTIMIZER: entry}
     items = list(root.items())
@@ -68,16 +77,26 @@ def placed_entries(
     return dict(items)
 
 
-class _EntryWriter:
+class EntryWriter:
     """Builds the entry of one optimizer of a target rank."""
 
-    def __init__(self, rank: TargetRank, optimizer: ChainedOptimizer) -> None:
+    def __init__(
+        self,
+        rank: TargetRank,
+        optimizer: ChainedOptimizer,
+        items: Mapping[GroupKey, Sequence[Item]],
+    ) -> None:
         self._rank = rank
         self._optimizer = optimizer
-        self._by_key = items_by_group(rank.parameters, optimizer, rank.megatron)
+        self._by_key = items
 
-    def entry(self) -> Any:
-        """The entry, with the groups that Megatron expects on this rank."""
+    @property
+    def template(self) -> OptimizerEntry:
+        """The source's first entry of an optimizer like this one.
+
+        Raises:
+            CheckpointError: there is none.
+        """
         template = next(self._entries(), None)
         if template is None:
             raise CheckpointError.of(
@@ -85,6 +104,11 @@ class _EntryWriter:
                 "no rank of its family has param groups for what this rank gets",
                 cure=ONE_SAVE,
             )
+        return template
+
+    def entry(self) -> Any:
+        """The entry, with the groups that Megatron expects on this rank."""
+        template = self.template
         groups = self._groups(template.groups)
         if self._rank.family.kind is OptimizerKind.DISTRIBUTED:
             # The saving rank writes its step into all groups of an optimizer that has parameters.
@@ -113,7 +137,7 @@ class _EntryWriter:
         """
         odd = next(iter(self._rank.family.odd_groups), None)
         if odd is not None and not self._rank.megatron.rules.keeps_all_groups:
-            raise _unknown_order(*odd)
+            raise unknown_order(*odd)
         # By what they say, not by position, loading matches these.
         if odd is not None or are_sorted(own):
             return [dict(group) for group in own]
@@ -209,7 +233,7 @@ class _EntryWriter:
         return template.replaced({STATE: numbered, GROUPS: numbered_groups}, mains_of_groups)
 
 
-def _unknown_order(rank: SourceRank, entry: OptimizerEntry) -> CheckpointError:
+def unknown_order(rank: SourceRank, entry: OptimizerEntry) -> CheckpointError:
     """The refusal of groups that loading would match by position."""
     shown = "; ".join(
         ", ".join(f"{name} {show(group.get(name))}" for name in _TELLING if name in group)

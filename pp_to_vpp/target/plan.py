@@ -13,14 +13,14 @@ from ..checkpoint.family import Family
 from ..container import torch_file
 from ..container.archive import ArchivePlan
 from ..container.extents import Extent, Piece
+from ..container.torch_file import TorchFile
 from ..errors import ASK_FOR_SUPPORT, located
 from ..megatron.arguments import patch_arguments
 from ..megatron.megatron import Megatron
-from ..megatron.optimizer_chain import OptimizerKind
-from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId
-from .flat_file import flat_root
-from .model import StateDictWriter, replace_chunks, target_rank
-from .optimizer_entry import placed_entries, target_chain
+from ..megatron.ranks import MODEL_FILE, RankId
+from .model import StateDictWriter, TargetRank, replace_chunks, target_rank
+from .optimizer import target_optimizer
+from .optimizer_entry import place_entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ class FilePlan:
         offsets = [record.offset for record in self.archive.records] if self.archive else [0]
         yield from zip(offsets, self.contents, strict=True)
 
+    def extents(self) -> Iterator[Extent]:
+        """The ranges of source files that it is made of, in order."""
+        pieces = (piece for record in self.contents for piece in record)
+        return (piece for piece in pieces if isinstance(piece, Extent))
+
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
@@ -46,6 +51,8 @@ class RankPlan:
 
     id: RankId
     files: tuple[FilePlan, ...]
+    elsewhere: frozenset[str] = frozenset()
+    """Parameters whose optimizer states go into folders of other expert ranks."""
 
     @property
     def length(self) -> int:
@@ -54,8 +61,7 @@ class RankPlan:
 
     def extents(self) -> Iterator[Extent]:
         """The ranges of source files that it is made of, in order."""
-        pieces = (piece for file in self.files for record in file.contents for piece in record)
-        return (piece for piece in pieces if isinstance(piece, Extent))
+        return (extent for file in self.files for extent in file.extents())
 
     def source_paths(self) -> tuple[str, ...]:
         """The source files that its bytes come from."""
@@ -81,22 +87,21 @@ def plan_rank(
     own = rank.own.files
     root = replace_chunks(rank.own.root, StateDictWriter(rank).chunks())
     root["args"] = patch_arguments(root["args"], family.megatron.arguments, megatron.arguments)
-    chain = target_chain(rank)
-    if family.kind is not OptimizerKind.NONE:
-        root = placed_entries(root, rank, chain)
-    roots = {MODEL_FILE: (root, own.model)}
-    if family.kind is OptimizerKind.DISTRIBUTED:
-        flat = flat_root(rank, chain)
-        templates = (source.files.optimizer for source in rank.sources)
-        if flat is not None:
-            roots[OPTIMIZER_FILE] = (flat, next(file for file in templates if file is not None))
+    optimizer = target_optimizer(rank)
+    graphs = {MODEL_FILE: place_entry(root, optimizer.entry), **optimizer.files}
     with located(own.model.path, cure=ASK_FOR_SUPPORT):
-        files = [
-            _file_plan(name, torch_file.encode(graph, template))
-            for name, (graph, template) in roots.items()
+        plans = [
+            _file_plan(name, torch_file.encode(graph, _template(rank, name)))
+            for name, graph in graphs.items()
         ]
-    files += [FilePlan(name, extent.length, ((extent,),), None) for name, extent in others]
-    return RankPlan(own.id, tuple(files))
+    plans += [FilePlan(name, extent.length, ((extent,),), None) for name, extent in others]
+    return RankPlan(own.id, tuple(plans), optimizer.elsewhere)
+
+
+def _template(rank: TargetRank, name: str) -> TorchFile:
+    """The file of that name in the same folder of the source, or in the first that has one."""
+    files = (file for source in rank.sources for file in source.files.all)
+    return next(file for file in files if file.path.endswith(f"/{name}"))
 
 
 def _file_plan(name: str, encoded: torch_file.EncodedFile) -> FilePlan:

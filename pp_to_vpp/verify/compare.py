@@ -22,15 +22,14 @@ from ..container.pickling import is_same
 from ..errors import ConversionError, UsageError, VerificationError, problem, show
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
 from ..megatron.naming import chunk_keys
-from ..megatron.optimizer_chain import OptimizerKind, has_optimizer, items_by_group
+from ..megatron.optimizer_chain import OptimizerKind, has_optimizer
 from ..megatron.param_groups import are_sorted, key_of_group, steps
-from ..megatron.parameters import Item
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
 from ..source.files import FamilyFolders, RangeReader, other_files, read_rank
-from ..source.proof import check_samples, proven_family
+from ..source.proof import check_samples, proven_family, unlike_copies
 from . import framing, torch_loading
 from .digests import Digests, digest_rank, unlike_their_mains
 
@@ -131,6 +130,7 @@ def verify_folder(job: VerifyJob) -> int:
     texts += _compare_items(source, target, pp_rank, proof, digests)
     texts += _compare_others(job)
     located = [(files.model.path, text) for text in texts]
+    located += unlike_copies(target, in_full=digests is not None)
     if digests is not None:
         located += digests.damaged
         located += (
@@ -164,30 +164,28 @@ def _compare_items(
     yield from (f"{name} is missing" for name in wanted if name not in found)
     yield from (f"{name} does not belong here" for name in found if name not in wanted)
     common = [name for name in wanted if name in found]
-    for name in common:
-        yield from _compare_item(wanted[name], found[name])
+    for name in (name for name in common if name not in target.elsewhere):
+        if not is_same(source.values(wanted[name]), target.values(found[name])):
+            yield f"{name} or a number of its optimizer state differs from its source"
     ours = target.manifest(found[name] for name in common)
-    theirs = source.manifest(wanted[name] for name in common)
+    theirs = {
+        label: tensor
+        for label, tensor in source.manifest(wanted[name] for name in common).items()
+        if not (label.kind and label.parameter in target.elsewhere)
+    }
     yield from (f"{name} is missing" for name in theirs if name not in ours)
     yield from (f"{name} is not in its source" for name in ours if name not in theirs)
     with RangeReader() as reader:
         for label in (name for name in ours if name in theirs):
+            one, other = ours[label], theirs[label]
+            if one.form != other.form:
+                yield f"{label} is {one.dtype} {one.shape}, not {other.dtype} {other.shape}"
             if digests is not None:
-                is_same = digests.by_name.get(label) == proof.digests.get(label)
+                is_equal = digests.by_name.get(label) == proof.digests.get(label)
             else:
-                is_same = reader.ends(ours[label].extent) == reader.ends(theirs[label].extent)
-            if not is_same:
+                is_equal = reader.ends(one.extent) == reader.ends(other.extent)
+            if not is_equal:
                 yield f"{label} differs from its source"
-
-
-def _compare_item(wanted: Item, found: Item) -> Iterator[str]:
-    if wanted.tensor is None or found.tensor is None:
-        if not is_same(wanted.value, found.value):
-            yield f"{wanted.name} differs from its source"
-        return
-    ours, theirs = found.tensor, wanted.tensor
-    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        yield f"{wanted.name} is {ours.dtype} {ours.shape}, not {theirs.dtype} {theirs.shape}"
 
 
 def _read(extent: Extent) -> bytes:
@@ -206,6 +204,8 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     is_expected = source.kind is not OptimizerKind.NONE and has_optimizer(
         target.ranks[pp_rank].parameters, target.megatron
     )
+    if source.kind is OptimizerKind.LAYER_WISE:  # whose files do without
+        is_expected = OPTIMIZER in theirs
     if (OPTIMIZER in ours) != is_expected:
         yield f"its entry {OPTIMIZER!r} is {'missing' if is_expected else 'one too many'}"
     for key in left:
@@ -243,7 +243,7 @@ def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
     found: dict[bool | None, set[str]] = {}
     for own in rank.optimizers:
         groups = own.entry.groups
-        by_key = items_by_group(rank.parameters, own.kind, target.megatron)
+        by_key = own.items
         known = {key_of_group(group) for group in groups}
         if not are_sorted(groups):
             yield from (f"no param group for {key}" for key in by_key if key not in known)

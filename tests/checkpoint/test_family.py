@@ -152,8 +152,8 @@ def test_samples_are_all_parameters_with_states(name: str) -> None:
                 assert item.tensor is not None
                 assert (sample.weight, sample.dtype) == (item.tensor.extent, item.tensor.dtype)
                 assert sample.main.length == 4 * item.tensor.numel
-                is_flat = of.kind is OptimizerKind.DISTRIBUTED
-                assert sample.main.path.endswith(OPTIMIZER_FILE if is_flat else MODEL_FILE)
+                where = sample.main.path.rpartition("/")[2]
+                assert re.fullmatch(STATE_FILES[of.kind], where)
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)

@@ -13,7 +13,7 @@ from pp_to_vpp.checkpoint.optimizer_entries import MAINS, OPTIMIZER, OptimizerEn
 from pp_to_vpp.checkpoint.plain_states import MAIN, PlainState, read_plain_states
 from pp_to_vpp.container.tensors import TensorRef, as_tensor, unwrap_tensor
 from pp_to_vpp.errors import CheckpointError
-from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
+from pp_to_vpp.megatron.optimizer_chain import OptimizerKind, share_of
 from pp_to_vpp.megatron.parameters import is_layer_matrix
 
 from ..edit import float_tensor
@@ -68,7 +68,8 @@ def read_plain(edit: Callable[[dict[str, Any]], None]) -> dict[str, PlainState]:
     edit(copy)
     entries = [OptimizerEntry(copy)]
     chain = [own.kind for own in rank.optimizers]
-    return read_plain_states(entries, rank.contents, chain, of.megatron, "file")
+    share = share_of(rank.parameters, chain, of.megatron)
+    return read_plain_states(entries, chain, share, "file")
 
 
 def test_an_unchanged_copy_is_read_the_same() -> None:

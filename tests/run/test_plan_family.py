@@ -154,7 +154,7 @@ def test_other_files_are_planned_and_named(tmp_path: Path) -> None:
     loader.write_bytes(b"state")
     (source / "mp_rank_00_000" / "notes.txt").touch()
     job = job_for(DENSE, "source")
-    found = plan_family(replace(job, folders=FamilyFolders(str(source), job.folders.ranks)))
+    found = plan_family(replace(job, folders=FamilyFolders(str(source), job.folders.ranks, 1)))
     assert found.left_behind == ("mp_rank_00_000/notes.txt",)
     assert found.ranks[1].files[-1].contents == ((Extent(str(loader), 0, 5),),)
     assert [file.name for file in found.ranks[0].files] == [

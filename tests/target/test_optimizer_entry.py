@@ -15,7 +15,8 @@ from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.megatron.param_groups import key_of_group
 from pp_to_vpp.megatron.pipeline import LayoutString, Placement
 from pp_to_vpp.target.model import target_rank
-from pp_to_vpp.target.optimizer_entry import placed_entries, target_chain
+from pp_to_vpp.target.optimizer import target_optimizer
+from pp_to_vpp.target.optimizer_entry import place_entry, target_chain
 
 from ..families import SIDES, families, family, of_kind, opposite, target_of
 from ..pairs import DENSE, MOE, ODD, OVERLAP, PLAIN
@@ -26,8 +27,7 @@ WITH_OPTIMIZER = [case for case in SIDES if case not in of_kind(OptimizerKind.NO
 
 def entry_of(of: Family, target: Megatron, pp_rank: int) -> Any:
     """The value of ``optimizer`` that is to be written for a rank."""
-    rank = target_rank(of, target, pp_rank)
-    return placed_entries(rank.own.root, rank, target_chain(rank))[OPTIMIZER]
+    return target_optimizer(target_rank(of, target, pp_rank)).entry
 
 
 @pytest.mark.parametrize(("name", "side"), WITH_OPTIMIZER)
@@ -36,10 +36,9 @@ def test_entries_are_those_that_megatron_saved(name: str, side: str) -> None:
     target = target_of(name, opposite(side))
     for of, truth in zip(families(name, side), families(name, opposite(side)), strict=True):
         for pp_rank, rank in truth.ranks.items():
-            made = target_rank(of, target, pp_rank)
-            chain = target_chain(made)
-            assert chain == tuple(own.kind for own in rank.optimizers)
-            assert outline(placed_entries(rank.root, made, chain)) == outline(rank.root)
+            made = target_optimizer(target_rank(of, target, pp_rank))
+            assert made.chain == tuple(dict.fromkeys(own.kind for own in rank.optimizers))
+            assert outline(place_entry(rank.root, made.entry)) == outline(rank.root)
 
 
 def target_without_layers(of: Family) -> Megatron:

@@ -1,0 +1,181 @@
+"""The states of a layer-wise optimizer: a file for each data-parallel rank, with whole parameters.
+
+Each holds what ``model_optim_rng.pt`` holds of an optimizer that is not distributed
+(layer_wise_optimizer.py ``save_state_dict_to_file``, 0.16 and later). The files of one pipeline
+rank, and with them the states of its dense parameters, lie in the folders of all expert ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..container.pickling import is_same
+from ..container.torch_file import TorchFile
+from ..errors import COPY_MISSING, NOT_CONVERTED, ONE_SAVE, CheckpointError
+from ..megatron import layer_wise
+from ..megatron.megatron import Megatron
+from ..megatron.optimizer_chain import ChainedOptimizer, Share
+from ..megatron.param_groups import GroupKey, key_of_group
+from ..megatron.parameters import Parameters
+from ..megatron.ranks import layer_wise_file
+from ..megatron.rounding import SIXTEEN_BIT
+from .flat_states import Unexplained
+from .optimizer_entries import OptimizerEntry, read_entries, routed_chain
+from .plain_states import PlainState, read_plain_states
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWiseFiles:
+    """The files of a pipeline rank, by data-parallel rank."""
+
+    own: Mapping[int, TorchFile] = field(default_factory=dict)
+    """Those in the rank's own folder."""
+    others: Mapping[int, TorchFile] = field(default_factory=dict)
+    """Those in the folders of other expert ranks; none where only one folder was read."""
+
+    def __bool__(self) -> bool:
+        return bool(self.own)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWiseStates:
+    """What the files of a pipeline rank hold."""
+
+    chain: tuple[ChainedOptimizer, ...]
+    """The optimizers of every data-parallel rank."""
+    parts: tuple[tuple[tuple[OptimizerEntry, ...], Share], ...]
+    """Entries and parameters of each file that was read, the folder's own first."""
+    by_name: Mapping[str, PlainState]
+    copies: Mapping[str, PlainState]
+    """Those of the folder's first file as ``model_optim_rng.pt`` repeats them."""
+    elsewhere: frozenset[str]
+    """Parameters whose states are in files that were not read."""
+
+
+def read_layer_wise_states(
+    files: LayerWiseFiles,
+    repeated: tuple[Any, str] | None,
+    parameters: Parameters,
+    ep_rank: int,
+    megatron: Megatron,
+) -> LayerWiseStates:
+    """The states in the files of a pipeline rank.
+
+    Args:
+        files: those that were read.
+        repeated: what ``model_optim_rng.pt`` repeats of the folder's first file, and its path.
+        parameters: of the rank.
+        ep_rank: expert rank of the folder.
+        megatron: the run.
+
+    Raises:
+        CheckpointError: the run's states are lost, or files are missing, strange or unlike.
+        Unexplained: groups or shapes are not those of the parameters.
+    """
+    first = next(iter(files.own.values())).path
+    _check_run(parameters, megatron, first)
+    own = layer_wise.file_ranks(ep_rank, megatron)
+    _check_files(files, own, megatron, first)
+    read = {
+        dp_rank: (read_entries(file.root, file.path), file.path)
+        for dp_rank, file in (*sorted(files.own.items()), *sorted(files.others.items()))
+    }
+    entries, _ = read[ep_rank]
+    chain, groups = routed_chain(entries, len(parameters)), _group_keys(entries)
+    if not chain:
+        raise Unexplained(f"no optimizer takes matrices ({first})")
+    dealt = layer_wise.shares(parameters, list(zip(chain, groups, strict=True)), megatron)
+    by_name: dict[str, PlainState] = {}
+    for dp_rank, (found, path) in read.items():
+        if (routed_chain(found, len(parameters)), _group_keys(found)) != (chain, groups):
+            raise CheckpointError.of(
+                path, f"its optimizers are not those of {first}", cure=ONE_SAVE
+            )
+        by_name |= read_plain_states(
+            found, chain, dealt[dp_rank], path, leaves_experts=dp_rank not in own
+        )
+    copies: Mapping[str, PlainState] = {}
+    if repeated is not None:
+        copies = _read_copy(*repeated, entries, chain, dealt[ep_rank])
+        if any(not copy.is_like(by_name[name]) for name, copy in copies.items()):
+            raise _unlike_copy(repeated[1])
+    names = {item.name for items in parameters for item in items}
+    return LayerWiseStates(
+        chain,
+        tuple((found, dealt[dp_rank]) for dp_rank, (found, _) in read.items()),
+        by_name,
+        copies,
+        frozenset(names - by_name.keys()),
+    )
+
+
+def _group_keys(entries: Sequence[OptimizerEntry]) -> list[list[GroupKey]]:
+    return [[key_of_group(group) for group in entry.groups] for entry in entries]
+
+
+def _read_copy(
+    node: Any,
+    where: str,
+    entries: Sequence[OptimizerEntry],
+    chain: Sequence[ChainedOptimizer],
+    share: Share,
+) -> dict[str, PlainState]:
+    """The states in the entry of ``model_optim_rng.pt``, which repeats those of a file."""
+    copy = read_entries(node, where)
+    if len(copy) != len(entries) or not all(
+        is_same(one.groups, other.groups) for one, other in zip(copy, entries, strict=True)
+    ):
+        raise _unlike_copy(where)
+    return read_plain_states(copy, chain, share, where)
+
+
+def _unlike_copy(where: str) -> CheckpointError:
+    what = "its optimizer entry does not repeat the layer-wise file beside it"
+    return CheckpointError.of(where, what, cure=ONE_SAVE)
+
+
+def _check_run(parameters: Parameters, megatron: Megatron, where: str) -> None:
+    """Refuse the runs whose files do not hold all states, or are not known."""
+    arguments = megatron.arguments
+    if arguments.cp_size > 1:
+        raise CheckpointError.of(
+            where,
+            f"a layer-wise optimizer saved with context_parallel_size {arguments.cp_size}: its "
+            "context-parallel ranks overwrote each other's files",
+            cure="states are lost: take a checkpoint that was saved with 1",
+        )
+    if arguments.etp_size != arguments.tp_size or arguments.dp_size % arguments.ep_size:
+        raise CheckpointError.of(
+            where,
+            "a layer-wise optimizer whose experts have a tensor-parallel size of their own",
+            expected=f"expert_tensor_parallel_size {arguments.tp_size}",
+            found=arguments.etp_size,
+            cure=NOT_CONVERTED,
+        )
+    for item in (item for items in parameters for item in items):
+        if item.weight.dtype not in SIXTEEN_BIT:
+            raise CheckpointError.of(
+                where,
+                f"a layer-wise optimizer of {item.weight.dtype} parameters ({item.name})",
+                expected="bf16 or fp16",
+                cure=NOT_CONVERTED,
+            )
+
+
+def _check_files(files: LayerWiseFiles, own: range, megatron: Megatron, where: str) -> None:
+    """One file for each data-parallel rank, in the folder of its expert rank."""
+    everywhere = range(megatron.arguments.dp_size)
+    found = {*files.own, *files.others}
+    if set(files.own) == set(own) and (not files.others or found == set(everywhere)):
+        return
+    wanted = own if set(files.own) != set(own) else everywhere
+    odd = min(set(files.own if wanted is own else found) ^ set(wanted))
+    raise CheckpointError.of(
+        where,
+        f"beside it {layer_wise_file(odd)} is {'missing' if odd in wanted else 'one too many'}",
+        expected=f"one for each of {len(everywhere)} data-parallel ranks, in turn over the folders "
+        "of the expert ranks",
+        cure=COPY_MISSING,
+    )
