@@ -11,23 +11,13 @@ import torch
 from pp_to_vpp.checkpoint.family import Family
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.tensors import TensorRef
+from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.source.proof import proven_family
 from pp_to_vpp.source.survey import Survey, take_survey
 
-from .pairs import (
-    LAYER_WISE,
-    LAYER_WISE_ODD,
-    LION,
-    MUON,
-    PLAIN,
-    SGD,
-    SOAP,
-    WEIGHTS,
-    names,
-    pair,
-)
+from .pairs import LAYER_WISE, LAYER_WISE_ODD, LION, MUON, PLAIN, SGD, SOAP, WEIGHTS, names, pair
 
 SIDES = [(name, side) for name in names() for side in ("source", "truth")]
 """Every checkpoint in the test data."""
@@ -73,6 +63,13 @@ def families(name: str, side: str) -> tuple[Family, ...]:
 def family(name: str, side: str) -> Family:
     """The first family of one side."""
     return families(name, side)[0]
+
+
+def files_read(of: Family) -> list[TorchFile]:
+    """The files that a family was read from, those of other expert ranks included."""
+    found = [file for rank in of.ranks.values() for file in rank.files.all]
+    others = (rank.files.layer_wise.others.values() for rank in of.ranks.values())
+    return found + [file for files in others for file in files]
 
 
 def target_of(name: str, other: str) -> Megatron:

@@ -128,14 +128,19 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "custom fsdp": (arguments(use_custom_fsdp=True), ("FSDP",)),
     "torch fsdp2": (arguments(use_torch_fsdp2=True), ("FSDP2",)),
     "megatron fsdp": (arguments(use_megatron_fsdp=True), ("FSDP",)),
-    "muon": (arguments(optimizer="dist_muon"), ("Muon",)),
-    "soap": (arguments(optimizer="soap"), ("SOAP",)),
+    "layer-wise files": (
+        arguments(optimizer="dist_muon"),
+        ("layer_wise_optimizer_0.pt is missing",),
+    ),
     "distributed sgd": (arguments(optimizer="sgd"), ("'sgd' with the distributed optimizer",)),
     "experts split more than tensors": (
         arguments(num_experts=4, expert_tensor_parallel_size=2),
         ("expert_tensor_parallel_size 2 does not divide tensor_model_parallel_size 1",),
     ),
-    "layer-wise": (arguments(use_layer_wise_distributed_optimizer=True), ("layer-wise",)),
+    "layer-wise": (
+        arguments(use_layer_wise_distributed_optimizer=True),
+        ("layer_wise_optimizer_0.pt is missing", "copy what is missing"),
+    ),
     "standalone embedding": (arguments(standalone_embedding_stage=True), ("standalone",)),
     "extended tp": (arguments(moe_extended_tp=True), ("--moe-extended-tp",)),
     "fp8 gather": (arguments(fp8_param_gather=True), ("fp8",)),
@@ -274,7 +279,7 @@ def test_folders_of_two_saves_are_refused(program: Program, tmp_path: Path) -> N
     program.refuses(4, run, "mp_rank_00_001", "not their main parameters rounded")
 
 
-@pytest.mark.parametrize("name", ["layer_wise_optimizer_0.pt", "optim.pt", "model_rng.pt"])
+@pytest.mark.parametrize("name", ["layer_wise_optimizer_x.pt", "optim.pt", "model_rng.pt"])
 def test_files_of_other_formats_are_refused(name: str, program: Program, tmp_path: Path) -> None:
     source = copy_of(pair(DENSE).source, tmp_path)
     (source / "mp_rank_00_000" / name).write_bytes(b"x")

@@ -92,8 +92,10 @@ class SourceRank:
     shares_storages: bool = False
     """Weights are views of the flat buffers."""
     buffer_keys: Mapping[str, Any] = field(default_factory=dict)
+    repeated: tuple[SourceOptimizer, ...] = ()
+    """Those that ``model_optim_rng.pt`` repeats from a layer-wise file."""
     copies: Mapping[str, PlainState] = field(default_factory=dict)
-    """States that ``model_optim_rng.pt`` repeats from a layer-wise file, by global name."""
+    """The states in them, by global name."""
     elsewhere: frozenset[str] = frozenset()
     """Parameters whose states lie in layer-wise files that were not read."""
 
@@ -422,6 +424,13 @@ def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKin
             )
         return OptimizerKind.LAYER_WISE
     if OPTIMIZER in rank_root(files):
+        if arguments.uses_layer_wise_optimizer:
+            raise CheckpointError.of(
+                files.model.path,
+                f"beside it {layer_wise_file(files.id.ep_rank or 0)} is missing",
+                expected="the files of a layer-wise optimizer, as its arguments tell",
+                cure=COPY_MISSING,
+            )
         if arguments.uses_distributed_optimizer:
             return OptimizerKind.DISTRIBUTED
         return OptimizerKind.PLAIN
@@ -481,13 +490,22 @@ def _with_layer_wise(
     found = read_layer_wise_states(
         files.layer_wise, repeated, parameters, files.id.ep_rank or 0, megatron
     )
-    optimizers = tuple(
+    optimizers = [
         SourceOptimizer(kind, entry, items, holds_state=True)
         for entries, share in found.parts
         for kind, entry, items in zip(found.chain, entries, share, strict=True)
-    )
+    ]
     rank = SourceRank(
-        files, root, contents, optimizers, copies=found.copies, elsewhere=found.elsewhere
+        files,
+        root,
+        contents,
+        tuple(optimizers),
+        repeated=tuple(
+            replace(own, entry=entry)
+            for own, entry in zip(optimizers, found.repeated, strict=False)
+        ),
+        copies=found.copies,
+        elsewhere=found.elsewhere,
     )
     return rank, found.by_name
 

@@ -48,8 +48,10 @@ class LayerWiseStates:
     parts: tuple[tuple[tuple[OptimizerEntry, ...], Share], ...]
     """Entries and parameters of each file that was read, the folder's own first."""
     by_name: Mapping[str, PlainState]
+    repeated: tuple[OptimizerEntry, ...]
+    """What ``model_optim_rng.pt`` repeats of the folder's first file; () if it does not."""
     copies: Mapping[str, PlainState]
-    """Those of the folder's first file as ``model_optim_rng.pt`` repeats them."""
+    """The states in it."""
     elsewhere: frozenset[str]
     """Parameters whose states are in files that were not read."""
 
@@ -86,7 +88,7 @@ def read_layer_wise_states(
     chain, groups = routed_chain(entries, len(parameters)), _group_keys(entries)
     if not chain:
         raise Unexplained(f"no optimizer takes matrices ({first})")
-    dealt = layer_wise.shares(parameters, list(zip(chain, groups, strict=True)), megatron)
+    dealt = layer_wise.shares(parameters, zip(chain, groups, strict=True), megatron)
     by_name: dict[str, PlainState] = {}
     for dp_rank, (found, path) in read.items():
         if (routed_chain(found, len(parameters)), _group_keys(found)) != (chain, groups):
@@ -97,15 +99,19 @@ def read_layer_wise_states(
             found, chain, dealt[dp_rank], path, leaves_experts=dp_rank not in own
         )
     copies: Mapping[str, PlainState] = {}
+    copy: tuple[OptimizerEntry, ...] = ()
     if repeated is not None:
-        copies = _read_copy(*repeated, entries, chain, dealt[ep_rank])
-        if any(not copy.is_like(by_name[name]) for name, copy in copies.items()):
+        copy = read_entries(*repeated)
+        _check_copy(copy, entries, repeated[1])
+        copies = read_plain_states(copy, chain, dealt[ep_rank], repeated[1])
+        if any(not state.is_like(by_name[name]) for name, state in copies.items()):
             raise _unlike_copy(repeated[1])
     names = {item.name for items in parameters for item in items}
     return LayerWiseStates(
         chain,
         tuple((found, dealt[dp_rank]) for dp_rank, (found, _) in read.items()),
         by_name,
+        copy,
         copies,
         frozenset(names - by_name.keys()),
     )
@@ -115,20 +121,14 @@ def _group_keys(entries: Sequence[OptimizerEntry]) -> list[list[GroupKey]]:
     return [[key_of_group(group) for group in entry.groups] for entry in entries]
 
 
-def _read_copy(
-    node: Any,
-    where: str,
-    entries: Sequence[OptimizerEntry],
-    chain: Sequence[ChainedOptimizer],
-    share: Share,
-) -> dict[str, PlainState]:
-    """The states in the entry of ``model_optim_rng.pt``, which repeats those of a file."""
-    copy = read_entries(node, where)
+def _check_copy(
+    copy: Sequence[OptimizerEntry], entries: Sequence[OptimizerEntry], where: str
+) -> None:
+    """The entry of ``model_optim_rng.pt`` has the groups of the file that it repeats."""
     if len(copy) != len(entries) or not all(
         is_same(one.groups, other.groups) for one, other in zip(copy, entries, strict=True)
     ):
         raise _unlike_copy(where)
-    return read_plain_states(copy, chain, share, where)
 
 
 def _unlike_copy(where: str) -> CheckpointError:

@@ -56,6 +56,8 @@ class SavedArguments:
     """num_distributed_optimizer_instances."""
     placement: Placement
     uses_distributed_optimizer: bool
+    uses_layer_wise_optimizer: bool
+    """As far as they tell: a name that begins with ``dist_``, or from 0.18 a flag of its own."""
     overlaps_grad_reduce: bool
     overlaps_param_gather_with_step: bool
     """overlap_param_gather_with_optimizer_step."""
@@ -270,6 +272,8 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         optimizer_instances=read.size("num_distributed_optimizer_instances"),
         placement=_placement(read, default_vp_size=max(1, len(chunk_keys(root)))),
         uses_distributed_optimizer=read.flag("use_distributed_optimizer"),
+        uses_layer_wise_optimizer=str(values.get("optimizer")).startswith("dist_")
+        or read.flag("use_layer_wise_distributed_optimizer"),
         overlaps_grad_reduce=read.flag("overlap_grad_reduce"),
         overlaps_param_gather_with_step=read.flag(_OVERLAPS),
         ddp_bucket_size=read.optional("ddp_bucket_size"),

@@ -22,37 +22,60 @@ def file_ranks(ep_rank: int, megatron: Megatron) -> range:
     return range(ep_rank, megatron.arguments.dp_size, megatron.arguments.ep_size)
 
 
+def deal(sizes: Sequence[tuple[int, bool]], dp_size: int, ep_size: int) -> list[list[int]]:
+    """The parameters that each data-parallel rank keeps, in the order of its file.
+
+    Args:
+        sizes: elements of each parameter, and whether it is an expert's: param group after param
+            group of the whole chain. Experts of one expert rank stand for those of all others,
+            which are dealt out alike.
+        dp_size: data-parallel ranks.
+        ep_size: expert ranks, one after the other among them.
+
+    Returns:
+        Indices into ``sizes``.
+    """
+    order = list(range(len(sizes)))
+    if dp_size > 1:  # one rank alone keeps them as they are
+        order.sort(key=lambda index: sizes[index][0])
+    turns = {False: _up_and_down(dp_size), True: _up_and_down(dp_size // ep_size)}
+    dealt: list[list[int]] = [[] for _ in range(dp_size)]
+    for index in order:
+        _, is_expert = sizes[index]
+        turn = next(turns[is_expert])
+        width = ep_size if is_expert else 1
+        for dp_rank in range(turn * width, (turn + 1) * width):
+            dealt[dp_rank].append(index)
+    return dealt
+
+
+def _up_and_down(count: int) -> Iterator[int]:
+    return itertools.cycle([*range(count), *reversed(range(count))])
+
+
 def shares(
     parameters: Parameters,
-    groups: Sequence[tuple[ChainedOptimizer, Sequence[GroupKey]]],
+    groups: Iterable[tuple[ChainedOptimizer, Sequence[GroupKey]]],
     megatron: Megatron,
 ) -> tuple[Share, ...]:
-    """What each data-parallel rank keeps of a rank's parameters.
-
-    Of experts, those of the folder's own expert rank stand for those of all others: they are dealt
-    out alike.
+    """What each data-parallel rank keeps of a rank's parameters (see ``deal``).
 
     Args:
         parameters: of the rank.
         groups: the optimizers of the chain, with their param groups in order.
         megatron: the run.
     """
-    dp_size, ep_size = megatron.arguments.dp_size, megatron.arguments.ep_size
-    dealt: list[list[dict[GroupKey, list[Item]]]] = [[{} for _ in groups] for _ in range(dp_size)]
-    turns = {False: _up_and_down(dp_size), True: _up_and_down(dp_size // ep_size)}
-    queue = list(_in_order(parameters, groups, megatron))
-    if dp_size > 1:  # one rank alone keeps them in order
-        queue.sort(key=lambda found: found[2].weight.numel)
-    for index, key, item in queue:
-        turn = next(turns[key.is_expert])
-        takers = range(turn * ep_size, (turn + 1) * ep_size) if key.is_expert else (turn,)
-        for taker in takers:
-            dealt[taker][index].setdefault(key, []).append(item)
-    return tuple(dealt)
-
-
-def _up_and_down(count: int) -> Iterator[int]:
-    return itertools.cycle([*range(count), *reversed(range(count))])
+    arguments = megatron.arguments
+    chain = list(groups)
+    queue = list(_in_order(parameters, chain, megatron))
+    sizes = [(item.weight.numel, key.is_expert) for _, key, item in queue]
+    found: list[Share] = []
+    for indices in deal(sizes, arguments.dp_size, arguments.ep_size):
+        share: list[dict[GroupKey, list[Item]]] = [{} for _ in chain]
+        for place, key, item in (queue[index] for index in indices):
+            share[place].setdefault(key, []).append(item)
+        found.append(share)
+    return tuple(found)
 
 
 def _in_order(

@@ -56,15 +56,13 @@ def _layer_wise(rank: TargetRank, chain: Sequence[ChainedOptimizer]) -> TargetOp
         raise unknown_order(*odd)
     templates = [EntryWriter(rank, optimizer, {}).template for optimizer in chain]
     groups = [[key_of_group(group) for group in template.groups] for template in templates]
-    dealt = layer_wise.shares(rank.parameters, list(zip(chain, groups, strict=True)), rank.megatron)
+    dealt = layer_wise.shares(rank.parameters, zip(chain, groups, strict=True), rank.megatron)
     own = layer_wise.file_ranks(rank.own.files.id.ep_rank or 0, rank.megatron)
     files = {layer_wise_file(dp): rank_entries(rank, chain, dealt[dp]) for dp in own}
     shares = (by_key for dp in own for by_key in dealt[dp])
     held = {item.name for by_key in shares for items in by_key.values() for item in items}
     names = {item.name for items in rank.parameters for item in items}
-    return TargetOptimizer(
-        tuple(chain),
-        files[layer_wise_file(own[0])] if OPTIMIZER in rank.own.root else None,  # it repeats one
-        files,
-        frozenset(names - held),
-    )
+    entry = None
+    if OPTIMIZER in rank.own.root:
+        entry = rank_entries(rank, chain, dealt[own[0]], is_repeated=True)
+    return TargetOptimizer(tuple(chain), entry, files, frozenset(names - held))

@@ -52,15 +52,23 @@ def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
     return chain_of(rank.parameters, rank.megatron, has_experts=has_experts)
 
 
-def rank_entries(rank: TargetRank, chain: Sequence[ChainedOptimizer], share: Share) -> Any:
+def rank_entries(
+    rank: TargetRank, chain: Sequence[ChainedOptimizer], share: Share, *, is_repeated: bool = False
+) -> Any:
     """The entries of the chained optimizers with these parameters: a dict for one, a list for
     several, None without any.
+
+    Args:
+        rank: the rank.
+        chain: its optimizers.
+        share: the parameters of each.
+        is_repeated: ``model_optim_rng.pt`` repeats them from a layer-wise file.
 
     Raises:
         CheckpointError: the source has no param groups for what the rank gets.
     """
     entries = [
-        EntryWriter(rank, optimizer, by_key).entry()
+        EntryWriter(rank, optimizer, by_key, is_repeated=is_repeated).entry()
         for optimizer, by_key in zip(chain, share, strict=True)
     ]
     return entries[0] if len(entries) == 1 else entries or None
@@ -85,10 +93,13 @@ class EntryWriter:
         rank: TargetRank,
         optimizer: ChainedOptimizer,
         items: Mapping[GroupKey, Sequence[Item]],
+        *,
+        is_repeated: bool = False,
     ) -> None:
         self._rank = rank
         self._optimizer = optimizer
         self._by_key = items
+        self._is_repeated = is_repeated
 
     @property
     def template(self) -> OptimizerEntry:
@@ -124,7 +135,7 @@ class EntryWriter:
             yield from self._entries_of(source)
 
     def _entries_of(self, source: SourceRank) -> Iterator[OptimizerEntry]:
-        for other in source.optimizers:
+        for other in source.repeated if self._is_repeated else source.optimizers:
             if other.kind.is_like(self._optimizer) and other.entry.groups:
                 yield other.entry
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,8 @@ import pytest
 import torch
 
 from pp_to_vpp.checkpoint.family import Family, RankFiles, TensorName, layout_of, read_family
-from pp_to_vpp.checkpoint.flat_states import FlatState
 from pp_to_vpp.checkpoint.optimizer_entries import OPTIMIZER
 from pp_to_vpp.container.pickling import Instance, as_mapping, ordered_dict
-from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
@@ -23,8 +22,15 @@ from pp_to_vpp.megatron.ranks import MODEL_FILE, OPTIMIZER_FILE
 from pp_to_vpp.megatron.rules import CHANGES
 
 from ..compare import load
-from ..families import KINDS, SIDES, families, family, of_kind, opposite
+from ..families import KINDS, SIDES, families, family, files_read, of_kind, opposite
 from ..pairs import DEEPSEEK, DENSE, FORK, LAYOUT, MOE, PLAIN, WEIGHTS, names
+
+STATE_FILES = {
+    OptimizerKind.DISTRIBUTED: OPTIMIZER_FILE,
+    OptimizerKind.PLAIN: MODEL_FILE,
+    OptimizerKind.LAYER_WISE: r"layer_wise_optimizer_[0-2].pt",
+}
+"""Where the optimizer states of each kind are."""
 
 
 def files_of(of: Family) -> dict[int, RankFiles]:
@@ -183,22 +189,18 @@ def test_a_manifest_names_every_tensor(name: str, side: str) -> None:
 def test_tensors_of_a_manifest_lie_in_their_files(name: str, side: str) -> None:
     """Each in one of its own family, apart from all others."""
     for of in families(name, side):
-        sizes = {file.path: Path(file.path).stat().st_size for file in files_in(of)}
+        sizes = {file.path: Path(file.path).stat().st_size for file in files_read(of)}
         places: list[tuple[str, int, int]] = []
         for key, tensor in of.manifest().items():
             extent = tensor.extent
             assert extent.path in sizes, key
             assert 0 <= extent.offset <= extent.offset + extent.length <= sizes[extent.path], key
             assert extent.length == tensor.numel * tensor.item_bytes, key
-            is_flat = isinstance(of.states.get(key.parameter), FlatState) and key.kind
-            assert extent.path.endswith(OPTIMIZER_FILE if is_flat else MODEL_FILE), key
+            where = extent.path.rpartition("/")[2]
+            assert re.fullmatch(STATE_FILES[of.kind] if key.kind else MODEL_FILE, where), key
             places.append((extent.path, extent.offset, extent.offset + extent.length))
         for (path, _, end), (next_path, start, _) in itertools.pairwise(sorted(places)):
             assert path != next_path or end <= start
-
-
-def files_in(of: Family) -> list[TorchFile]:
-    return [file for rank in of.ranks.values() for file in rank.files.all]
 
 
 @pytest.mark.parametrize("name", names())

@@ -91,7 +91,8 @@ def test_kinds_of_all_pairs() -> None:
         of = family(name, side)
         for rank in of.ranks.values():
             has_weights = any(content.parameters for content in rank.contents)
-            shares = has_weights and of.kind is not OptimizerKind.PLAIN
+            has_own = of.kind in (OptimizerKind.PLAIN, OptimizerKind.LAYER_WISE)
+            shares = has_weights and not has_own
             assert rank.shares_storages is shares
             if shares:
                 assert rank.buffers is not None

@@ -20,6 +20,15 @@ from ..edit import float_tensor
 from ..families import family, of_kind, values_of
 from ..pairs import PLAIN
 
+ADAM = ["exp_avg", "exp_avg_sq"]
+MATRIX_STATES = {
+    "lion": ["exp_avg"],
+    "muon": ["momentum_buffer"],
+    "soap": ["step", *ADAM, "L", "R", "Q_L", "Q_R"],
+}
+SQUARE = {"L": 0, "Q_L": 0, "R": 1, "Q_R": 1}
+"""Which side of the parameter those states have twice."""
+
 
 @pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.PLAIN))
 def test_plain_states_are_those_of_their_parameters(name: str, side: str) -> None:
@@ -37,14 +46,19 @@ def test_plain_states_are_those_of_their_parameters(name: str, side: str) -> Non
         assert state.main.extent == main.extent
         assert main.shape == item.tensor.shape
         assert torch.equal(values_of(main).to(torch.bfloat16), values_of(item.tensor)), item.name
-        moments = {word: unwrap_tensor(value) for word, value in state.entry.items()}
-        is_lions = is_layer_matrix(item, of.megatron) and "lion" in name
-        words = ["exp_avg"] if is_lions else ["exp_avg", "exp_avg_sq"]
-        assert list(moments) == (["momentum_buffer"] if "sgd" in name else words)
+        is_matrix = is_layer_matrix(item, of.megatron)
+        words = next((w for part, w in MATRIX_STATES.items() if part in name and is_matrix), ADAM)
+        assert list(state.entry) == (["momentum_buffer"] if "sgd" in name else words)
+        moments = {word: unwrap_tensor(state.entry[word]) for word in state.entry}
         assert seen(state.tensors) == seen({**moments, MAIN: main})
-        for moment in moments.values():
-            assert moment is not None
-            assert moment.shape == item.tensor.shape
+        assert state.values == ({"step": 1} if "step" in words else {})
+        for word, moment in moments.items():
+            if moment is None:
+                assert word == "step"
+            elif word in SQUARE:
+                assert moment.shape == (item.tensor.shape[SQUARE[word]],) * 2
+            else:
+                assert moment.shape == item.tensor.shape
 
 
 def seen(tensors: Mapping[str, TensorRef | None]) -> list[object]:

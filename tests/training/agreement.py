@@ -23,6 +23,7 @@ from pp_to_vpp.container.pickling import Global, Instance
 from pp_to_vpp.errors import CheckpointError, LayoutError
 from pp_to_vpp.megatron.arguments import read_arguments
 from pp_to_vpp.megatron.buffers import BucketPolicy, Buffer, BufferParameter, chunk_buffers
+from pp_to_vpp.megatron.layer_wise import deal
 from pp_to_vpp.megatron.megatron import Megatron as MegatronRun
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import items_by_group
@@ -403,6 +404,35 @@ def _letters(layout: PipelineLayout, mtp_layers: int) -> list[str]:
     ]
 
 
+# Layer-wise optimizers
+
+
+@st.composite
+def _layer_wise_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Param groups of few sizes, so that many are equal."""
+    experts, expert_ranks = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    sizes = st.lists(st.sampled_from([1, 2, 3, 10, 16, 40]), max_size=9)
+    groups = draw(st.lists(st.tuples(st.booleans(), sizes), max_size=5))
+    return {"ranks": experts * expert_ranks, "experts": experts, "groups": groups}
+
+
+def layer_wise_agrees(server: Megatron, _: str) -> None:
+    """Which data-parallel rank keeps which parameter, and in which order."""
+
+    def agree(case: dict[str, Any], theirs: Any) -> None:
+        sizes = [(n, is_expert) for is_expert, numels in case["groups"] for n in numels]
+        owners = [i for i, (_, numels) in enumerate(case["groups"]) for _ in numels]
+        ours = []
+        for kept in deal(sizes, case["ranks"], case["experts"]):
+            groups: list[list[int]] = [[] for _ in case["groups"]]
+            for index in kept:
+                groups[owners[index]].append(index)
+            ours.append(groups)
+        assert ours == theirs
+
+    _for_all(server, "layer_wise", 25, _layer_wise_cases(), agree)
+
+
 # Param groups
 
 
@@ -487,6 +517,7 @@ PROPERTIES: dict[str, tuple[str, Callable[[Megatron, str], None]]] = {
     "cells of optimizer files": ("0.12", states_agree),
     "layers of chunks": ("0.8", layers_agree),
     "layout strings": ("0.13", layouts_agree),
+    "layer-wise optimizers": ("0.16", layer_wise_agrees),
 }
 """Each rule with the first version that can be asked about it."""
 

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -280,11 +281,57 @@ def _stages_of_layout(case: Case) -> dict[str, Any]:
     return {"parsed": _answer(parse, case), "checked": _answer(check, case)}
 
 
+class _Group:
+    """A process group, as far as its size and a rank in it count."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self._size, self._rank = size, rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def layer_wise(_: Run, cases: Sequence[Case]) -> list[Any]:
+    """The parameters of each group that each data-parallel rank keeps under the layer-wise
+    optimizer, by their numbers."""
+    return [_answer(_kept, case) for case in cases]
+
+
+def _kept(case: Case) -> list[Any]:
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    kept = []
+    for dp_rank in range(case["ranks"]):
+        shards = LayerWiseDistributedOptimizer.__new__(LayerWiseDistributedOptimizer)
+        shards.pg_collection = SimpleNamespace(
+            dp_cp=_Group(case["ranks"], dp_rank),
+            expt_dp=_Group(case["ranks"] // case["experts"], dp_rank // case["experts"]),
+        )
+        numbers = itertools.count()
+        groups = [
+            {"is_expert_parallel": is_expert, "params": [_numbered(numbers, n) for n in numels]}
+            for is_expert, numels in case["groups"]
+        ]
+        shards.shard_params([SimpleNamespace(param_groups=groups)])
+        kept.append([[parameter.number for parameter in group["params"]] for group in groups])
+    return kept
+
+
+def _numbered(numbers: Iterator[int], numel: int) -> Any:
+    parameter = torch.empty(numel, device="meta")
+    parameter.number = next(numbers)  # type: ignore[attr-defined]
+    return parameter
+
+
 def version(_: Run) -> str:
     """Which Megatron-Core this is."""
     return metadata.version("megatron-core")
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
-    action.__name__: action for action in (buffers, saved_states, layers, layouts, version)
+    action.__name__: action
+    for action in (buffers, saved_states, layers, layouts, layer_wise, version)
 }
