@@ -164,6 +164,25 @@ def unwrap_tensor(node: Any) -> TensorRef | None:
     return as_tensor(node)
 
 
+def on_device(node: Any, device: str) -> Any:
+    """A tensor's node with its storage on another device; what lies on the CPU, and what is no
+    tensor, as it is."""
+    match node:
+        case Storage(location=location):
+            if location in ("cpu", device):
+                return node
+            return Storage(node.type, device, node.numel, node.content)
+        case Instance():
+            arguments = on_device(node.arguments, device)
+            return node if arguments is node.arguments else replace(node, arguments=arguments)
+        case tuple():
+            moved = tuple(on_device(part, device) for part in node)
+            is_same = all(one is other for one, other in zip(moved, node, strict=True))
+            return node if is_same else moved
+        case _:
+            return node
+
+
 def sharing_lists(node: Any, lists: dict[tuple[Any, ...], list[Any]]) -> Any:
     """A tensor whose Python attributes share their lists of numbers with those in ``lists``, which
     gathers them; any other node as it is."""

@@ -94,7 +94,7 @@ class StateDictWriter:
 
     def __init__(self, rank: TargetRank) -> None:
         self._rank = rank
-        self._device = _device_tag(rank)
+        self._device = device_tag(rank)
         self._copies: dict[Storage, Storage] = {}
 
     def chunks(self) -> list[Instance]:
@@ -183,7 +183,7 @@ def _versions(module: Module) -> Any:
     return dict(module.value) if isinstance(module.value, dict) else module.value
 
 
-def _device_tag(rank: TargetRank) -> str:
+def device_tag(rank: TargetRank) -> str:
     """The device of the rank's own tensors: the target's tensors carry it too."""
     own = (item for content in rank.own.contents for item in content.items)
     for item in itertools.chain(own, rank.family.items()):

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.optimizer_entries import OPTIMIZER
+from ..errors import NOT_CONVERTED, CheckpointError
 from ..megatron import layer_wise
 from ..megatron.optimizer_chain import ChainedOptimizer, OptimizerKind, share_of
 from ..megatron.param_groups import key_of_group
 from ..megatron.ranks import OPTIMIZER_FILE, layer_wise_file
 from .flat_file import flat_root
 from .model import TargetRank
-from .optimizer_entry import EntryWriter, rank_entries, target_chain, unknown_order
+from .optimizer_entry import EntryWriter, rank_entries, target_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,13 @@ def target_optimizer(rank: TargetRank) -> TargetOptimizer:
 
 
 def _layer_wise(rank: TargetRank, chain: Sequence[ChainedOptimizer]) -> TargetOptimizer:
-    for odd in rank.family.odd_groups:
-        raise unknown_order(*odd)
+    for source, _ in rank.family.odd_groups:
+        raise CheckpointError.of(
+            source.files.model.path,
+            "the param groups beside it are not those that Megatron's rules make of its parameters",
+            cure="which parameters they hold decides which data-parallel rank keeps them, and "
+            f"nothing tells: {NOT_CONVERTED}",
+        )
     templates = [EntryWriter(rank, optimizer, {}).template for optimizer in chain]
     groups = [[key_of_group(group) for group in template.groups] for template in templates]
     dealt = layer_wise.shares(rank.parameters, zip(chain, groups, strict=True), rank.megatron)

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.family import SourceRank
 from ..checkpoint.optimizer_entries import GROUPS, MAINS, OPTIMIZER, STATE, OptimizerEntry
 from ..checkpoint.plain_states import PlainState
-from ..container.tensors import sharing_lists
+from ..container.tensors import on_device, sharing_lists
 from ..errors import ONE_SAVE, CheckpointError, show
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import (
@@ -28,7 +28,7 @@ from ..megatron.optimizer_chain import (
 )
 from ..megatron.param_groups import STEP, GroupKey, are_sorted, key_of_group, steps
 from ..megatron.parameters import Item
-from .model import TargetRank
+from .model import TargetRank, device_tag
 
 _TELLING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr")
 _PARAMS = "params"
@@ -148,7 +148,7 @@ class EntryWriter:
         """
         odd = next(iter(self._rank.family.odd_groups), None)
         if odd is not None and not self._rank.megatron.rules.keeps_all_groups:
-            raise unknown_order(*odd)
+            raise _unknown_order(*odd)
         # By what they say, not by position, loading matches these.
         if odd is not None or are_sorted(own):
             return [dict(group) for group in own]
@@ -215,7 +215,7 @@ class EntryWriter:
 
     def _plain_entry(self, template: OptimizerEntry, groups: list[dict[Any, Any]]) -> Any:
         """A torch state dict renumbered over the target's groups."""
-        rank = self._rank
+        rank, device = self._rank, device_tag(self._rank)
         stages = {item: stage for stage, items in enumerate(rank.parameters) for item in items}
         # Megatron gives all parameters of a chunk one list of qkv_split_shapes (0.18 and later).
         lists: list[dict[tuple[Any, ...], list[Any]]] = [{} for _ in rank.chunks]
@@ -232,9 +232,11 @@ class EntryWriter:
                 state = rank.family.states[item.name]
                 assert isinstance(state, PlainState)
                 if state.entry is not None:
-                    numbered[number] = state.entry
+                    tensors = {name: on_device(part, device) for name, part in state.entry.items()}
+                    numbered[number] = tensors
                 if state.main_node is not None:
-                    mains[-1].append(sharing_lists(state.main_node, lists[stages[item]]))
+                    main = on_device(state.main_node, device)
+                    mains[-1].append(sharing_lists(main, lists[stages[item]]))
             stepped = self._with_step(group, has_step=bool(items))
             numbered_groups.append(
                 {key: numbers if key == _PARAMS else value for key, value in stepped.items()}
@@ -244,7 +246,7 @@ class EntryWriter:
         return template.replaced({STATE: numbered, GROUPS: numbered_groups}, mains_of_groups)
 
 
-def unknown_order(rank: SourceRank, entry: OptimizerEntry) -> CheckpointError:
+def _unknown_order(rank: SourceRank, entry: OptimizerEntry) -> CheckpointError:
     """The refusal of groups that loading would match by position."""
     shown = "; ".join(
         ", ".join(f"{name} {show(group.get(name))}" for name in _TELLING if name in group)

@@ -179,7 +179,8 @@ def _compare_items(
         for label in (name for name in ours if name in theirs):
             one, other = ours[label], theirs[label]
             if one.form != other.form:
-                yield f"{label} is {one.dtype} {one.shape}, not {other.dtype} {other.shape}"
+                shown = (f"{t.dtype} {t.shape}, strides {t.stride}" for t in (one, other))
+                yield f"{label} is {' instead of '.join(shown)}"
             if digests is not None:
                 is_equal = digests.by_name.get(label) == proof.digests.get(label)
             else:

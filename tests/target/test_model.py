@@ -116,7 +116,7 @@ def test_tensors_beside_the_buffers_leave_what_is_not_theirs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A view of a larger storage gets one of its own, on the device of its rank."""
-    monkeypatch.setattr(model, "_device_tag", lambda *_: "cuda:3")
+    monkeypatch.setattr(model, "device_tag", lambda *_: "cuda:3")
     whole = as_tensor(flat_tensor(storage_of(10, "cuda:1")))
     assert whole is not None
     storage, hooks = whole.storage, whole.node.arguments[5]
@@ -136,7 +136,7 @@ def test_devices_become_those_of_the_rank(
     before: str, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was on the CPU stays there."""
-    monkeypatch.setattr(model, "_device_tag", lambda *_: "cuda:3")
+    monkeypatch.setattr(model, "device_tag", lambda *_: "cuda:3")
     of, rest = with_value(family(DENSE, "source"), flat_tensor(storage_of(4, before)))
     tensor = as_tensor(found_in(of, rest))
     assert tensor is not None

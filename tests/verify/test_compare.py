@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from pp_to_vpp.container.pickling import as_mapping
 from ..compare import differences
 from ..edit import copy_of, flip_byte, float_tensor, rewrite, set_arguments
 from ..examples import FACTOR
-from ..pairs import DENSE, MOE, PLAIN, pair
+from ..pairs import DENSE, LAYER_WISE, MOE, PLAIN, SOAP, pair
 from ..runs import Program
 
-_NAMES = [MOE, PLAIN]
+_NAMES = [MOE, PLAIN, SOAP, LAYER_WISE]
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +260,89 @@ def test_moments_are_held_to_their_records_too(program: Program, tmp_path: Path)
     flip_byte(path, offset + length // 2)
     run = program.convert(source, tmp_path / "x", (), "--verify", "full")
     program.refuses(4, run, "record 'data/2' is damaged", "[exp_avg_sq]")
+
+
+def swap_moments(entries: list[Any]) -> None:
+    """Of two parameters of one size: nothing but the source tells."""
+    state = entries[0]["optimizer"]["state"]
+    state[3], state[4] = state[4], state[3]
+
+
+def other_step(entries: list[Any]) -> None:
+    entries[1]["optimizer"]["param_groups"][1]["step"] = 7
+
+
+@pytest.mark.parametrize("depth", ["structure", "full"])
+@pytest.mark.parametrize(
+    ("edit", "file", "reasons"),
+    [
+        (swap_moments, "layer_wise_optimizer_0.pt", ("[momentum_buffer]", "differ")),
+        (swap_moments, "model_optim_rng.pt", ("[momentum_buffer] is not as in the layer-wise",)),
+        (other_step, "model_optim_rng.pt", ("does not repeat the layer-wise file",)),
+    ],
+)
+def test_mutations_of_layer_wise_states_are_found(
+    edit: Callable[[list[Any]], None],
+    file: str,
+    reasons: tuple[str, ...],
+    depth: str,
+    program: Program,
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    target = copy_of(converted(LAYER_WISE), tmp_path)
+    is_model = file == "model_optim_rng.pt"
+    rewrite(
+        target / "mp_rank_00_000_000" / file,
+        (lambda root: edit(root["optimizer"])) if is_model else edit,
+    )
+    run = verify(program, pair(LAYER_WISE).source, target, depth)
+    assert run.status == 6, run
+    for reason in reasons:
+        assert reason in run.errors
+
+
+def first_state(root: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = root["optimizer"][0]["optimizer"]["state"][0]
+    return state
+
+
+def other_count(root: dict[str, Any]) -> None:
+    first_state(root)["step"] = 2
+
+
+def other_strides(root: dict[str, Any]) -> None:
+    """The same bytes, as the transposed matrix."""
+    state = first_state(root)
+    storage, offset, shape, stride, *rest = state["Q_L"].arguments
+    arguments = (storage, offset, shape, tuple(reversed(stride)), *rest)
+    state["Q_L"] = replace(state["Q_L"], arguments=arguments)
+
+
+@pytest.mark.parametrize("depth", ["structure", "full"])
+@pytest.mark.parametrize(
+    ("edit", "reason"), [(other_count, "optimizer state differs"), (other_strides, "[Q_L] is")]
+)
+def test_mutations_of_states_of_other_shapes_are_found(
+    edit: Callable[[dict[str, Any]], None],
+    reason: str,
+    depth: str,
+    program: Program,
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    target = copy_of(converted(SOAP), tmp_path)
+    rewrite(target / "mp_rank_00_000" / "model_optim_rng.pt", edit)
+    run = verify(program, pair(SOAP).source, target, depth)
+    assert run.status == 6, run
+    assert reason in run.errors
+
+
+def test_a_lost_layer_wise_file_is_found(
+    program: Program, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    target = copy_of(converted(LAYER_WISE), tmp_path)
+    (target / "mp_rank_00_001_001" / "layer_wise_optimizer_1.pt").unlink()
+    run = verify(program, pair(LAYER_WISE).source, target, "structure")
+    assert run.status == 6
+    assert "layer_wise_optimizer_1.pt is missing" in run.errors
