@@ -26,6 +26,7 @@ from benchmarking.report import Series
 
 _UNITS = {"MB": 10**6, "GB": 10**9}
 _COLUMNS = ("workers", "one", "cp", "naive")
+_OPTIMIZERS = ("distributed", "layer-wise")
 _TINY = 10**7
 _V3_RANK = 5
 _NAIVE_MEMORY = 0.75
@@ -46,6 +47,7 @@ class _Arguments(argparse.Namespace):
     columns: list[str]
     warm: bool
     simulate_deepseek_v3: bool
+    optimizer: str
     output: Path
     keep: bool
 
@@ -110,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         "12 TB in all; needs 200 MB",
     )
     add(
+        "--optimizer",
+        choices=_OPTIMIZERS,
+        default=_OPTIMIZERS[0],
+        help="of the checkpoint: the distributed Adam, or a layer-wise Muon, for which there is no "
+        "naive converter [default: %(default)s]",
+    )
+    add(
         "--output",
         type=Path,
         default=Path("benchmark.md"),
@@ -170,8 +179,8 @@ def _measure(given: _Arguments, scratch: Path) -> str:
 def _measure_start(given: _Arguments, scratch: Path) -> dict[str, list[Measured]]:
     """What the converter takes when there is next to nothing to do."""
     root, target = scratch / "tiny", scratch / "target"
-    commands.make(str(_TINY), root)
-    if "naive" in given.columns:
+    commands.make(str(_TINY), root, given.optimizer)
+    if "naive" in given.columns and given.optimizer == _OPTIMIZERS[0]:
         commands.check_naive(root, scratch)
     size = commands.size_of(root) / 1e6
     jobs: dict[str, Callable[[], Measured]] = {
@@ -199,7 +208,7 @@ def _repeat(jobs: dict[str, Callable[[], Measured]], runs: int) -> dict[str, lis
 def _measure_size(given: _Arguments, scratch: Path, wanted: int) -> list[Series]:
     """All columns on one checkpoint."""
     root, target = scratch / f"source-{wanted}", scratch / "target"
-    commands.make(str(wanted), root)
+    commands.make(str(wanted), root, given.optimizer)
     size = commands.size_of(root)
     is_in_memory = report.file_system(scratch) == "tmpfs"
     is_cold = not given.warm and not is_in_memory
@@ -229,6 +238,8 @@ def _columns(given: _Arguments, size: int) -> list[str]:
         "naive": commands.NAIVE,
     }
     chosen = [names[column] for column in _COLUMNS if column in given.columns]
+    if given.optimizer != _OPTIMIZERS[0]:
+        chosen = [column for column in chosen if column != commands.NAIVE]
     if commands.NAIVE in chosen and report.free_memory() < size * _NAIVE_MEMORY:
         print(f"no {commands.NAIVE} of {size / 1e9:.1f} GB: too little free memory", flush=True)
         chosen.remove(commands.NAIVE)
@@ -239,7 +250,7 @@ def _simulate(given: _Arguments, scratch: Path) -> str:
     """Plan a DeepSeek-V3; the table."""
     root = scratch / "deepseek-v3"
     print("making 1,024 rank folders", flush=True)
-    commands.make("deepseek-v3", root)
+    commands.make("deepseek-v3", root, given.optimizer)
     workers = given.workers
     jobs: dict[str, Callable[[], Measured]] = {
         f"all 16 pipeline ranks, {workers} workers": lambda: commands.dry_run_v3(root, workers, []),

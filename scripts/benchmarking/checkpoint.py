@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from . import layer_wise
 from .arguments import register_enums, saved_arguments
 from .model import (
     ALIGNMENT,
@@ -57,6 +58,8 @@ class Plan:
     model: Model
     stages: tuple[Stage, ...]
     ep_size: int
+    is_layer_wise: bool
+    """With a layer-wise Muon instead of the distributed Adam."""
     changes: dict[str, Any]
     """Arguments that differ from those in ``arguments.json``."""
 
@@ -67,7 +70,9 @@ class Plan:
         return [stage.has_mtp or stage.layers.stop > dense for stage in self.stages]
 
 
-def _plan(model: Model, stages: list[Stage], ep_size: int, layout: str | None) -> Plan:
+def _plan(
+    model: Model, stages: list[Stage], ep_size: int, layout: str | None, *, is_layer_wise: bool
+) -> Plan:
     changes = {
         "pipeline_model_parallel_size": len(stages),
         "transformer_pipeline_model_parallel_size": len(stages),
@@ -84,12 +89,14 @@ def _plan(model: Model, stages: list[Stage], ep_size: int, layout: str | None) -
         "moe_layer_freq": [int(layer >= model.dense_layers) for layer in range(model.layers)],
         "padded_vocab_size": model.vocabulary,
         "use_cpu_initialization": False,
-        "overlap_grad_reduce": True,
-        "overlap_param_gather": True,
+        "overlap_grad_reduce": not is_layer_wise,
+        "overlap_param_gather": not is_layer_wise,
+        "use_distributed_optimizer": not is_layer_wise,
+        "optimizer": "dist_muon" if is_layer_wise else "adam",
         "distributed_backend": "nccl",
         "iteration": 10,
     }
-    return Plan(model, tuple(stages), ep_size, changes)
+    return Plan(model, tuple(stages), ep_size, is_layer_wise, changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,7 @@ class _Filler:
             "weight": mains.to(torch.bfloat16).view(torch.int16),
             "param": mains,
             "exp_avg": mains * 0.1,
+            "momentum_buffer": mains * 0.3,
             "exp_avg_sq": mains * mains,
             "bytes": mains.view(torch.uint8),
         }
@@ -134,9 +142,10 @@ def _start(stage: int, ep_rank: int, kind: Kind) -> int:
 
 
 def _model_state(
-    entries: list[Entry], stage: int, ep_rank: int
+    entries: list[Entry], stage: int, ep_rank: int, *, is_layer_wise: bool
 ) -> tuple[dict[str, Any], list[_Content]]:
-    """A chunk's state dict over flat buffers, and what its storages hold in order of first use."""
+    """A chunk's state dict over flat buffers, or over a storage for each weight; and what the
+    storages hold, in order of first use."""
     buffers, places = {}, {}
     for kind in (Kind.DENSE, Kind.EXPERT):
         places[kind], end = buffer_places(entries, kind)
@@ -151,6 +160,11 @@ def _model_state(
         if entry.kind is Kind.BIAS:
             state[entry.name] = torch.empty(entry.shape)
             contents.append(_Content("param"))
+            continue
+        if is_layer_wise:
+            state[entry.name] = torch.empty(entry.shape, dtype=torch.bfloat16)
+            start = _start(stage, ep_rank, entry.kind) + places[entry.kind][entry.name]
+            contents.append(_Content("weight", start))
             continue
         strides = [entry.shape[1], 1] if len(entry.shape) == 2 else [1]
         start = places[entry.kind][entry.name]
@@ -176,20 +190,33 @@ def _param_group(*, is_expert: bool, has_decay: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rest(stage: int, ep_rank: int) -> dict[str, Any]:
-    """What follows the model in ``model_optim_rng.pt``."""
+def _distributed_entries() -> list[Any]:
+    """What ``model_optim_rng.pt`` holds of the distributed optimizers."""
     kinds = ((False, True), (False, False)), ((True, True),)
+    groups = ([_param_group(is_expert=e, has_decay=d) for e, d in part] for part in kinds)
+    return [{"optimizer": {"param_groups": own}} for own in groups]
+
+
+def _layer_wise_files(
+    plan: Plan, entries: list[Entry], stage: int, ep_rank: int
+) -> tuple[list[Any], list[_Content]]:
+    """The root of the folder's one layer-wise file, and what its storages hold."""
+    is_mtp = plan.stages[stage].has_mtp and not plan.stages[stage].has_embedding
+    groups = layer_wise.dealt(entries, plan.ep_size, plan.ep_size, is_mtp_stage=is_mtp)[ep_rank]
+    root, tensors = layer_wise.file_root(groups)
+    places = {kind: buffer_places(entries, kind)[0] for kind in (Kind.DENSE, Kind.EXPERT)}
+    contents = [
+        _Content(word, _start(stage, ep_rank, entry.kind) + places[entry.kind][entry.name])
+        for word, entry in tensors
+    ]
+    return root, contents
+
+
+def _rest(stage: int, ep_rank: int) -> dict[str, Any]:
+    """What follows model and optimizer in ``model_optim_rng.pt``."""
     seed = 100 * stage + ep_rank
     trackers = ("data-parallel-rng", "model-parallel-rng", "expert-parallel-rng")
     return {
-        "optimizer": [
-            {
-                "optimizer": {
-                    "param_groups": [_param_group(is_expert=e, has_decay=d) for e, d in part]
-                }
-            }
-            for part in kinds
-        ],
         "opt_param_scheduler": {
             "max_lr": 0.001, "lr_warmup_steps": 80, "num_steps": 80, "lr_decay_style": "cosine",
             "lr_decay_steps": 8000, "min_lr": 0.0001, "start_wd": 0.1, "end_wd": 0.1,
@@ -274,24 +301,33 @@ def _make_rank(plan: Plan, folder: Path, stage: int, ep_rank: int, filler: _Fill
     rank = {"rank": stage * plan.ep_size + ep_rank, "local_rank": ep_rank % 8}
     args = saved_arguments(plan.changes | rank)
     with FakeTensorMode():
-        state, contents = _model_state(entries, stage, ep_rank)
+        state, contents = _model_state(entries, stage, ep_rank, is_layer_wise=plan.is_layer_wise)
+        if plan.is_layer_wise:
+            name = f"layer_wise_optimizer_{ep_rank}.pt"
+            optimizer, held = _layer_wise_files(plan, entries, stage, ep_rank)
+            entry, repeated = optimizer, held
+        else:
+            name = "distrib_optim.pt"
+            optimizer, held = _optimizer_state(entries, stage, ep_rank)
+            entry, repeated = _distributed_entries(), []
         root = {"args": args, "checkpoint_version": 3.0, "iteration": 10, "model": state}
-        root |= _rest(stage, ep_rank)
-        contents += [_Content("bytes", stage * 977 + ep_rank * 101 + k) for k in range(5)]
+        root |= {"optimizer": entry, **_rest(stage, ep_rank)}
+        random_states = [_Content("bytes", stage * 977 + ep_rank * 101 + k) for k in range(5)]
+        contents = [*contents, *repeated, *random_states]
         _write(folder / "model_optim_rng.pt", root, contents, filler)
-        optimizer, contents = _optimizer_state(entries, stage, ep_rank)
-        _write(folder / "distrib_optim.pt", optimizer, contents, filler)
+        _write(folder / name, optimizer, held, filler)
 
 
 def _folder(iteration: Path, stage: int, ep_rank: int) -> Path:
     return iteration / f"mp_rank_00_{stage:03d}_{ep_rank:03d}"
 
 
-def make(root: Path, size: int) -> None:
+def make(root: Path, size: int, *, is_layer_wise: bool = False) -> None:
     """Make a checkpoint of about ``size`` bytes, PP 4 and EP 2, in ``root / ITERATION``."""
     register_enums()
     model = model_of_size(size, EP_SIZE)
-    plan = _plan(model, even_stages(model, PP_SIZE), EP_SIZE, None)
+    stages = even_stages(model, PP_SIZE)
+    plan = _plan(model, stages, EP_SIZE, None, is_layer_wise=is_layer_wise)
     filler = _Filler()
     (root / ITERATION).mkdir(parents=True)
     for stage in range(PP_SIZE):
@@ -299,11 +335,11 @@ def make(root: Path, size: int) -> None:
             _make_rank(plan, _folder(root / ITERATION, stage, ep_rank), stage, ep_rank, filler)
 
 
-def make_deepseek_v3(root: Path) -> None:
+def make_deepseek_v3(root: Path, *, is_layer_wise: bool = False) -> None:
     """Make all 1,024 rank folders of a DeepSeek-V3 as sparse files, in ``root / ITERATION``.
 
     Expert ranks from the second on are copies of each other: only ``args.rank`` and random states
-    would differ.
+    would differ. Those of a layer-wise optimizer have files of their own.
     """
     register_enums()
     bounds = [0, *range(3, 60, 4), 61]
@@ -311,21 +347,22 @@ def make_deepseek_v3(root: Path) -> None:
         Stage(range(low, high), has_embedding=low == 0, has_head=high == 61, has_mtp=high == 61)
         for low, high in itertools.pairwise(bounds)
     ]
-    plan = _plan(DEEPSEEK_V3, stages, V3_EP_SIZE, V3_SOURCE_LAYOUT)
+    plan = _plan(DEEPSEEK_V3, stages, V3_EP_SIZE, V3_SOURCE_LAYOUT, is_layer_wise=is_layer_wise)
     iteration = root / ITERATION
     iteration.mkdir(parents=True)
     for stage in range(V3_PP_SIZE):
-        for ep_rank in (0, 1):
+        made = V3_EP_SIZE if is_layer_wise else 2
+        for ep_rank in range(made):
             _make_rank(plan, _folder(iteration, stage, ep_rank), stage, ep_rank, None)
-        for ep_rank in range(2, V3_EP_SIZE):
+        for ep_rank in range(made, V3_EP_SIZE):
             first, copy = _folder(iteration, stage, 1), _folder(iteration, stage, ep_rank)
             subprocess.run(["cp", "-r", "--sparse=auto", str(first), str(copy)], check=True)
 
 
 if __name__ == "__main__":
     # In a process of its own: the one that measures must not share torch's memory with others.
-    wanted, where = sys.argv[1], Path(sys.argv[2])
+    wanted, where, optimizer = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     if wanted == "deepseek-v3":
-        make_deepseek_v3(where)
+        make_deepseek_v3(where, is_layer_wise=optimizer == "layer-wise")
     else:
-        make(where, int(wanted))
+        make(where, int(wanted), is_layer_wise=optimizer == "layer-wise")

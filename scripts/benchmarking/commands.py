@@ -28,10 +28,16 @@ def converter(workers: int) -> str:
     return f"pp_to_vpp, {workers} worker{'s' if workers > 1 else ''}"
 
 
-def make(wanted: str, root: Path) -> None:
+def _environment() -> dict[str, str]:
+    """In which the project itself can be imported."""
+    paths = [str(_SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def make(wanted: str, root: Path, optimizer: str) -> None:
     """Make a checkpoint of so many bytes, or the simulated DeepSeek-V3, in a new folder."""
-    command = [sys.executable, "-m", "benchmarking.checkpoint", wanted, str(root)]
-    subprocess.run(command, check=True, cwd=_SCRIPTS, start_new_session=True)
+    command = [sys.executable, "-m", "benchmarking.checkpoint", wanted, str(root), optimizer]
+    subprocess.run(command, check=True, cwd=_SCRIPTS, start_new_session=True, env=_environment())
 
 
 def size_of(root: Path) -> int:
@@ -40,9 +46,7 @@ def size_of(root: Path) -> int:
 
 
 def _run_converter(*arguments: str) -> Measured:
-    paths = [str(_SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return measure.run([sys.executable, "-m", "pp_to_vpp", *arguments], environment)
+    return measure.run([sys.executable, "-m", "pp_to_vpp", *arguments], _environment())
 
 
 def show_help() -> Measured:
