@@ -85,13 +85,15 @@ class SourceRank:
     contents: tuple[ChunkContents, ...]
     """The chunk of each virtual stage."""
     optimizers: tuple[SourceOptimizer, ...]
-    """Those chained on this rank, in each layer-wise file if there are any; empty for weights
-    only."""
+    """Those chained on this rank, in each layer-wise file of its folder if there are any; empty for
+    weights only."""
     buffers: RankBuffers | None = None
     """Flat buffers; None without the distributed optimizer."""
     shares_storages: bool = False
     """Weights are views of the flat buffers."""
     buffer_keys: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[SourceOptimizer, ...] = ()
+    """Those in the layer-wise files that lie in folders of other expert ranks."""
     repeated: tuple[SourceOptimizer, ...] = ()
     """Those that ``model_optim_rng.pt`` repeats from a layer-wise file."""
     copies: Mapping[str, PlainState] = field(default_factory=dict)
@@ -167,10 +169,19 @@ class Family:
         return any(own.kind.is_expert for own in optimizers)
 
     @cached_property
+    def group_identities(self) -> Mapping[tuple[object, GroupKey], dict[Any, Any]]:
+        """What tells each param group from its siblings, as the first rank that has it does."""
+        found: dict[tuple[object, GroupKey], dict[Any, Any]] = {}
+        for own in (own for rank in self.ranks.values() for own in rank.optimizers):
+            for group in own.entry.groups:
+                kind = (own.kind.takes_matrices, key_of_group(group))
+                found.setdefault(kind, identity(group))
+        return found
+
+    @cached_property
     def odd_groups(self) -> tuple[tuple[SourceRank, OptimizerEntry], ...]:
         """The ranks and entries whose param groups the rules do not make of their parameters, or
         are other ones than those of the same key on other ranks."""
-        known: dict[tuple[object, GroupKey], dict[Any, Any]] = {}
         odd: list[tuple[SourceRank, OptimizerEntry]] = []
         for rank in self.ranks.values():
             for own in rank.optimizers:
@@ -178,8 +189,7 @@ class Family:
                 is_odd = not are_explained(groups, list(own.items), self.megatron.rules)
                 for group in groups:
                     kind = (own.kind.takes_matrices, key_of_group(group))
-                    mine = identity(group)
-                    is_odd |= not is_same(known.setdefault(kind, mine), mine)
+                    is_odd |= not is_same(self.group_identities[kind], identity(group))
                 if is_odd:
                     odd.append((rank, own.entry))
         return tuple(odd)
@@ -495,15 +505,15 @@ def _with_layer_wise(
         for entries, share in found.parts
         for kind, entry, items in zip(found.chain, entries, share, strict=True)
     ]
+    count = len(files.layer_wise.own) * len(found.chain)
+    again = zip(optimizers, found.repeated, strict=False)
     rank = SourceRank(
         files,
         root,
         contents,
-        tuple(optimizers),
-        repeated=tuple(
-            replace(own, entry=entry)
-            for own, entry in zip(optimizers, found.repeated, strict=False)
-        ),
+        tuple(optimizers[:count]),
+        others=tuple(optimizers[count:]),
+        repeated=tuple(replace(own, entry=entry) for own, entry in again),
         copies=found.copies,
         elsewhere=found.elsewhere,
     )

@@ -8,7 +8,7 @@ rank, and with them the states of its dense parameters, lie in the folders of al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..container.pickling import is_same
@@ -22,7 +22,7 @@ from ..megatron.parameters import Parameters
 from ..megatron.ranks import layer_wise_file
 from ..megatron.rounding import SIXTEEN_BIT
 from .flat_states import Unexplained
-from .optimizer_entries import OptimizerEntry, read_entries, routed_chain
+from .optimizer_entries import MAINS, STATE, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
 
 
@@ -33,7 +33,8 @@ class LayerWiseFiles:
     own: Mapping[int, TorchFile] = field(default_factory=dict)
     """Those in the rank's own folder."""
     others: Mapping[int, TorchFile] = field(default_factory=dict)
-    """Those in the folders of other expert ranks; none where only one folder was read."""
+    """Those in the folders of other expert ranks, without the states of experts; none where only
+    one folder was read."""
 
     def __bool__(self) -> bool:
         return bool(self.own)
@@ -54,6 +55,34 @@ class LayerWiseStates:
     """The states in it."""
     elsewhere: frozenset[str]
     """Parameters whose states are in files that were not read."""
+
+
+def without_experts(file: TorchFile) -> TorchFile:
+    """A file with what its folder's siblings want of it: the states of dense parameters.
+
+    Raises:
+        CheckpointError: it holds what no known optimizer saves.
+    """
+    entries = []
+    for entry in read_entries(file.root, file.path):
+        experts = [key_of_group(group).is_expert for group in entry.groups]
+        numbers = {
+            number
+            for group, is_expert in zip(entry.groups, experts, strict=True)
+            for number in (group.get("params") or () if is_expert else ())
+            if isinstance(number, int)
+        }
+        states, mains = entry.inner.get(STATE), entry.node.get(MAINS)
+        if isinstance(states, dict) and isinstance(mains, list) and len(mains) == len(experts):
+            kept = {number: state for number, state in states.items() if number not in numbers}
+            left = [
+                [None] * len(own) if is_expert and isinstance(own, list) else own
+                for own, is_expert in zip(mains, experts, strict=True)
+            ]
+            entries.append(entry.replaced({STATE: kept}, {MAINS: left}))
+        else:  # as it is: reading it will say what is wrong
+            entries.append(entry.node)
+    return replace(file, root=entries, records={}, small={})
 
 
 def read_layer_wise_states(

@@ -74,7 +74,7 @@ def read_plain_states(
         chain: those optimizers.
         share: the parameters that each has there.
         where: the file, for messages.
-        leaves_experts: the states of experts are those of another rank's.
+        leaves_experts: they are those of another rank, and their states are not wanted.
 
     Raises:
         CheckpointError: the entry has an unknown structure.
@@ -98,14 +98,16 @@ def read_plain_states(
                 raise Unexplained(
                     f"param group {index} does not have {len(halves)} main parameters"
                 )
+            if leaves_experts and key.is_expert:
+                unclaimed -= {number for number in numbers if type(number) is int}
+                continue
             queue = iter(group_mains)
             for item, number in zip(items, numbers, strict=True):
                 main = next(queue, None) if item.weight.dtype in SIXTEEN_BIT else None
                 state = _claim(number, states, unclaimed)
                 shapes = _state_shapes(item, of_matrices=optimizer.takes_matrices is True)
-                if not (leaves_experts and key.is_expert):
-                    tensors = _checked_tensors(item, main, state, shapes, where)
-                    found[item.name] = PlainState(state, main, tensors)
+                tensors = _checked_tensors(item, main, state, shapes, where)
+                found[item.name] = PlainState(state, main, tensors)
         if by_key:
             raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
         if unclaimed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from ..checkpoint import one_save
 from ..checkpoint.family import Family, RankFiles
 from ..container.crc32 import Derivation, derivable
 from ..container.extents import Extent
+from ..container.pickling import dump
 from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
@@ -59,6 +61,8 @@ class PlannedFamily:
     """Files of the rank folders that are no part of the checkpoint."""
     fingerprints: Mapping[RankId, str]
     """Those of the rank folders that were read."""
+    groups: Mapping[str, str]
+    """What tells each param group from its siblings, as a digest, by what it is known by."""
 
 
 def plan_family(job: PlanJob) -> PlannedFamily:
@@ -105,6 +109,10 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         fingerprints={
             rank.files.id: fingerprint.of_rank(rank.files, job.folders.directory)
             for rank in family.ranks.values()
+        },
+        groups={
+            repr(kind): hashlib.sha256(dump(told)[0]).hexdigest()
+            for kind, told in family.group_identities.items()
         },
     )
 
@@ -197,6 +205,13 @@ def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> Non
                 iteration_dir,
                 "its families of ranks were written in different ways "
                 f"({family.ranks[0].id.folder} and {first.ranks[0].id.folder})",
+                cure=ONE_SAVE,
+            )
+        common = family.groups.keys() & first.groups.keys()
+        if any(family.groups[kind] != first.groups[kind] for kind in common):
+            raise CheckpointError.of(
+                f"{iteration_dir}/{family.ranks[0].id.folder}",
+                f"a param group differs from that of {first.ranks[0].id.folder}",
                 cure=ONE_SAVE,
             )
     is_held: dict[str, bool] = {}

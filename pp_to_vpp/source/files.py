@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..checkpoint.family import RankFiles
-from ..checkpoint.layer_wise_states import LayerWiseFiles
+from ..checkpoint.layer_wise_states import LayerWiseFiles, without_experts
 from ..container import archive, torch_file
 from ..container.archive import Record
 from ..container.extents import Extent
@@ -114,6 +114,14 @@ def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
     return read_rank(iteration_dir, rank)
 
 
+@functools.lru_cache(maxsize=2048)
+def _read_dense_states(iteration_dir: str, folder: str) -> Mapping[int, TorchFile]:
+    """The states of dense parameters in the layer-wise files of a folder, decoded once for all
+    families that share them."""
+    files = _read_layer_wise(Path(iteration_dir) / folder)
+    return {dp_rank: without_experts(file) for dp_rank, file in files.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class FamilyFolders:
     """Where the ranks of one (tp, ep) lie."""
@@ -140,7 +148,7 @@ class FamilyFolders:
             return files
         others: dict[int, TorchFile] = {}
         for ep_rank in (number for number in range(self.ep_size) if number != rank.ep_rank):
-            others |= _read_layer_wise(Path(self.directory) / replace(rank, ep_rank=ep_rank).folder)
+            others |= _read_dense_states(self.directory, replace(rank, ep_rank=ep_rank).folder)
         return replace(files, layer_wise=LayerWiseFiles(files.layer_wise.own, others))
 
 

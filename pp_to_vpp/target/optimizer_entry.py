@@ -197,7 +197,7 @@ class EntryWriter:
         groups = (
             group
             for source in self._rank.sources
-            for other in source.optimizers
+            for other in (*source.optimizers, *source.others)
             if other.kind.takes_matrices == self._optimizer.takes_matrices
             for group in other.entry.groups
         )
