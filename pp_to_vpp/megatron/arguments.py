@@ -19,12 +19,22 @@ from ..errors import (
     FROM_MEGATRON,
     NOT_CONVERTED,
     ONE_SAVE,
+    WITH_A_PATTERN,
     CheckpointError,
     problem,
     show,
 )
 from .naming import chunk_keys
-from .pipeline import LISTS, PLACEMENT_ARGUMENTS, Ends, Even, LayoutString, Listed, Placement
+from .pipeline import (
+    LISTS,
+    PLACEMENT_ARGUMENTS,
+    Ends,
+    Even,
+    HybridPattern,
+    LayoutString,
+    Listed,
+    Placement,
+)
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
@@ -166,9 +176,6 @@ _V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
 _UNSUPPORTED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     # argument, is it on?, what it means
     ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
-    ("is_hybrid_model", bool, "a hybrid (Mamba) model: its layers follow a pattern of their own"),
-    ("hybrid_override_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
-    ("hybrid_layer_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
     ("use_custom_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
     ("use_megatron_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
     ("use_torch_fsdp2", bool, "FSDP2: it shards parameters in another format"),
@@ -187,6 +194,9 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP ranks"),
     ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),
 )
+
+_OLD_HYBRIDS = ("is_hybrid_model", "hybrid_override_pattern")
+"""Set up to 0.16, which has no hybrid_layer_pattern."""
 
 
 def _v_schedule(values: Mapping[Any, Any]) -> str | None:
@@ -209,11 +219,24 @@ def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
     rows = [*_UNSUPPORTED]
     if schedule is not None:
         rows.append((schedule, bool, "a V-shaped schedule: its chunks are not interleaved"))
-    return [
+    problems = [
         problem(where, f"args.{name} is {show(values[name])}: {meaning}", cure=NOT_CONVERTED)
         for name, is_on, meaning in rows
         if values.get(name) is not None and is_on(values[name])
     ]
+    if values.get("hybrid_layer_pattern") is None:
+        problems += [
+            problem(
+                where,
+                f"args.{name} is {show(values[name])}: a hybrid (Mamba) model without "
+                "args.hybrid_layer_pattern, which Megatron up to 0.16 cannot run with virtual "
+                "stages",
+                cure=WITH_A_PATTERN,
+            )
+            for name in _OLD_HYBRIDS
+            if values.get(name)
+        ]
+    return problems
 
 
 def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
@@ -231,6 +254,9 @@ def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
         counts_embedding=read.flag("account_for_embedding_in_pipeline_split"),
         counts_loss=read.flag("account_for_loss_in_pipeline_split"),
     )
+    pattern = read.text("hybrid_layer_pattern")
+    if pattern is not None:
+        return Placement(vp_size, HybridPattern(pattern, ends))
     for name in LISTS:
         counts = read.counts(name)
         if counts is not None:

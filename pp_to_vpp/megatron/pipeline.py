@@ -4,7 +4,8 @@ The layers of a chunk are a contiguous range that follows from the counts of all
 before it. So a placement is *counts in order of execution*, and a *map from the number of a chunk
 to its pipeline rank and virtual stage* (FORMAT 4). The counts come from one of several forms, each
 with its own arguments (transformer_block.py and transformer_layer.py, 0.6 to 0.19;
-pipeline_parallel_layer_layout.py, 0.13 to 0.19; microsoft/ltp-megatron-lm, branch uneven-pp-opt).
+pipeline_parallel_layer_layout.py, 0.13 to 0.19; hybrid_layer_allocation.py, 0.17 to 0.19;
+microsoft/ltp-megatron-lm, branch uneven-pp-opt).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class ModelChunk:
     """Global numbers, from 0."""
     sections: tuple[Section, ...]
     """The other sections it holds, in order."""
+    letters: str | None = None
+    """What a hybrid's pattern calls each of its layers; None for other models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,8 @@ class Cut:
     """Decoder layers of each."""
     mtp_chunk: int
     """The one that holds the MTP layers, if there are any."""
+    letters: str | None = None
+    """What a hybrid's pattern calls each layer of the model; None for other models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +233,16 @@ def _split_stage(
     return split
 
 
+def _check_stages(text: str, stages: int, shape: Shape) -> None:
+    """Raises: LayoutError: stages that a text spells out are not as many as there are chunks."""
+    if stages != shape.chunks:
+        raise LayoutError(
+            f"{text}: {stages} stages do not make {shape.vp_size} virtual stages on "
+            f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages (empty ones "
+            "count, each | begins a new one)"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class LayoutString:
     """Every stage by itself: pipeline_model_parallel_layout."""
@@ -238,12 +253,7 @@ class LayoutString:
         """See ``Placement.place`` (validate_layer_layout)."""
         text = f"pipeline layout {show(self.text)}"
         stages = parse_layout(self.text)
-        if len(stages) != shape.chunks:
-            raise LayoutError(
-                f"{text}: {len(stages)} stages do not make {shape.vp_size} virtual stages on "
-                f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages (empty ones "
-                "count, each | begins a new one)"
-            )
+        _check_stages(text, len(stages), shape)
         letters = "".join(stages)
         problems = [
             f"{text}: expected {count} of {letter} ({meaning}), found {letters.count(letter)}; "
@@ -284,6 +294,86 @@ class LayoutString:
 
 
 @dataclass(frozen=True, slots=True)
+class HybridPattern:
+    """hybrid_layer_pattern: a letter for each layer and ``|`` between stages, then ``/`` and the
+    letters of a depth of multi-token prediction, for each depth (FORMAT 4.7).
+
+    Without any ``|`` the stages are plain pipeline stages, even but for the ends that are given.
+    """
+
+    text: str
+    ends: Ends = Ends()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The letters of each."""
+        return tuple(self.text.partition("/")[0].split("|"))
+
+    @property
+    def letters(self) -> str:
+        """What each decoder layer is."""
+        return "".join(self.stages)
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """The letters of each depth of multi-token prediction."""
+        found = tuple(self.text.split("/")[1:])
+        return found if any(found) else ()
+
+    @property
+    def kinds(self) -> str:
+        """What all layers are, wherever they stand."""
+        return "/".join((self.letters, *self.depths))
+
+    def divided(self, pp_size: int, vp_size: int) -> HybridPattern:
+        """The same layers, as many in each chunk.
+
+        Raises:
+            LayoutError: they do not divide.
+        """
+        size, rest = divmod(len(self.letters), pp_size * vp_size)
+        if rest:
+            raise LayoutError(
+                f"hybrid pattern {show(self.text)}: its {len(self.letters)} layers do not divide "
+                f"into {pp_size} pipeline ranks x {vp_size} virtual stages; give "
+                "--target-hybrid-layer-pattern with a | between stages"
+            )
+        stages = (self.letters[i * size :][:size] for i in range(pp_size * vp_size))
+        return HybridPattern("/".join(("|".join(stages), *self.depths)))
+
+    def cut(self, shape: Shape) -> Cut:
+        """See ``Placement.place`` (select_pipeline_segment)."""
+        text, stages = f"hybrid pattern {show(self.text)}", self.stages
+        problems = [
+            f"{text}: {found} {what} where args.{name} tells {expected}; check that the arguments "
+            "are those of this checkpoint"
+            for what, name, found, expected in (
+                ("layers", "num_layers", len(self.letters), shape.num_layers),
+                ("MTP layers", "mtp_num_layers", len(self.depths), shape.mtp_num_layers),
+            )
+            if found != expected
+        ]
+        if problems:
+            raise LayoutError(*problems)
+        if len(stages) > 1 or shape.vp_size > 1:
+            _check_stages(text, len(stages), shape)
+            counts = tuple(map(len, stages))
+        elif self.ends == Ends():
+            counts = tuple(map(len, self.divided(shape.pp_size, 1).stages))
+        else:
+            counts = self.ends.cut(shape).counts
+        return Cut(counts, shape.chunks - 1, self.letters)
+
+    def arguments(self, _: Shape) -> dict[str, object]:
+        """See ``Placement.arguments``."""
+        return {
+            "hybrid_layer_pattern": self.text,
+            "decoder_first_pipeline_num_layers": self.ends.first,
+            "decoder_last_pipeline_num_layers": self.ends.last,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Listed:
     """The layers of each chunk as a list, in arguments of forks; a source's only.
 
@@ -311,7 +401,7 @@ class Listed:
         return {}
 
 
-Form: TypeAlias = Even | Ends | LayoutString | Listed
+Form: TypeAlias = Even | Ends | LayoutString | HybridPattern | Listed
 
 LISTS = ("num_layer_list", "decoder_pipeline_manual_split_list", "num_layers_to_build")
 """Arguments of forks that hold the layers of each stage: MindSpeed-LLM, Primus, others."""
@@ -327,6 +417,8 @@ _ARGUMENTS: Mapping[str, object] = {
     "decoder_last_pipeline_num_layers": None,
     "decoder_first_pipeline_num_layers_split": None,
     "decoder_last_pipeline_num_layers_split": None,
+    "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,  # the older name, whose value the other has then
     **dict.fromkeys(LISTS),
 }
 """The attributes of ``args`` that tell a placement, with the values of those not used."""
@@ -361,14 +453,15 @@ class Placement:
             pp_size: pipeline_model_parallel_size.
             mtp_num_layers: layers of multi-token prediction.
             mtp_may_stand_alone: MTP layers may have another stage than the loss, and with them the
-                final norm belongs to the chunk of the last decoder layer (0.16 and later).
+                final norm belongs to the chunk of the last decoder layer (0.16 and later), but
+                for hybrids.
 
         Raises:
             LayoutError: Megatron could not build it either.
         """
         cut = self.form.cut(Shape(num_layers, pp_size, self.vp_size, mtp_num_layers))
         last = norm_chunk = len(cut.counts) - 1
-        if mtp_num_layers and mtp_may_stand_alone:
+        if mtp_num_layers and mtp_may_stand_alone and cut.letters is None:
             # Then the norm goes with the last decoder layer (FORMAT 3.4).
             norm_chunk = max((i for i, count in enumerate(cut.counts) if count), default=last)
         elif mtp_num_layers and cut.mtp_chunk != last:
@@ -391,7 +484,8 @@ class Placement:
             pp_rank, vp_stage = interleaved(index, pp_size)
             layers = range(starts[index], starts[index] + count)
             sections = tuple(section for section, here in held.items() if here)
-            chunks.append(ModelChunk(pp_rank, vp_stage, layers, sections))
+            letters = None if cut.letters is None else cut.letters[layers.start : layers.stop]
+            chunks.append(ModelChunk(pp_rank, vp_stage, layers, sections, letters))
         return PipelineLayout(pp_size, self.vp_size, tuple(chunks))
 
     def arguments(self, num_layers: int, pp_size: int) -> Mapping[str, object]:
