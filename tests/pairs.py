@@ -35,6 +35,8 @@ LION = "moe-pp2ep2-lion-v019"
 EMPTY_OLD = "dense-pp3-empty-v013"
 EMPTY = "dense-pp3-empty-v015"
 ETP = "moe-pp2tp2etp1-v019"
+HYBRID = "hybrid-emptyseg-pp2-v018"
+HYBRID_MOE = "hybrid-emptylast-mtp-pp2ep2-v019"
 FORK = "uneven-31layers-pp4-fork"
 
 

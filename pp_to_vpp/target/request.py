@@ -79,13 +79,13 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
         LayoutError: it is impossible, or the source has it already.
         CheckpointError: the placement of the source is not understood.
     """
-    wanted = Target(_placement(options, arguments), options.overlaps)
     source = Megatron(arguments, next(candidates(arguments.names)))
     try:
         _ = source.layout
     except LayoutError as error:
         where = f"{options.load_dir}: the source's own arguments tell no possible placement"
         raise CheckpointError(*(f"{where}: {line}" for line in error.problems)) from None
+    wanted = Target(_placement(options, arguments), options.overlaps)
     target = wanted.of(source)
     if target.is_laid_out_like(source):
         raise LayoutError.of(

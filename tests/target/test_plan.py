@@ -97,6 +97,17 @@ def with_data(path: str) -> npt.NDArray[np.bool_]:
     return found
 
 
+def paths_of_data(of: Family) -> Iterator[str]:
+    """The files that hold parameters, or their states."""
+    for rank in of.ranks.values():
+        if any(rank.parameters):
+            yield rank.files.model.path
+        for own in rank.optimizers:
+            if own.holds_state and rank.buffers is not None and rank.buffers.of(own.kind):
+                assert rank.files.optimizer is not None
+                yield rank.files.optimizer.path
+
+
 @pytest.mark.parametrize(("name", "side"), SIDES)
 @examples(4)
 @given(data=st.data())
@@ -106,8 +117,7 @@ def test_files_are_tiled_and_sources_used_up(name: str, side: str, data: st.Data
         ranks = plans_for(of, data.draw(targets(of.megatron.arguments)))
         for file in (file for rank in ranks for file in rank.files):
             assert (times_written(file) == 1).all()
-        holders = [rank for rank in of.ranks.values() if any(rank.parameters)]
-        held = {file.path for rank in holders for file in rank.files.all}
+        held = set(paths_of_data(of))
         for path, cells in times_used(ranks, of).items():
             filled = with_data(path)
             assert filled.any() or path not in held
