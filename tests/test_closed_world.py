@@ -20,7 +20,7 @@ from pp_to_vpp.container.tensors import unwrap_tensor
 
 from .compare import differences
 from .edit import copy_of, rewrite, rewrite_all, set_arguments
-from .pairs import DENSE, HYBRID, HYBRID_MOE, MOE, ODD, PLAIN, pair
+from .pairs import DENSE, HYBRID, HYBRID_MOE, MOE, NOOP, ODD, PLAIN, pair
 from .runs import Program
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -427,6 +427,45 @@ def test_torch_that_is_missing_is_a_refusal(
         pair(DENSE).source, tmp_path / "x" / "iter_0000001", (), "--verify", "full"
     )
     program.refuses(2, run, "it opens files with torch, which cannot be imported", "--verify stru")
+
+
+# -- layers without parameters -----------------------------------------------------------------
+
+
+def set_of(*members: Any) -> Instance:
+    """A set, as pickled."""
+    return Instance(Global("__builtin__", "set"), ([*members],))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (set_of(2, 3, 5, 7), "layer 7 has keys, but args.noop_layers names it as one without"),
+        (set_of(2, 3), "its layers are not those its arguments tell, expected 4 layers, found 3"),
+        (set_of(2, 5), "expected 4 layers, 2 without keys, found 2"),
+        (set_of(2, 3, 5, 8), "args.noop_layers names layer 8 of 8"),
+        (set_of(2, 3, "5"), "args.noop_layers is no set of layer numbers"),
+        (set_of(2, 3, -1), "args.noop_layers is no set of layer numbers"),
+        ([2, 3, 5], "args.noop_layers is no set of layer numbers"),
+        (None, "its layers are not those its arguments tell"),
+    ],
+)
+def test_layers_without_parameters_are_those_named(
+    value: Any, reason: str, program: Program, tmp_path: Path
+) -> None:
+    source = copy_of(pair(NOOP).source, tmp_path)
+    set_arguments(source, noop_layers=value)
+    program.refuses(4, program.convert(source, tmp_path / "x" / "iter_0000001"), reason)
+
+
+def test_layers_without_parameters_are_shown_and_drop_a_list(
+    program: Program, tmp_path: Path
+) -> None:
+    source = copy_of(pair(NOOP).source, tmp_path)
+    set_arguments(source, num_layer_list="1,7")
+    run = program.convert(source, tmp_path / "x" / "iter_0000001", pair(NOOP).options)
+    assert run.status == 0
+    assert "    pp0  E 0 1    4 (5)\n    pp1  (2) (3)  6 7 L" in run.output
 
 
 # -- hybrids ------------------------------------------------------------------------------------

@@ -182,11 +182,20 @@ def _check_letters(keys: Iterable[str], chunk: ModelChunk, where: str) -> None:
 
 def _check_layers(mapping: Iterable[str], chunk: ModelChunk, where: str) -> None:
     found = sorted({place[1] for key in mapping if (place := naming.split_layer(key))})
-    if found != list(range(len(chunk.layers))):
+    numbered = dict(enumerate(chunk.layers))
+    for local in found:
+        if numbered.get(local) in chunk.noop_layers:
+            raise CheckpointError.of(
+                where,
+                f"layer {numbered[local]} has keys, but args.noop_layers names it as one without",
+                cure=AS_SAVED,
+            )
+    if found != [local for local, layer in numbered.items() if layer not in chunk.noop_layers]:
         raise CheckpointError.of(
             where,
             "its layers are not those its arguments tell",
-            expected=f"{len(chunk.layers)} layers",
+            expected=f"{len(chunk.layers)} layers"
+            + "".join(f", {layer} without keys" for layer in sorted(chunk.noop_layers)),
             found=f"{len(found)} ({', '.join(map(str, found[:6]))}...)" if found else "none",
             cure=AS_SAVED,
         )

@@ -38,6 +38,7 @@ from .pipeline import (
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
+_SETS = (Global("builtins", "set"), Global("__builtin__", "set"))
 _VP_SIZE = "virtual_pipeline_model_parallel_size"
 _OVERLAPS = "overlap_param_gather_with_optimizer_step"
 _MAX_SIZE = 1 << 24
@@ -52,6 +53,8 @@ class SavedArguments:
     """All argument names: they tell what the version that saved them knew."""
     num_layers: int
     mtp_num_layers: int
+    noop_layers: frozenset[int]
+    """Numbers of layers without parameters, from 0 (MindSpeed)."""
     ties_embeddings: bool
     """Input embedding and output layer share their weight."""
     tp_size: int
@@ -139,6 +142,20 @@ class _Reader:
         if isinstance(value, list) and value and all(type(n) is int and n >= 0 for n in value):
             return tuple(value)
         return None
+
+    def numbers(self, name: str) -> frozenset[int]:
+        """A set of layer numbers."""
+
+        def is_right(value: Any) -> bool:
+            if not isinstance(value, Instance) or value.factory not in _SETS:
+                return False
+            members = value.arguments[0] if value.arguments else []
+            return isinstance(members, list) and all(
+                type(n) is int and 0 <= n < _MAX_LAYERS for n in members
+            )
+
+        value = self.take(name, is_right, "set of layer numbers", default=None)
+        return frozenset(value.arguments[0] if value is not None and value.arguments else ())
 
     def split(self, name: str) -> tuple[int, ...] | None:
         def is_right(value: Any) -> bool:
@@ -259,7 +276,9 @@ def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
         return Placement(vp_size, HybridPattern(pattern, ends))
     for name in LISTS:
         counts = read.counts(name)
-        if counts is not None:
+        # MindSpeed-LLM drops its list where there are layers without parameters (FORMAT 4.6).
+        is_dropped = name == "num_layer_list" and read.values.get("noop_layers") is not None
+        if counts is not None and not is_dropped:
             return Placement(vp_size, Listed(counts, name))
     if text is not None:
         return Placement(vp_size, LayoutString(text))
@@ -293,6 +312,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         names=frozenset(values),
         num_layers=read.size("num_layers", high=_MAX_LAYERS),
         mtp_num_layers=read.size("mtp_num_layers", 0, 0, _MAX_LAYERS),
+        noop_layers=read.numbers("noop_layers"),
         ties_embeddings=not read.flag("untie_embeddings_and_output_weights"),
         tp_size=tp_size,
         pp_size=read.size("pipeline_model_parallel_size"),

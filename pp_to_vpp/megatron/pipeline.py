@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -32,6 +32,8 @@ class ModelChunk:
     """The other sections it holds, in order."""
     letters: str | None = None
     """What a hybrid's pattern calls each of its layers; None for other models."""
+    noop_layers: frozenset[int] = frozenset()
+    """Those of its layers that have no parameters, hence no keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,16 @@ class PipelineLayout:
         return tuple(sorted(holders)) or (0,)
 
     def table(self) -> str:
-        """The layers of each rank and virtual stage, as text."""
+        """The layers of each rank and virtual stage, as text; those without parameters in
+        parentheses."""
         marks = {Section.EMBEDDING: "E", Section.MTP: "M", Section.HEAD: "L"}
         rows = [["", *(f"vp{v}" for v in range(self.vp_size))]]
         for p in range(self.pp_size):
             row = [f"pp{p}"]
             for chunk in self.rank_chunks(p):
                 cells = [marks[s] for s in chunk.sections if s in marks and s < Section.LAYERS]
-                cells += [str(layer) for layer in chunk.layers]
+                for layer in chunk.layers:
+                    cells.append(f"({layer})" if layer in chunk.noop_layers else str(layer))
                 cells += [marks[s] for s in chunk.sections if s in marks and s > Section.LAYERS]
                 row.append(" ".join(cells) or "-")
             rows.append(row)
@@ -445,6 +449,7 @@ class Placement:
         *,
         mtp_num_layers: int = 0,
         mtp_may_stand_alone: bool = False,
+        noop_layers: Collection[int] = (),
     ) -> PipelineLayout:
         """The layout that these arguments mean.
 
@@ -455,10 +460,17 @@ class Placement:
             mtp_may_stand_alone: MTP layers may have another stage than the loss, and with them the
                 final norm belongs to the chunk of the last decoder layer (0.16 and later), but
                 for hybrids.
+            noop_layers: layers without parameters, which count like others (MindSpeed).
 
         Raises:
             LayoutError: Megatron could not build it either.
         """
+        beyond = sorted(layer for layer in noop_layers if layer >= num_layers)
+        if beyond:
+            raise LayoutError(
+                f"layer placement: args.noop_layers names layer {beyond[0]} of {num_layers}; check "
+                "that the arguments are those of this checkpoint"
+            )
         cut = self.form.cut(Shape(num_layers, pp_size, self.vp_size, mtp_num_layers))
         last = norm_chunk = len(cut.counts) - 1
         if mtp_num_layers and mtp_may_stand_alone and cut.letters is None:
@@ -485,7 +497,8 @@ class Placement:
             layers = range(starts[index], starts[index] + count)
             sections = tuple(section for section, here in held.items() if here)
             letters = None if cut.letters is None else cut.letters[layers.start : layers.stop]
-            chunks.append(ModelChunk(pp_rank, vp_stage, layers, sections, letters))
+            noop = frozenset(layers).intersection(noop_layers)
+            chunks.append(ModelChunk(pp_rank, vp_stage, layers, sections, letters, noop))
         return PipelineLayout(pp_size, self.vp_size, tuple(chunks))
 
     def arguments(self, num_layers: int, pp_size: int) -> Mapping[str, object]:

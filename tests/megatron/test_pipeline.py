@@ -86,6 +86,24 @@ def test_every_layer_and_section_has_one_place(case: tuple[int, int, Placement],
     assert layout.chunks[-1].sections[-1] is Section.HEAD
 
 
+@given(placements(), st.data())
+def test_layers_without_parameters_count_like_others(
+    case: tuple[int, int, Placement], data: st.DataObject
+) -> None:
+    num_layers, pp_size, placement = case
+    noop = data.draw(st.sets(st.integers(0, num_layers)))
+    if num_layers in noop:
+        with pytest.raises(LayoutError, match=f"names layer {num_layers} of {num_layers}"):
+            placement.place(num_layers, pp_size, noop_layers=noop)
+        return
+    found = placement.place(num_layers, pp_size, noop_layers=noop)
+    others = placement.place(num_layers, pp_size)
+    assert [chunk.layers for chunk in found.chunks] == [chunk.layers for chunk in others.chunks]
+    assert [set(chunk.layers) & noop for chunk in found.chunks] == [
+        chunk.noop_layers for chunk in found.chunks
+    ]
+
+
 @given(placements())
 def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Placement]) -> None:
     num_layers, pp_size, placement = case
