@@ -30,9 +30,11 @@ from .pipeline import (
     PLACEMENT_ARGUMENTS,
     Ends,
     Even,
+    Form,
     HybridPattern,
     LayoutString,
     Listed,
+    Order,
     Placement,
 )
 
@@ -189,7 +191,6 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
     )
 
 
-_V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
 _UNSUPPORTED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     # argument, is it on?, what it means
     ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
@@ -216,26 +217,50 @@ _OLD_HYBRIDS = ("is_hybrid_model", "hybrid_override_pattern")
 """Set up to 0.16, which has no hybrid_layer_pattern."""
 
 
-def _v_schedule(values: Mapping[Any, Any]) -> str | None:
-    """The argument that asks for a V-shaped schedule of a fork, where the last chunks are on the
+_V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
+_V_SWITCHES: Mapping[str, tuple[str, object]] = {
+    "schedules_method": ("schedules_method", None),
+    "use_dualpipev": ("use_dualpipev", False),
+    "pp_algorithm": ("patch_primus_pipeline", False),
+    "zero_bubble_v_schedule": ("patch_zero_bubble", False),
+    "enable_1f1b_v": ("patch_zero_bubble", False),
+}
+"""Arguments that ask for a V-shaped schedule: what switches it off, and to which value."""
+_V_STAGES = 2
+
+
+def _v_schedules(values: Mapping[Any, Any]) -> list[str]:
+    """The arguments that ask for a V-shaped schedule of a fork, where the last chunks are on the
     first ranks (MindSpeed, FlagScale, Primus)."""
-    if values.get("schedules_method") == "dualpipev":
-        return "schedules_method"
-    if values.get("use_dualpipev"):
-        return "use_dualpipev"
-    if values.get("patch_primus_pipeline") and values.get("pp_algorithm") in _V_ALGORITHMS:
-        return "pp_algorithm"
-    if values.get("patch_zero_bubble") and values.get("enable_zero_bubble"):
-        return next((n for n in ("zero_bubble_v_schedule", "enable_1f1b_v") if values.get(n)), None)
+    is_zero_bubble = bool(values.get("patch_zero_bubble") and values.get("enable_zero_bubble"))
+    asked = {
+        "schedules_method": values.get("schedules_method") == "dualpipev",
+        "use_dualpipev": bool(values.get("use_dualpipev")),
+        "pp_algorithm": bool(values.get("patch_primus_pipeline"))
+        and values.get("pp_algorithm") in _V_ALGORITHMS,
+        "zero_bubble_v_schedule": is_zero_bubble and bool(values.get("zero_bubble_v_schedule")),
+        "enable_1f1b_v": is_zero_bubble and bool(values.get("enable_1f1b_v")),
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
+def _odd_v_schedule(values: Mapping[Any, Any]) -> str | None:
+    """What a V-shaped schedule cannot be converted with."""
+    if not values.get("untie_embeddings_and_output_weights"):
+        return "tied embeddings, which its fork cannot train"
+    if values.get("mtp_num_layers"):
+        return "multi-token prediction, whose second embedding its fork does not mark as shared"
+    if values.get(_VP_SIZE) not in (None, _V_STAGES):
+        return f"args.{_VP_SIZE} {show(values[_VP_SIZE])} instead of {_V_STAGES}"
     return None
 
 
 def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
     """What the arguments tell that cannot be converted."""
-    schedule = _v_schedule(values)
+    odd = _odd_v_schedule(values)
+    schedules = () if odd is None else _v_schedules(values)
     rows = [*_UNSUPPORTED]
-    if schedule is not None:
-        rows.append((schedule, bool, "a V-shaped schedule: its chunks are not interleaved"))
+    rows += ((name, bool, f"a V-shaped schedule with {odd}") for name in schedules)
     problems = [
         problem(where, f"args.{name} is {show(values[name])}: {meaning}", cure=NOT_CONVERTED)
         for name, is_on, meaning in rows
@@ -257,9 +282,16 @@ def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
 
 
 def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
-    """The placement, in the one form that the run used."""
+    """The placement of a run's chunks."""
+    if _v_schedules(read.values):  # dualpipev leaves the size away (FORMAT 4.9)
+        return Placement(_V_STAGES, _form(read, _V_STAGES), Order.V_SHAPED)
     given = 1 if _VP_SIZE in read.values else default_vp_size
     vp_size = read.size(_VP_SIZE, default=given)
+    return Placement(vp_size, _form(read, vp_size))
+
+
+def _form(read: _Reader, vp_size: int) -> Form:
+    """The one form that the run used."""
     text = read.text("pipeline_model_parallel_layout")
     ends = Ends(
         first=read.optional("decoder_first_pipeline_num_layers", high=_MAX_LAYERS),
@@ -273,17 +305,17 @@ def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
     )
     pattern = read.text("hybrid_layer_pattern")
     if pattern is not None:
-        return Placement(vp_size, HybridPattern(pattern, ends))
+        return HybridPattern(pattern, ends)
     for name in LISTS:
         counts = read.counts(name)
         # MindSpeed-LLM drops its list where there are layers without parameters (FORMAT 4.6).
         is_dropped = name == "num_layer_list" and read.values.get("noop_layers") is not None
         if counts is not None and not is_dropped:
-            return Placement(vp_size, Listed(counts, name))
+            return Listed(counts, name)
     if text is not None:
-        return Placement(vp_size, LayoutString(text))
+        return LayoutString(text)
     if ends == Ends():
-        return Placement(vp_size, even)
+        return even
     if even != Even():
         read.problems.append(
             problem(
@@ -293,7 +325,7 @@ def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
                 cure=AS_SAVED,
             )
         )
-    return Placement(vp_size, ends.with_splits(vp_size))
+    return ends.with_splits(vp_size)
 
 
 def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
@@ -360,7 +392,10 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
     return arguments
 
 
-FOLLOWING_PLACEMENT = PLACEMENT_ARGUMENTS | {"overlap_p2p_comm", "align_param_gather", _OVERLAPS}
+FOLLOWING_PLACEMENT = PLACEMENT_ARGUMENTS.union(
+    ("overlap_p2p_comm", "align_param_gather", _OVERLAPS),
+    (name for name, _ in _V_SWITCHES.values()),
+)
 """Arguments that say where layers are, that Megatron derives from that, or that are asked for."""
 
 _ALWAYS_TOLD = frozenset(
@@ -379,13 +414,14 @@ def patch_arguments(node: Instance, source: SavedArguments, target: SavedArgumen
     They are appended to the arguments of versions without them, and taken away again.
     """
     changes = dict(target.placement.arguments(source.num_layers, source.pp_size))
-    is_virtual = target.placement.vp_size > 1
-    if is_virtual != (source.placement.vp_size > 1):
+    own, is_interleaved = source.placement, target.placement.is_interleaved
+    if own.order is Order.V_SHAPED or own.is_interleaved != is_interleaved:
         # validate_args forces both off without interleaving; both are on by default with it
         # (FORMAT 2.3).
-        changes["overlap_p2p_comm"] = changes["align_param_gather"] = is_virtual
+        changes["overlap_p2p_comm"] = changes["align_param_gather"] = is_interleaved
     changes[_OVERLAPS] = target.overlaps_param_gather_with_step
     values = dict(namespace_values(node, "args"))
+    changes |= (_V_SWITCHES[name] for name in _v_schedules(values))
     appended = itertools.takewhile(
         lambda name: name in _ALWAYS_TOLD and changes.get(name) is None, reversed(list(values))
     )

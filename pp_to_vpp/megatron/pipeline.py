@@ -10,6 +10,7 @@ microsoft/ltp-megatron-lm, branch uneven-pp-opt).
 
 from __future__ import annotations
 
+import enum
 import itertools
 import re
 from collections.abc import Collection, Mapping
@@ -90,6 +91,23 @@ class PipelineLayout:
         return "\n".join(lines)
 
 
+class Order(enum.Enum):
+    """Which pipeline rank and virtual stage a chunk has, by its number in order of execution."""
+
+    INTERLEAVED = enum.auto()
+    """All ranks of virtual stage 0, then all of 1, ..."""
+    V_SHAPED = enum.auto()
+    """All ranks of virtual stage 0, then those of 1 from the last to the first: schedules of
+    forks, a source's only (FORMAT 4.9)."""
+
+    def place(self, index: int, pp_size: int) -> tuple[int, int]:
+        """Pipeline rank and virtual stage of the chunk that runs as number ``index``."""
+        vp_stage, pp_rank = divmod(index, pp_size)
+        if self is Order.V_SHAPED and vp_stage:
+            pp_rank = pp_size - 1 - pp_rank
+        return pp_rank, vp_stage
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What is to be cut, and into what."""
@@ -99,11 +117,16 @@ class Shape:
     pp_size: int
     vp_size: int
     mtp_num_layers: int
+    order: Order
 
     @property
     def chunks(self) -> int:
         """Number of chunks."""
         return self.pp_size * self.vp_size
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Pipeline rank and virtual stage of a chunk."""
+        return self.order.place(index, self.pp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +212,7 @@ class Ends:
             _split_stage(pp_rank, count, shape.vp_size, splits.get(pp_rank))
             for pp_rank, count in enumerate(self._stage_counts(shape.num_layers, shape.pp_size))
         ]
-        places = (interleaved(index, shape.pp_size) for index in range(shape.chunks))
+        places = map(shape.place, range(shape.chunks))
         return Cut(tuple(by_rank[p][v] for p, v in places), shape.chunks - 1)
 
     def _stage_counts(self, num_layers: int, pp_size: int) -> list[int]:
@@ -277,12 +300,12 @@ class LayoutString:
         holders = [index for index, stage in enumerate(stages) if "m" in stage]
         if len(holders) > 1:
             problems.append(f"{text}: MTP layers in more than one stage; put all m together")
-        if holders and interleaved(holders[0], shape.pp_size)[1] != shape.vp_size - 1:
+        if holders and shape.place(holders[0])[1] != shape.vp_size - 1:
             problems.append(
                 f"{text}: MTP layers before the last virtual stage of their rank; Megatron allows "
                 "m only in the last one"
             )
-        if holders and shape.vp_size > 1 and interleaved(holders[0], shape.pp_size)[0] == 0:
+        if holders and shape.vp_size > 1 and shape.place(holders[0])[0] == 0:
             problems.append(
                 f"{text}: MTP layers on the first pipeline rank, which with virtual stages would "
                 "hold two embeddings: Megatron hangs when it saves that; put m on another rank"
@@ -382,7 +405,8 @@ class Listed:
     """The layers of each chunk as a list, in arguments of forks; a source's only.
 
     The list is rank by rank: virtual stages of pipeline rank 0, of rank 1, ... (MindSpeed's
-    num_layer_list and others have no virtual stages, Primus has; FORMAT 4.6).
+    num_layer_list and others have no virtual stages, Primus has); for V-shaped schedules it is in
+    order of execution (FORMAT 4.6).
     """
 
     counts: tuple[int, ...]
@@ -397,8 +421,11 @@ class Listed:
                 f"{sum(self.counts)} layers, not {shape.chunks} of {shape.num_layers}; "
                 "check that the arguments are those of this checkpoint"
             )
-        places = (interleaved(index, shape.pp_size) for index in range(shape.chunks))
-        return Cut(tuple(self.counts[p * shape.vp_size + v] for p, v in places), shape.chunks - 1)
+        counts = self.counts
+        if shape.order is Order.INTERLEAVED:
+            places = map(shape.place, range(shape.chunks))
+            counts = tuple(counts[p * shape.vp_size + v] for p, v in places)
+        return Cut(counts, shape.chunks - 1)
 
     def arguments(self, _: Shape) -> dict[str, object]:
         """See ``Placement.arguments``."""
@@ -429,18 +456,18 @@ _ARGUMENTS: Mapping[str, object] = {
 PLACEMENT_ARGUMENTS = frozenset(_ARGUMENTS)
 
 
-def interleaved(index: int, pp_size: int) -> tuple[int, int]:
-    """Pipeline rank and virtual stage of the chunk that runs as number ``index``: all ranks of
-    virtual stage 0, then all of 1, ..."""
-    return index % pp_size, index // pp_size
-
-
 @dataclass(frozen=True, slots=True)
 class Placement:
     """A run's own words for its layer placement: the values of Megatron's arguments."""
 
     vp_size: int = 1
     form: Form = Even()
+    order: Order = Order.INTERLEAVED
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Megatron's own schedule for virtual stages runs it."""
+        return self.vp_size > 1 and self.order is Order.INTERLEAVED
 
     def place(
         self,
@@ -471,7 +498,8 @@ class Placement:
                 f"layer placement: args.noop_layers names layer {beyond[0]} of {num_layers}; check "
                 "that the arguments are those of this checkpoint"
             )
-        cut = self.form.cut(Shape(num_layers, pp_size, self.vp_size, mtp_num_layers))
+        shape = Shape(num_layers, pp_size, self.vp_size, mtp_num_layers, self.order)
+        cut = self.form.cut(shape)
         last = norm_chunk = len(cut.counts) - 1
         if mtp_num_layers and mtp_may_stand_alone and cut.letters is None:
             # Then the norm goes with the last decoder layer (FORMAT 3.4).
@@ -493,7 +521,7 @@ class Placement:
                 Section.MTP: index == mtp_chunk,
                 Section.HEAD: index == last,
             }
-            pp_rank, vp_stage = interleaved(index, pp_size)
+            pp_rank, vp_stage = shape.place(index)
             layers = range(starts[index], starts[index] + count)
             sections = tuple(section for section, here in held.items() if here)
             letters = None if cut.letters is None else cut.letters[layers.start : layers.stop]
@@ -506,7 +534,7 @@ class Placement:
         return {
             **_ARGUMENTS,
             "virtual_pipeline_model_parallel_size": self.vp_size if self.vp_size > 1 else None,
-            **self.form.arguments(Shape(num_layers, pp_size, self.vp_size, 0)),
+            **self.form.arguments(Shape(num_layers, pp_size, self.vp_size, 0, self.order)),
         }
 
     def launch_flags(self, num_layers: int, pp_size: int) -> str:

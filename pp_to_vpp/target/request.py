@@ -15,6 +15,7 @@ from ..megatron.pipeline import (
     HybridPattern,
     LayoutString,
     Listed,
+    Order,
     Placement,
     parse_layout,
 )
@@ -196,6 +197,8 @@ def notes(source: Megatron, target: Megatron) -> list[str]:
             found.append("the layer splits need Microsoft's fork of Megatron-LM to launch")
         if placement.vp_size > 1 and form.last is not None:
             found += _notes_on_the_last_stage(form, target)
+    if source.arguments.placement.order is Order.V_SHAPED:
+        found.append("the source's V-shaped schedule is dropped: launch without it")
     if isinstance(own, LayoutString) and not is_string:
         found.append(
             f"the source's layout string {own.text!r} is dropped: the target's "

@@ -19,6 +19,8 @@ from pp_to_vpp.megatron.pipeline import (
     Even,
     HybridPattern,
     LayoutString,
+    Listed,
+    Order,
     PipelineLayout,
     Placement,
     parse_layout,
@@ -120,6 +122,34 @@ def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Pl
 def layers_of(layout: PipelineLayout) -> list[list[list[int]]]:
     """Layers of each rank and virtual stage."""
     return [[list(chunk.layers) for chunk in layout.rank_chunks(p)] for p in range(layout.pp_size)]
+
+
+@given(st.integers(2, 6), st.integers(1, 3))
+def test_a_v_goes_there_and_back(pp_size: int, count: int) -> None:
+    """Layers of the ranks in turn, then of the ranks in reverse; the ends are both on rank 0."""
+    num_layers = 2 * pp_size * count
+    layout = Placement(2, order=Order.V_SHAPED).place(num_layers, pp_size)
+    there_and_back = [*range(pp_size), *reversed(range(pp_size))]
+    assert [chunk.pp_rank for chunk in layout.chunks] == there_and_back
+    assert [chunk.vp_stage for chunk in layout.chunks] == [0] * pp_size + [1] * pp_size
+    for p in range(pp_size):
+        first, second = layout.rank_chunks(p)
+        assert first.layers.start == p * count
+        assert second.layers.start == num_layers - (p + 1) * count
+    first, second = layout.rank_chunks(0)
+    assert (first.sections, second.sections) == (
+        (Section.EMBEDDING,),
+        (Section.FINAL_NORM, Section.HEAD),
+    )
+
+
+def test_lists_are_rank_by_rank_or_along_the_v() -> None:
+    form = Listed((1, 2, 3, 4), "decoder_pipeline_manual_split_list")
+    assert layers_of(Placement(2, form).place(10, 2)) == [[[0], [4, 5]], [[1, 2, 3], [6, 7, 8, 9]]]
+    assert layers_of(Placement(2, form, Order.V_SHAPED).place(10, 2)) == [
+        [[0], [6, 7, 8, 9]],
+        [[1, 2], [3, 4, 5]],
+    ]
 
 
 def test_interleaving() -> None:
