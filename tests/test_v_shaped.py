@@ -33,6 +33,7 @@ MINDSPEED = {
     "align_param_gather": False,
 }
 FLAGSCALE = {**MINDSPEED, "schedules_method": None, "use_dualpipev": True}
+DCU = {**MINDSPEED, "schedules_method": None, "schedule_method": "dualpipev"}
 PRIMUS = {"patch_primus_pipeline": True, "pp_algorithm": "zbv-formatted"}
 ZERO_BUBBLE = {
     "patch_zero_bubble": True,
@@ -96,7 +97,7 @@ def unlike(target: Path, truth: Path, source: Path, schedule: dict[str, Any]) ->
         (NOOP, FLAGSCALE),
         (NOOP, {**PRIMUS, "decoder_pipeline_manual_split_list": [2, 2, 2, 2]}),
         (LAYOUT, PRIMUS),
-        (LAYOUT, {**MINDSPEED, "num_layers_to_build": [1, 2, 3, 1]}),
+        (LAYOUT, {**DCU, "num_layers_to_build": [1, 2, 3, 1]}),
         (EMPTY, PRIMUS),
     ],
 )
@@ -128,6 +129,7 @@ def test_the_switches_are_those_of_a_run_without(program: Program, tmp_path: Pat
     """Nothing else is changed: an algorithm that nothing asks for may stand there."""
     for schedule, off in (
         (MINDSPEED, {"schedules_method": None}),
+        (DCU, {"schedule_method": "vanilla"}),
         (FLAGSCALE, {"use_dualpipev": False}),
         (PRIMUS, {"patch_primus_pipeline": False, "pp_algorithm": "zbv-formatted"}),
         (ZERO_BUBBLE, {"patch_zero_bubble": False, "enable_zero_bubble": True}),

@@ -220,6 +220,7 @@ _OLD_HYBRIDS = ("is_hybrid_model", "hybrid_override_pattern")
 _V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
 _V_SWITCHES: Mapping[str, tuple[str, object]] = {
     "schedules_method": ("schedules_method", None),
+    "schedule_method": ("schedule_method", "vanilla"),
     "use_dualpipev": ("use_dualpipev", False),
     "pp_algorithm": ("patch_primus_pipeline", False),
     "zero_bubble_v_schedule": ("patch_zero_bubble", False),
@@ -231,10 +232,11 @@ _V_STAGES = 2
 
 def _v_schedules(values: Mapping[Any, Any]) -> list[str]:
     """The arguments that ask for a V-shaped schedule of a fork, where the last chunks are on the
-    first ranks (MindSpeed, FlagScale, Primus)."""
+    first ranks (MindSpeed, DCU Megatron, FlagScale, Primus)."""
     is_zero_bubble = bool(values.get("patch_zero_bubble") and values.get("enable_zero_bubble"))
     asked = {
         "schedules_method": values.get("schedules_method") == "dualpipev",
+        "schedule_method": values.get("schedule_method") == "dualpipev",
         "use_dualpipev": bool(values.get("use_dualpipev")),
         "pp_algorithm": bool(values.get("patch_primus_pipeline"))
         and values.get("pp_algorithm") in _V_ALGORITHMS,
@@ -247,9 +249,9 @@ def _v_schedules(values: Mapping[Any, Any]) -> list[str]:
 def _odd_v_schedule(values: Mapping[Any, Any]) -> str | None:
     """What a V-shaped schedule cannot be converted with."""
     if not values.get("untie_embeddings_and_output_weights"):
-        return "tied embeddings, which its fork cannot train"
+        return "tied embeddings, of which both copies are on one rank"
     if values.get("mtp_num_layers"):
-        return "multi-token prediction, whose second embedding its fork does not mark as shared"
+        return "multi-token prediction, whose second embedding is not kept like the first"
     if values.get(_VP_SIZE) not in (None, _V_STAGES):
         return f"args.{_VP_SIZE} {show(values[_VP_SIZE])} instead of {_V_STAGES}"
     return None

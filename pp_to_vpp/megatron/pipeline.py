@@ -207,6 +207,9 @@ class Ends:
 
     def cut(self, shape: Shape) -> Cut:
         """See ``Placement.place``."""
+        if shape.order is Order.V_SHAPED:  # each chunk is a stage of its own
+            counts = self._stage_counts(shape.num_layers, shape.chunks)
+            return Cut(tuple(counts), shape.chunks - 1)
         splits = {0: self.first_split, shape.pp_size - 1: self.last_split}
         by_rank = [
             _split_stage(pp_rank, count, shape.vp_size, splits.get(pp_rank))

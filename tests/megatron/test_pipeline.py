@@ -143,6 +143,13 @@ def test_a_v_goes_there_and_back(pp_size: int, count: int) -> None:
     )
 
 
+def test_the_ends_of_a_v_are_its_first_and_last_chunk() -> None:
+    assert layers_of(Placement(2, Ends(first=1, last=3), Order.V_SHAPED).place(8, 2)) == [
+        [[0], [5, 6, 7]],
+        [[1, 2], [3, 4]],
+    ]
+
+
 def test_lists_are_rank_by_rank_or_along_the_v() -> None:
     form = Listed((1, 2, 3, 4), "decoder_pipeline_manual_split_list")
     assert layers_of(Placement(2, form).place(10, 2)) == [[[0], [4, 5]], [[1, 2, 3], [6, 7, 8, 9]]]
