@@ -264,7 +264,11 @@ def _split_stage(
 
 
 def _check_stages(text: str, stages: int, shape: Shape) -> None:
-    """Raises: LayoutError: stages that a text spells out are not as many as there are chunks."""
+    """Hold the stages that a text spells out to the number of chunks.
+
+    Raises:
+        LayoutError: there are more or fewer.
+    """
     if stages != shape.chunks:
         raise LayoutError(
             f"{text}: {stages} stages do not make {shape.vp_size} virtual stages on "
