@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         help="Megatron's layout string of the target, e.g. 'Et*3|(tt|)*29,m|L'",
     )
     add(
+        "--target-hybrid-layer-pattern",
+        dest="hybrid_pattern",
+        metavar="STR",
+        help="Megatron's pattern of a hybrid model's target, e.g. 'M*|M-|M*|M-'",
+    )
+    add(
         "--target-overlap-param-gather-with-optimizer-step",
         dest="overlaps",
         action="store_true",
@@ -224,8 +230,8 @@ def _check(parser: argparse.ArgumentParser, given: Options) -> None:
     may_verify_only = given.save_dir is not None and given.depth is not Depth.NONE
     if given.verifies_only and (given.is_dry_run or given.resume or not may_verify_only):
         parser.error(
-            "give --target-virtual-pipeline-model-parallel-size or "
-            "--target-pipeline-model-parallel-layout"
+            "give --target-virtual-pipeline-model-parallel-size, "
+            "--target-pipeline-model-parallel-layout or --target-hybrid-layer-pattern"
         )
     if given.save_dir is None and not given.is_dry_run:
         parser.error("--save-iteration-dir is required unless --dry-run is given")

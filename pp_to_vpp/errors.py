@@ -26,6 +26,10 @@ AS_SAVED = "the file is damaged or was rewritten: use the one that Megatron save
 FROM_MEGATRON = "use an iteration folder that Megatron-LM saved with --ckpt-format torch"
 NOT_CONVERTED = "it cannot be converted exactly; see 'What is refused' in the README"
 ASK_FOR_SUPPORT = "it could change the layout, so it is not converted: ask for support of it"
+WITH_A_PATTERN = (
+    "load and save it once with Megatron 0.17 or 0.18 and a --hybrid-layer-pattern of one segment "
+    "for each pipeline stage"
+)
 COPY_MISSING = "copy what is missing from where the checkpoint was saved"
 PUT_FILE_THERE = "put the file itself there, as cp -rL does"
 AT_REST = "nothing may write to the source: run again when it is at rest"

@@ -36,6 +36,8 @@ class Options:
     last_split: Sequence[int] | None = None
     layout_string: str | None = None
     """pipeline_model_parallel_layout of the target."""
+    hybrid_pattern: str | None = None
+    """hybrid_layer_pattern of the target."""
     overlaps: bool = False
     """overlap_param_gather_with_optimizer_step of the target."""
     processes: int = 8
@@ -50,4 +52,5 @@ class Options:
     @property
     def verifies_only(self) -> bool:
         """No target layout is asked for: the target is there and is to be verified."""
-        return self.target_vp_size is None and self.layout_string is None
+        wanted = (self.target_vp_size, self.layout_string, self.hybrid_pattern)
+        return all(words is None for words in wanted)

@@ -23,6 +23,7 @@ MODEL_FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 _LAYOUT_ARGUMENTS = (
     "virtual_pipeline_model_parallel_size",
     "pipeline_model_parallel_layout",
+    "hybrid_layer_pattern",
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
     "decoder_first_pipeline_num_layers_split",

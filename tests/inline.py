@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Listed, Placement
+from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Listed, Placement
 from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.run import convert
 from pp_to_vpp.run.workers import Workers
@@ -49,6 +49,8 @@ def asking_for(source: Path, placement: Placement, *, overlaps: bool = False) ->
         case Ends():
             options.first_split = placement.form.first_split
             options.last_split = placement.form.last_split
+        case HybridPattern(text):
+            options.target_vp_size, options.hybrid_pattern = None, text
         case Even() | Listed():
             pass
     return options

@@ -39,6 +39,9 @@ LAYER_WISE_ODD = "distmuon-dense-pp2dp3-odd-v016"
 EMPTY_OLD = "dense-pp3-empty-v013"
 EMPTY = "dense-pp3-empty-v015"
 ETP = "moe-pp2tp2etp1-v019"
+HYBRID = "hybrid-emptyseg-pp2-v018"
+HYBRID_MOE = "hybrid-emptylast-mtp-pp2ep2-v019"
+NOOP = "noop-dense-emptychunk-pp2-v012"
 FORK = "uneven-31layers-pp4-fork"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import strategies as st
 
 from pp_to_vpp.megatron.arguments import SavedArguments
 from pp_to_vpp.megatron.buffers import BucketPolicy, BufferParameter
-from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Placement
+from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Placement
 from pp_to_vpp.megatron.rules import CHANGES, Rules
 
 rules = st.builds(Rules, **{change.rule: st.booleans() for change in CHANGES})
@@ -32,16 +34,28 @@ parameters = st.lists(
 
 
 @st.composite
+def cut_anywhere(draw: st.DrawFn, letters: str, stages: int) -> list[str]:
+    """A text in so many parts, some of them empty."""
+    count = len(letters)
+    cuts = draw(st.lists(st.integers(0, count), min_size=stages - 1, max_size=stages - 1))
+    ends = [0, *sorted(cuts), count]
+    return [letters[a:b] for a, b in itertools.pairwise(ends)]
+
+
+@st.composite
 def layout_strings(draw: st.DrawFn, num_layers: int, stages: int, mtp: int = 0) -> str:
     """A valid layout string, empty stages included."""
-    cuts = sorted(
-        draw(st.lists(st.integers(0, num_layers), min_size=stages - 1, max_size=stages - 1))
-    )
-    counts = [b - a for a, b in zip([0, *cuts], [*cuts, num_layers], strict=True)]
-    parts = ["t" * count for count in counts]
+    parts = draw(cut_anywhere("t" * num_layers, stages))
     parts[0] = "E" + parts[0]
     parts[-1] += "m" * mtp + "L"
     return "|".join(parts)
+
+
+@st.composite
+def hybrid_patterns(draw: st.DrawFn, own: HybridPattern, stages: int) -> HybridPattern:
+    """The same layers in other stages, empty ones included."""
+    parts = draw(cut_anywhere(own.letters, stages))
+    return HybridPattern("/".join(("|".join(parts), *own.depths)))
 
 
 @st.composite
@@ -80,7 +94,11 @@ def placements(draw: st.DrawFn) -> tuple[int, int, Placement]:
 @st.composite
 def targets(draw: st.DrawFn, arguments: SavedArguments) -> Placement:
     """A placement for a model that is there: a VPP size that divides its layers, or any layout
-    string, its MTP layers on any rank that Megatron allows."""
+    string, its MTP layers on any rank that Megatron allows; for hybrids any pattern."""
+    own = arguments.placement.form
+    if isinstance(own, HybridPattern):
+        vp_size = draw(st.integers(1, 3))
+        return Placement(vp_size, draw(hybrid_patterns(own, arguments.pp_size * vp_size)))
     layers, pp_size, mtp = arguments.num_layers, arguments.pp_size, arguments.mtp_num_layers
     sizes = [v for v in (1, 2, 3, 4) if layers % (pp_size * v) == 0]
     if sizes and draw(st.integers(0, 3)) == 0:

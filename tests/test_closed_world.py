@@ -20,7 +20,7 @@ from pp_to_vpp.container.tensors import unwrap_tensor
 
 from .compare import differences
 from .edit import copy_of, rewrite, rewrite_all, set_arguments
-from .pairs import DENSE, MOE, ODD, PLAIN, pair
+from .pairs import DENSE, HYBRID, HYBRID_MOE, MOE, NOOP, ODD, PLAIN, pair
 from .runs import Program
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -427,6 +427,98 @@ def test_torch_that_is_missing_is_a_refusal(
         pair(DENSE).source, tmp_path / "x" / "iter_0000001", (), "--verify", "full"
     )
     program.refuses(2, run, "it opens files with torch, which cannot be imported", "--verify stru")
+
+
+# -- layers without parameters -----------------------------------------------------------------
+
+
+def set_of(*members: Any) -> Instance:
+    """A set, as pickled."""
+    return Instance(Global("__builtin__", "set"), ([*members],))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (set_of(2, 3, 5, 7), "layer 7 has keys, but args.noop_layers names it as one without"),
+        (set_of(2, 3), "its layers are not those its arguments tell, expected 4 layers, found 3"),
+        (set_of(2, 5), "expected 4 layers, 2 without keys, found 2"),
+        (set_of(2, 3, 5, 8), "args.noop_layers names layer 8 of 8"),
+        (set_of(2, 3, "5"), "args.noop_layers is no set of layer numbers"),
+        (set_of(2, 3, -1), "args.noop_layers is no set of layer numbers"),
+        ([2, 3, 5], "args.noop_layers is no set of layer numbers"),
+        (None, "its layers are not those its arguments tell"),
+    ],
+)
+def test_layers_without_parameters_are_those_named(
+    value: Any, reason: str, program: Program, tmp_path: Path
+) -> None:
+    source = copy_of(pair(NOOP).source, tmp_path)
+    set_arguments(source, noop_layers=value)
+    program.refuses(4, program.convert(source, tmp_path / "x" / "iter_0000001"), reason)
+
+
+def test_layers_without_parameters_are_shown_and_drop_a_list(
+    program: Program, tmp_path: Path
+) -> None:
+    source = copy_of(pair(NOOP).source, tmp_path)
+    set_arguments(source, num_layer_list="1,7")
+    run = program.convert(source, tmp_path / "x" / "iter_0000001", pair(NOOP).options)
+    assert run.status == 0
+    assert "    pp0  E 0 1    4 (5)\n    pp1  (2) (3)  6 7 L" in run.output
+
+
+# -- hybrids ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("*MM-M*M-", "layer 0 has the mixer of a Mamba layer, but its letter in args.hybrid_layer"),
+        ("MMM-M*M-", "layer 1 lacks the mixer of a Mamba layer, but its letter"),
+        ("M*M-M*M", "7 layers where args.num_layers tells 8"),
+        ("M*M-M*M-/*", "1 MTP layers where args.mtp_num_layers tells 0"),
+    ],
+)
+def test_a_pattern_is_held_to_the_layers(
+    pattern: str, reason: str, program: Program, tmp_path: Path
+) -> None:
+    source = copy_of(pair(HYBRID).source, tmp_path)
+    set_arguments(source, hybrid_layer_pattern=pattern)
+    program.refuses(4, program.convert(source, tmp_path / "x" / "iter_0000001"), reason)
+
+
+def test_a_hybrid_without_its_pattern_is_told_by_its_keys(program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair(HYBRID).source, tmp_path)
+    set_arguments(source, hybrid_layer_pattern=None)
+    run = program.convert(source, tmp_path / "x" / "iter_0000001")
+    program.refuses(4, run, "a hybrid (Mamba) layer, and no pattern", "--hybrid-layer-pattern of")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hybrid_layer_pattern": "M-||M-M*|M-"},
+        {"hybrid_layer_pattern": "M*||M-M*|M-/*", "mtp_num_layers": 1},
+    ],
+)
+def test_a_target_that_tells_other_layers_is_found(
+    values: dict[str, Any], program: Program, tmp_path: Path
+) -> None:
+    """None of whose keys need differ."""
+    case, target = pair(HYBRID), tmp_path / "x" / "iter_0000001"
+    assert program.convert(case.source, target, case.options).status == 0
+    (target / "pp_to_vpp.json").unlink()
+    set_arguments(target, **values)
+    run = program("--load-iteration-dir", case.source, "--save-iteration-dir", target)
+    program.refuses(6, run, "args.hybrid_layer_pattern tells other layers than its source's")
+
+
+def test_a_hybrids_pattern_is_the_flag_to_launch_with(program: Program, tmp_path: Path) -> None:
+    case = pair(HYBRID_MOE)
+    run = program.convert(case.source, tmp_path / "x" / "iter_0000001", case.options)
+    assert run.status == 0
+    assert "launch Megatron with: --hybrid-layer-pattern 'M*|ME|-|/*E'\n" in run.output
 
 
 # -- one target, one conversion -----------------------------------------------------------------

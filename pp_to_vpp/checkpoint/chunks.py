@@ -18,6 +18,7 @@ from ..errors import (
     ANOTHER_COPY,
     AS_SAVED,
     ASK_FOR_SUPPORT,
+    WITH_A_PATTERN,
     CheckpointError,
     located,
     problem,
@@ -110,8 +111,9 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
             cure="encoder-decoder models cannot run with virtual pipeline stages",
         )
     stack = stacks.pop() if stacks else "decoder"
-    _check_kind(mapping, where)
+    _check_kind(mapping, chunk, where)
     _check_layers(mapping, chunk, where)
+    _check_letters(mapping, chunk, where)
     placed = _place_keys(mapping, chunk, where)
     items = tuple(
         _make_item(section, layer, rest, stack, mapping[key], where)
@@ -136,10 +138,11 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
 
 
 _NESTED = re.compile(r"(?P<prefix>.+\.)(?:decoder|encoder)\.layers\.[0-9]+\.")
-_HYBRID = re.compile(r"(?:decoder|encoder)\.layers\.[0-9]+\.mixer\.")
+_MIXER = re.compile(r"(?:decoder|encoder)\.layers\.(?P<index>[0-9]{1,9})\.mixer\.")
+_MAMBA = "M"
 
 
-def _check_kind(keys: Iterable[str], where: str) -> None:
+def _check_kind(keys: Iterable[str], chunk: ModelChunk, where: str) -> None:
     """Refuse by their keys what no argument names."""
     names = list(keys)
     nested = {m["prefix"]: None for key in names if (m := _NESTED.match(key))}
@@ -153,25 +156,46 @@ def _check_kind(keys: Iterable[str], where: str) -> None:
             cure="virtual stages of such models are not known to work: convert the language "
             "model's own checkpoint, saved without its wrapper",
         )
-    for key in names:
-        if _HYBRID.match(key):
+    for key in names if chunk.letters is None else ():
+        if _MIXER.match(key):
             raise CheckpointError.of(
                 where,
                 f"key {show(key)} is that of a hybrid (Mamba) layer, and no pattern in the "
                 "arguments says where layers are: Megatron up to 0.16 cannot run such models with "
                 "virtual stages",
-                cure="load and save it once with Megatron 0.17 or 0.18 and a "
-                "--hybrid-layer-pattern of one segment for each pipeline stage",
+                cure=WITH_A_PATTERN,
+            )
+
+
+def _check_letters(keys: Iterable[str], chunk: ModelChunk, where: str) -> None:
+    """The layers that a hybrid's pattern calls Mamba, and no others, have a mixer."""
+    mixers = {int(m["index"]) for key in keys if (m := _MIXER.match(key))}
+    for local, letter in enumerate(chunk.letters or ""):
+        if (letter == _MAMBA) != (local in mixers):
+            raise CheckpointError.of(
+                where,
+                f"layer {chunk.layers[local]} {'has' if local in mixers else 'lacks'} the mixer of "
+                f"a Mamba layer, but its letter in args.hybrid_layer_pattern is {letter!r}",
+                cure=AS_SAVED,
             )
 
 
 def _check_layers(mapping: Iterable[str], chunk: ModelChunk, where: str) -> None:
     found = sorted({place[1] for key in mapping if (place := naming.split_layer(key))})
-    if found != list(range(len(chunk.layers))):
+    numbered = dict(enumerate(chunk.layers))
+    for local in found:
+        if numbered.get(local) in chunk.noop_layers:
+            raise CheckpointError.of(
+                where,
+                f"layer {numbered[local]} has keys, but args.noop_layers names it as one without",
+                cure=AS_SAVED,
+            )
+    if found != [local for local, layer in numbered.items() if layer not in chunk.noop_layers]:
         raise CheckpointError.of(
             where,
             "its layers are not those its arguments tell",
-            expected=f"{len(chunk.layers)} layers",
+            expected=f"{len(chunk.layers)} layers"
+            + "".join(f", {layer} without keys" for layer in sorted(chunk.noop_layers)),
             found=f"{len(found)} ({', '.join(map(str, found[:6]))}...)" if found else "none",
             cure=AS_SAVED,
         )

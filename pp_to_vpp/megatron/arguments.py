@@ -19,15 +19,28 @@ from ..errors import (
     FROM_MEGATRON,
     NOT_CONVERTED,
     ONE_SAVE,
+    WITH_A_PATTERN,
     CheckpointError,
     problem,
     show,
 )
 from .naming import chunk_keys
-from .pipeline import LISTS, PLACEMENT_ARGUMENTS, Ends, Even, LayoutString, Listed, Placement
+from .pipeline import (
+    LISTS,
+    PLACEMENT_ARGUMENTS,
+    Ends,
+    Even,
+    Form,
+    HybridPattern,
+    LayoutString,
+    Listed,
+    Order,
+    Placement,
+)
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
+_SETS = (Global("builtins", "set"), Global("__builtin__", "set"))
 _VP_SIZE = "virtual_pipeline_model_parallel_size"
 _OVERLAPS = "overlap_param_gather_with_optimizer_step"
 _MAX_SIZE = 1 << 24
@@ -42,6 +55,8 @@ class SavedArguments:
     """All argument names: they tell what the version that saved them knew."""
     num_layers: int
     mtp_num_layers: int
+    noop_layers: frozenset[int]
+    """Numbers of layers without parameters, from 0 (MindSpeed)."""
     ties_embeddings: bool
     """Input embedding and output layer share their weight."""
     tp_size: int
@@ -132,6 +147,20 @@ class _Reader:
             return tuple(value)
         return None
 
+    def numbers(self, name: str) -> frozenset[int]:
+        """A set of layer numbers."""
+
+        def is_right(value: Any) -> bool:
+            if not isinstance(value, Instance) or value.factory not in _SETS:
+                return False
+            members = value.arguments[0] if value.arguments else []
+            return isinstance(members, list) and all(
+                type(n) is int and 0 <= n < _MAX_LAYERS for n in members
+            )
+
+        value = self.take(name, is_right, "set of layer numbers", default=None)
+        return frozenset(value.arguments[0] if value is not None and value.arguments else ())
+
     def split(self, name: str) -> tuple[int, ...] | None:
         def is_right(value: Any) -> bool:
             return isinstance(value, list) and all(
@@ -164,13 +193,9 @@ def namespace_values(node: object, where: str) -> dict[Any, Any]:
     )
 
 
-_V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
 _UNSUPPORTED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     # argument, is it on?, what it means
     ("use_legacy_models", bool, "a legacy model: convert it to Megatron-Core first"),
-    ("is_hybrid_model", bool, "a hybrid (Mamba) model: its layers follow a pattern of their own"),
-    ("hybrid_override_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
-    ("hybrid_layer_pattern", bool, "a hybrid (Mamba) model: its layers follow a pattern"),
     ("use_custom_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
     ("use_megatron_fsdp", bool, "Megatron-FSDP: it shards parameters in another format"),
     ("use_torch_fsdp2", bool, "FSDP2: it shards parameters in another format"),
@@ -183,38 +208,87 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("expert_gtp_weight_remat_size", lambda v: type(v) is int and v > 1, "weight shards over GTP"),
 )
 
+_OLD_HYBRIDS = ("is_hybrid_model", "hybrid_override_pattern")
+"""Set up to 0.16, which has no hybrid_layer_pattern."""
 
-def _v_schedule(values: Mapping[Any, Any]) -> str | None:
-    """The argument that asks for a V-shaped schedule of a fork, where the last chunks are on the
-    first ranks (MindSpeed, FlagScale, Primus)."""
-    if values.get("schedules_method") == "dualpipev":
-        return "schedules_method"
-    if values.get("use_dualpipev"):
-        return "use_dualpipev"
-    if values.get("patch_primus_pipeline") and values.get("pp_algorithm") in _V_ALGORITHMS:
-        return "pp_algorithm"
-    if values.get("patch_zero_bubble") and values.get("enable_zero_bubble"):
-        return next((n for n in ("zero_bubble_v_schedule", "enable_1f1b_v") if values.get(n)), None)
+
+_V_ALGORITHMS = ("zbv-formatted", "v-half", "v-min")
+_V_SWITCHES: Mapping[str, tuple[str, object]] = {
+    "schedules_method": ("schedules_method", None),
+    "schedule_method": ("schedule_method", "vanilla"),
+    "use_dualpipev": ("use_dualpipev", False),
+    "pp_algorithm": ("patch_primus_pipeline", False),
+    "zero_bubble_v_schedule": ("patch_zero_bubble", False),
+    "enable_1f1b_v": ("patch_zero_bubble", False),
+}
+"""Arguments that ask for a V-shaped schedule: what switches it off, and to which value."""
+_V_STAGES = 2
+
+
+def _v_schedules(values: Mapping[Any, Any]) -> list[str]:
+    """The arguments that ask for a V-shaped schedule of a fork, where the last chunks are on the
+    first ranks (MindSpeed, DCU Megatron, FlagScale, Primus)."""
+    is_zero_bubble = bool(values.get("patch_zero_bubble") and values.get("enable_zero_bubble"))
+    asked = {
+        "schedules_method": values.get("schedules_method") == "dualpipev",
+        "schedule_method": values.get("schedule_method") == "dualpipev",
+        "use_dualpipev": bool(values.get("use_dualpipev")),
+        "pp_algorithm": bool(values.get("patch_primus_pipeline"))
+        and values.get("pp_algorithm") in _V_ALGORITHMS,
+        "zero_bubble_v_schedule": is_zero_bubble and bool(values.get("zero_bubble_v_schedule")),
+        "enable_1f1b_v": is_zero_bubble and bool(values.get("enable_1f1b_v")),
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
+def _odd_v_schedule(values: Mapping[Any, Any]) -> str | None:
+    """What a V-shaped schedule cannot be converted with."""
+    if not values.get("untie_embeddings_and_output_weights"):
+        return "tied embeddings, of which both copies are on one rank"
+    if values.get("mtp_num_layers"):
+        return "multi-token prediction, whose second embedding is not kept like the first"
+    if values.get(_VP_SIZE) not in (None, _V_STAGES):
+        return f"args.{_VP_SIZE} {show(values[_VP_SIZE])} instead of {_V_STAGES}"
     return None
 
 
 def _unsupported(values: Mapping[Any, Any], where: str) -> list[str]:
     """What the arguments tell that cannot be converted."""
-    schedule = _v_schedule(values)
+    odd = _odd_v_schedule(values)
+    schedules = () if odd is None else _v_schedules(values)
     rows = [*_UNSUPPORTED]
-    if schedule is not None:
-        rows.append((schedule, bool, "a V-shaped schedule: its chunks are not interleaved"))
-    return [
+    rows += ((name, bool, f"a V-shaped schedule with {odd}") for name in schedules)
+    problems = [
         problem(where, f"args.{name} is {show(values[name])}: {meaning}", cure=NOT_CONVERTED)
         for name, is_on, meaning in rows
         if values.get(name) is not None and is_on(values[name])
     ]
+    if values.get("hybrid_layer_pattern") is None:
+        problems += [
+            problem(
+                where,
+                f"args.{name} is {show(values[name])}: a hybrid (Mamba) model without "
+                "args.hybrid_layer_pattern, which Megatron up to 0.16 cannot run with virtual "
+                "stages",
+                cure=WITH_A_PATTERN,
+            )
+            for name in _OLD_HYBRIDS
+            if values.get(name)
+        ]
+    return problems
 
 
 def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
-    """The placement, in the one form that the run used."""
+    """The placement of a run's chunks."""
+    if _v_schedules(read.values):  # dualpipev leaves the size away (FORMAT 4.9)
+        return Placement(_V_STAGES, _form(read, _V_STAGES), Order.V_SHAPED)
     given = 1 if _VP_SIZE in read.values else default_vp_size
     vp_size = read.size(_VP_SIZE, default=given)
+    return Placement(vp_size, _form(read, vp_size))
+
+
+def _form(read: _Reader, vp_size: int) -> Form:
+    """The one form that the run used."""
     text = read.text("pipeline_model_parallel_layout")
     ends = Ends(
         first=read.optional("decoder_first_pipeline_num_layers", high=_MAX_LAYERS),
@@ -226,14 +300,19 @@ def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
         counts_embedding=read.flag("account_for_embedding_in_pipeline_split"),
         counts_loss=read.flag("account_for_loss_in_pipeline_split"),
     )
+    pattern = read.text("hybrid_layer_pattern")
+    if pattern is not None:
+        return HybridPattern(pattern, ends)
     for name in LISTS:
         counts = read.counts(name)
-        if counts is not None:
-            return Placement(vp_size, Listed(counts, name))
+        # MindSpeed-LLM drops its list where there are layers without parameters (FORMAT 4.6).
+        is_dropped = name == "num_layer_list" and read.values.get("noop_layers") is not None
+        if counts is not None and not is_dropped:
+            return Listed(counts, name)
     if text is not None:
-        return Placement(vp_size, LayoutString(text))
+        return LayoutString(text)
     if ends == Ends():
-        return Placement(vp_size, even)
+        return even
     if even != Even():
         read.problems.append(
             problem(
@@ -243,7 +322,7 @@ def _placement(read: _Reader, *, default_vp_size: int) -> Placement:
                 cure=AS_SAVED,
             )
         )
-    return Placement(vp_size, ends.with_splits(vp_size))
+    return ends.with_splits(vp_size)
 
 
 def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
@@ -262,6 +341,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         names=frozenset(values),
         num_layers=read.size("num_layers", high=_MAX_LAYERS),
         mtp_num_layers=read.size("mtp_num_layers", 0, 0, _MAX_LAYERS),
+        noop_layers=read.numbers("noop_layers"),
         ties_embeddings=not read.flag("untie_embeddings_and_output_weights"),
         tp_size=tp_size,
         pp_size=read.size("pipeline_model_parallel_size"),
@@ -311,7 +391,10 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
     return arguments
 
 
-FOLLOWING_PLACEMENT = PLACEMENT_ARGUMENTS | {"overlap_p2p_comm", "align_param_gather", _OVERLAPS}
+FOLLOWING_PLACEMENT = PLACEMENT_ARGUMENTS.union(
+    ("overlap_p2p_comm", "align_param_gather", _OVERLAPS),
+    (name for name, _ in _V_SWITCHES.values()),
+)
 """Arguments that say where layers are, that Megatron derives from that, or that are asked for."""
 
 _ALWAYS_TOLD = frozenset(
@@ -330,13 +413,14 @@ def patch_arguments(node: Instance, source: SavedArguments, target: SavedArgumen
     They are appended to the arguments of versions without them, and taken away again.
     """
     changes = dict(target.placement.arguments(source.num_layers, source.pp_size))
-    is_virtual = target.placement.vp_size > 1
-    if is_virtual != (source.placement.vp_size > 1):
+    own, is_interleaved = source.placement, target.placement.is_interleaved
+    if own.order is Order.V_SHAPED or own.is_interleaved != is_interleaved:
         # validate_args forces both off without interleaving; both are on by default with it
         # (FORMAT 2.3).
-        changes["overlap_p2p_comm"] = changes["align_param_gather"] = is_virtual
+        changes["overlap_p2p_comm"] = changes["align_param_gather"] = is_interleaved
     changes[_OVERLAPS] = target.overlaps_param_gather_with_step
     values = dict(namespace_values(node, "args"))
+    changes |= (_V_SWITCHES[name] for name in _v_schedules(values))
     appended = itertools.takewhile(
         lambda name: name in _ALWAYS_TOLD and changes.get(name) is None, reversed(list(values))
     )

@@ -29,6 +29,7 @@ class Megatron:
             self.arguments.pp_size,
             mtp_num_layers=self.arguments.mtp_num_layers,
             mtp_may_stand_alone=self.rules.mtp_may_stand_alone,
+            noop_layers=self.arguments.noop_layers,
         )
 
     def relaunched(self, placement: Placement, *, overlaps: bool) -> Megatron:

@@ -4,14 +4,16 @@ The layers of a chunk are a contiguous range that follows from the counts of all
 before it. So a placement is *counts in order of execution*, and a *map from the number of a chunk
 to its pipeline rank and virtual stage* (FORMAT 4). The counts come from one of several forms, each
 with its own arguments (transformer_block.py and transformer_layer.py, 0.6 to 0.19;
-pipeline_parallel_layer_layout.py, 0.13 to 0.19; microsoft/ltp-megatron-lm, branch uneven-pp-opt).
+pipeline_parallel_layer_layout.py, 0.13 to 0.19; hybrid_layer_allocation.py, 0.17 to 0.19;
+microsoft/ltp-megatron-lm, branch uneven-pp-opt).
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -29,6 +31,10 @@ class ModelChunk:
     """Global numbers, from 0."""
     sections: tuple[Section, ...]
     """The other sections it holds, in order."""
+    letters: str | None = None
+    """What a hybrid's pattern calls each of its layers; None for other models."""
+    noop_layers: frozenset[int] = frozenset()
+    """Those of its layers that have no parameters, hence no keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +70,16 @@ class PipelineLayout:
         return tuple(sorted(holders)) or (0,)
 
     def table(self) -> str:
-        """The layers of each rank and virtual stage, as text."""
+        """The layers of each rank and virtual stage, as text; those without parameters in
+        parentheses."""
         marks = {Section.EMBEDDING: "E", Section.MTP: "M", Section.HEAD: "L"}
         rows = [["", *(f"vp{v}" for v in range(self.vp_size))]]
         for p in range(self.pp_size):
             row = [f"pp{p}"]
             for chunk in self.rank_chunks(p):
                 cells = [marks[s] for s in chunk.sections if s in marks and s < Section.LAYERS]
-                cells += [str(layer) for layer in chunk.layers]
+                for layer in chunk.layers:
+                    cells.append(f"({layer})" if layer in chunk.noop_layers else str(layer))
                 cells += [marks[s] for s in chunk.sections if s in marks and s > Section.LAYERS]
                 row.append(" ".join(cells) or "-")
             rows.append(row)
@@ -83,6 +91,23 @@ class PipelineLayout:
         return "\n".join(lines)
 
 
+class Order(enum.Enum):
+    """Which pipeline rank and virtual stage a chunk has, by its number in order of execution."""
+
+    INTERLEAVED = enum.auto()
+    """All ranks of virtual stage 0, then all of 1, ..."""
+    V_SHAPED = enum.auto()
+    """All ranks of virtual stage 0, then those of 1 from the last to the first: schedules of
+    forks, a source's only (FORMAT 4.9)."""
+
+    def place(self, index: int, pp_size: int) -> tuple[int, int]:
+        """Pipeline rank and virtual stage of the chunk that runs as number ``index``."""
+        vp_stage, pp_rank = divmod(index, pp_size)
+        if self is Order.V_SHAPED and vp_stage:
+            pp_rank = pp_size - 1 - pp_rank
+        return pp_rank, vp_stage
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What is to be cut, and into what."""
@@ -92,11 +117,16 @@ class Shape:
     pp_size: int
     vp_size: int
     mtp_num_layers: int
+    order: Order
 
     @property
     def chunks(self) -> int:
         """Number of chunks."""
         return self.pp_size * self.vp_size
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Pipeline rank and virtual stage of a chunk."""
+        return self.order.place(index, self.pp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +137,8 @@ class Cut:
     """Decoder layers of each."""
     mtp_chunk: int
     """The one that holds the MTP layers, if there are any."""
+    letters: str | None = None
+    """What a hybrid's pattern calls each layer of the model; None for other models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +207,15 @@ class Ends:
 
     def cut(self, shape: Shape) -> Cut:
         """See ``Placement.place``."""
+        if shape.order is Order.V_SHAPED:  # each chunk is a stage of its own
+            counts = self._stage_counts(shape.num_layers, shape.chunks)
+            return Cut(tuple(counts), shape.chunks - 1)
         splits = {0: self.first_split, shape.pp_size - 1: self.last_split}
         by_rank = [
             _split_stage(pp_rank, count, shape.vp_size, splits.get(pp_rank))
             for pp_rank, count in enumerate(self._stage_counts(shape.num_layers, shape.pp_size))
         ]
-        places = (interleaved(index, shape.pp_size) for index in range(shape.chunks))
+        places = map(shape.place, range(shape.chunks))
         return Cut(tuple(by_rank[p][v] for p, v in places), shape.chunks - 1)
 
     def _stage_counts(self, num_layers: int, pp_size: int) -> list[int]:
@@ -228,6 +263,20 @@ def _split_stage(
     return split
 
 
+def _check_stages(text: str, stages: int, shape: Shape) -> None:
+    """Hold the stages that a text spells out to the number of chunks.
+
+    Raises:
+        LayoutError: there are more or fewer.
+    """
+    if stages != shape.chunks:
+        raise LayoutError(
+            f"{text}: {stages} stages do not make {shape.vp_size} virtual stages on "
+            f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages (empty ones "
+            "count, each | begins a new one)"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class LayoutString:
     """Every stage by itself: pipeline_model_parallel_layout."""
@@ -238,12 +287,7 @@ class LayoutString:
         """See ``Placement.place`` (validate_layer_layout)."""
         text = f"pipeline layout {show(self.text)}"
         stages = parse_layout(self.text)
-        if len(stages) != shape.chunks:
-            raise LayoutError(
-                f"{text}: {len(stages)} stages do not make {shape.vp_size} virtual stages on "
-                f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages (empty ones "
-                "count, each | begins a new one)"
-            )
+        _check_stages(text, len(stages), shape)
         letters = "".join(stages)
         problems = [
             f"{text}: expected {count} of {letter} ({meaning}), found {letters.count(letter)}; "
@@ -263,12 +307,12 @@ class LayoutString:
         holders = [index for index, stage in enumerate(stages) if "m" in stage]
         if len(holders) > 1:
             problems.append(f"{text}: MTP layers in more than one stage; put all m together")
-        if holders and interleaved(holders[0], shape.pp_size)[1] != shape.vp_size - 1:
+        if holders and shape.place(holders[0])[1] != shape.vp_size - 1:
             problems.append(
                 f"{text}: MTP layers before the last virtual stage of their rank; Megatron allows "
                 "m only in the last one"
             )
-        if holders and shape.vp_size > 1 and interleaved(holders[0], shape.pp_size)[0] == 0:
+        if holders and shape.vp_size > 1 and shape.place(holders[0])[0] == 0:
             problems.append(
                 f"{text}: MTP layers on the first pipeline rank, which with virtual stages would "
                 "hold two embeddings: Megatron hangs when it saves that; put m on another rank"
@@ -284,11 +328,92 @@ class LayoutString:
 
 
 @dataclass(frozen=True, slots=True)
+class HybridPattern:
+    """hybrid_layer_pattern: a letter for each layer and ``|`` between stages, then ``/`` and the
+    letters of a depth of multi-token prediction, for each depth (FORMAT 4.7).
+
+    Without any ``|`` the stages are plain pipeline stages, even but for the ends that are given.
+    """
+
+    text: str
+    ends: Ends = Ends()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The letters of each."""
+        return tuple(self.text.partition("/")[0].split("|"))
+
+    @property
+    def letters(self) -> str:
+        """What each decoder layer is."""
+        return "".join(self.stages)
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """The letters of each depth of multi-token prediction."""
+        found = tuple(self.text.split("/")[1:])
+        return found if any(found) else ()
+
+    @property
+    def kinds(self) -> str:
+        """What all layers are, wherever they stand."""
+        return "/".join((self.letters, *self.depths))
+
+    def divided(self, pp_size: int, vp_size: int) -> HybridPattern:
+        """The same layers, as many in each chunk.
+
+        Raises:
+            LayoutError: they do not divide.
+        """
+        size, rest = divmod(len(self.letters), pp_size * vp_size)
+        if rest:
+            raise LayoutError(
+                f"hybrid pattern {show(self.text)}: its {len(self.letters)} layers do not divide "
+                f"into {pp_size} pipeline ranks x {vp_size} virtual stages; give "
+                "--target-hybrid-layer-pattern with a | between stages"
+            )
+        stages = (self.letters[i * size :][:size] for i in range(pp_size * vp_size))
+        return HybridPattern("/".join(("|".join(stages), *self.depths)))
+
+    def cut(self, shape: Shape) -> Cut:
+        """See ``Placement.place`` (select_pipeline_segment)."""
+        text, stages = f"hybrid pattern {show(self.text)}", self.stages
+        problems = [
+            f"{text}: {found} {what} where args.{name} tells {expected}; check that the arguments "
+            "are those of this checkpoint"
+            for what, name, found, expected in (
+                ("layers", "num_layers", len(self.letters), shape.num_layers),
+                ("MTP layers", "mtp_num_layers", len(self.depths), shape.mtp_num_layers),
+            )
+            if found != expected
+        ]
+        if problems:
+            raise LayoutError(*problems)
+        if len(stages) > 1 or shape.vp_size > 1:
+            _check_stages(text, len(stages), shape)
+            counts = tuple(map(len, stages))
+        elif self.ends == Ends():
+            counts = tuple(map(len, self.divided(shape.pp_size, 1).stages))
+        else:
+            counts = self.ends.cut(shape).counts
+        return Cut(counts, shape.chunks - 1, self.letters)
+
+    def arguments(self, _: Shape) -> dict[str, object]:
+        """See ``Placement.arguments``."""
+        return {
+            "hybrid_layer_pattern": self.text,
+            "decoder_first_pipeline_num_layers": self.ends.first,
+            "decoder_last_pipeline_num_layers": self.ends.last,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Listed:
     """The layers of each chunk as a list, in arguments of forks; a source's only.
 
     The list is rank by rank: virtual stages of pipeline rank 0, of rank 1, ... (MindSpeed's
-    num_layer_list and others have no virtual stages, Primus has; FORMAT 4.6).
+    num_layer_list and others have no virtual stages, Primus has); for V-shaped schedules it is in
+    order of execution (FORMAT 4.6).
     """
 
     counts: tuple[int, ...]
@@ -303,15 +428,18 @@ class Listed:
                 f"{sum(self.counts)} layers, not {shape.chunks} of {shape.num_layers}; "
                 "check that the arguments are those of this checkpoint"
             )
-        places = (interleaved(index, shape.pp_size) for index in range(shape.chunks))
-        return Cut(tuple(self.counts[p * shape.vp_size + v] for p, v in places), shape.chunks - 1)
+        counts = self.counts
+        if shape.order is Order.INTERLEAVED:
+            places = map(shape.place, range(shape.chunks))
+            counts = tuple(counts[p * shape.vp_size + v] for p, v in places)
+        return Cut(counts, shape.chunks - 1)
 
     def arguments(self, _: Shape) -> dict[str, object]:
         """See ``Placement.arguments``."""
         return {}
 
 
-Form: TypeAlias = Even | Ends | LayoutString | Listed
+Form: TypeAlias = Even | Ends | LayoutString | HybridPattern | Listed
 
 LISTS = ("num_layer_list", "decoder_pipeline_manual_split_list", "num_layers_to_build")
 """Arguments of forks that hold the layers of each stage: MindSpeed-LLM, Primus, others."""
@@ -327,16 +455,12 @@ _ARGUMENTS: Mapping[str, object] = {
     "decoder_last_pipeline_num_layers": None,
     "decoder_first_pipeline_num_layers_split": None,
     "decoder_last_pipeline_num_layers_split": None,
+    "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,  # the older name, whose value the other has then
     **dict.fromkeys(LISTS),
 }
 """The attributes of ``args`` that tell a placement, with the values of those not used."""
 PLACEMENT_ARGUMENTS = frozenset(_ARGUMENTS)
-
-
-def interleaved(index: int, pp_size: int) -> tuple[int, int]:
-    """Pipeline rank and virtual stage of the chunk that runs as number ``index``: all ranks of
-    virtual stage 0, then all of 1, ..."""
-    return index % pp_size, index // pp_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +469,12 @@ class Placement:
 
     vp_size: int = 1
     form: Form = Even()
+    order: Order = Order.INTERLEAVED
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Megatron's own schedule for virtual stages runs it."""
+        return self.vp_size > 1 and self.order is Order.INTERLEAVED
 
     def place(
         self,
@@ -353,6 +483,7 @@ class Placement:
         *,
         mtp_num_layers: int = 0,
         mtp_may_stand_alone: bool = False,
+        noop_layers: Collection[int] = (),
     ) -> PipelineLayout:
         """The layout that these arguments mean.
 
@@ -361,14 +492,23 @@ class Placement:
             pp_size: pipeline_model_parallel_size.
             mtp_num_layers: layers of multi-token prediction.
             mtp_may_stand_alone: MTP layers may have another stage than the loss, and with them the
-                final norm belongs to the chunk of the last decoder layer (0.16 and later).
+                final norm belongs to the chunk of the last decoder layer (0.16 and later), but
+                for hybrids.
+            noop_layers: layers without parameters, which count like others (MindSpeed).
 
         Raises:
             LayoutError: Megatron could not build it either.
         """
-        cut = self.form.cut(Shape(num_layers, pp_size, self.vp_size, mtp_num_layers))
+        beyond = sorted(layer for layer in noop_layers if layer >= num_layers)
+        if beyond:
+            raise LayoutError(
+                f"layer placement: args.noop_layers names layer {beyond[0]} of {num_layers}; check "
+                "that the arguments are those of this checkpoint"
+            )
+        shape = Shape(num_layers, pp_size, self.vp_size, mtp_num_layers, self.order)
+        cut = self.form.cut(shape)
         last = norm_chunk = len(cut.counts) - 1
-        if mtp_num_layers and mtp_may_stand_alone:
+        if mtp_num_layers and mtp_may_stand_alone and cut.letters is None:
             # Then the norm goes with the last decoder layer (FORMAT 3.4).
             norm_chunk = max((i for i, count in enumerate(cut.counts) if count), default=last)
         elif mtp_num_layers and cut.mtp_chunk != last:
@@ -388,10 +528,12 @@ class Placement:
                 Section.MTP: index == mtp_chunk,
                 Section.HEAD: index == last,
             }
-            pp_rank, vp_stage = interleaved(index, pp_size)
+            pp_rank, vp_stage = shape.place(index)
             layers = range(starts[index], starts[index] + count)
             sections = tuple(section for section, here in held.items() if here)
-            chunks.append(ModelChunk(pp_rank, vp_stage, layers, sections))
+            letters = None if cut.letters is None else cut.letters[layers.start : layers.stop]
+            noop = frozenset(layers).intersection(noop_layers)
+            chunks.append(ModelChunk(pp_rank, vp_stage, layers, sections, letters, noop))
         return PipelineLayout(pp_size, self.vp_size, tuple(chunks))
 
     def arguments(self, num_layers: int, pp_size: int) -> Mapping[str, object]:
@@ -399,7 +541,7 @@ class Placement:
         return {
             **_ARGUMENTS,
             "virtual_pipeline_model_parallel_size": self.vp_size if self.vp_size > 1 else None,
-            **self.form.arguments(Shape(num_layers, pp_size, self.vp_size, 0)),
+            **self.form.arguments(Shape(num_layers, pp_size, self.vp_size, 0, self.order)),
         }
 
     def launch_flags(self, num_layers: int, pp_size: int) -> str:

@@ -82,7 +82,7 @@ def target_chunk(family: Family, chunk: ModelChunk) -> TargetChunk:
             for local, layer in enumerate(chunk.layers):
                 items += [
                     (naming.join_layer(stack, local, item.rest), item)
-                    for item in family.layers[layer]
+                    for item in (() if layer in chunk.noop_layers else family.layers[layer])
                 ]
         elif section in chunk.sections:
             items += [(fresh(item.rest), item) for item in family.sections.get(section, ())]

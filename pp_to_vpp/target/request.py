@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import CheckpointError, LayoutError, UsageError, problem
+from ..errors import CheckpointError, LayoutError, UsageError, problem, show
 from ..megatron.arguments import SavedArguments
 from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
-from ..megatron.pipeline import Ends, Even, LayoutString, Listed, Placement, parse_layout
+from ..megatron.pipeline import (
+    Ends,
+    Even,
+    HybridPattern,
+    LayoutString,
+    Listed,
+    Order,
+    Placement,
+    parse_layout,
+)
 from ..megatron.rules import candidates
 from ..options import Options
 
@@ -71,13 +80,13 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
         LayoutError: it is impossible, or the source has it already.
         CheckpointError: the placement of the source is not understood.
     """
-    wanted = Target(_placement(options, arguments), options.overlaps)
     source = Megatron(arguments, next(candidates(arguments.names)))
     try:
         _ = source.layout
     except LayoutError as error:
         where = f"{options.load_dir}: the source's own arguments tell no possible placement"
         raise CheckpointError(*(f"{where}: {line}" for line in error.problems)) from None
+    wanted = Target(_placement(options, arguments), options.overlaps)
     target = wanted.of(source)
     if target.is_laid_out_like(source):
         raise LayoutError.of(
@@ -108,33 +117,71 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
 
 def _placement(options: Options, arguments: SavedArguments) -> Placement:
     """The target's placement: the source's own words, with those of the options."""
-    given = options.target_vp_size
+    own = arguments.placement.form
+    if isinstance(own, HybridPattern):
+        return _hybrid_placement(options, own, arguments.pp_size)
+    if options.hybrid_pattern is not None:
+        raise UsageError.of(
+            "--target-hybrid-layer-pattern",
+            "the checkpoint is that of no hybrid model: its arguments have no hybrid_layer_pattern",
+            cure="give --target-virtual-pipeline-model-parallel-size or "
+            "--target-pipeline-model-parallel-layout",
+        )
     if options.layout_string is not None:
         stages = len(parse_layout(options.layout_string))
-        vp_size = max(1, stages // arguments.pp_size)
-        if given is not None and given != vp_size:
-            raise LayoutError.of(
-                "--target-virtual-pipeline-model-parallel-size",
-                "disagrees with the layout string",
-                expected=f"{stages} stages / {arguments.pp_size} ranks = {vp_size}",
-                found=given,
-                cure="leave it out, or correct the string",
-            )
+        vp_size = _vp_size_of(stages, options, arguments.pp_size, "layout string")
         return Placement(vp_size, LayoutString(options.layout_string))
-    vp_size = given or 1
+    vp_size = options.target_vp_size or 1
     first, last = options.first_split, options.last_split
     if first is not None and last is not None:
         return Placement(vp_size, Ends(sum(first), sum(last), tuple(first), tuple(last)))
-    match arguments.placement.form:
+    match own:
         case Even() as even:
             return Placement(vp_size, even)
         case Ends(first=own_first, last=own_last):
-            if arguments.pp_size == 2 and own_first == own_last:
-                # Two equal halves are even; in these words Megatron could not launch (``notes``).
-                return Placement(vp_size)
-            return Placement(vp_size, Ends(own_first, own_last))
+            # Two equal halves are even; in these words Megatron could not launch (``notes``).
+            is_even = arguments.pp_size == 2 and own_first == own_last
+            return Placement(vp_size, Even() if is_even else Ends(own_first, own_last))
         case LayoutString() | Listed():
             return Placement(vp_size)
+
+
+def _vp_size_of(stages: int, options: Options, pp_size: int, text: str) -> int:
+    """The virtual pipeline size of a text that spells out all stages."""
+    vp_size, given = max(1, stages // pp_size), options.target_vp_size
+    if given is not None and given != vp_size:
+        raise LayoutError.of(
+            "--target-virtual-pipeline-model-parallel-size",
+            f"disagrees with the {text}",
+            expected=f"{stages} stages / {pp_size} ranks = {vp_size}",
+            found=given,
+            cure=f"leave it out, or correct the {text}",
+        )
+    return vp_size
+
+
+def _hybrid_placement(options: Options, own: HybridPattern, pp_size: int) -> Placement:
+    """The target's placement of a hybrid model: no layer may change its kind."""
+    if options.layout_string is not None or options.first_split is not None:
+        raise UsageError.of(
+            "target layout",
+            "layout strings and layer splits do not place the layers of a hybrid model",
+            cure="give --target-hybrid-layer-pattern, or "
+            "--target-virtual-pipeline-model-parallel-size alone",
+        )
+    if options.hybrid_pattern is None:
+        vp_size = options.target_vp_size or 1
+        return Placement(vp_size, own.divided(pp_size, vp_size))
+    wanted = HybridPattern(options.hybrid_pattern)
+    if wanted.kinds != own.kinds:
+        raise LayoutError.of(
+            "--target-hybrid-layer-pattern",
+            "its layers are not those of the source",
+            expected=f"the letters of {show(own.text)} in this order, with any |",
+            found=show(wanted.text),
+            cure="move only the |",
+        )
+    return Placement(_vp_size_of(len(wanted.stages), options, pp_size, "hybrid pattern"), wanted)
 
 
 def notes(source: Megatron, target: Megatron) -> list[str]:
@@ -150,6 +197,8 @@ def notes(source: Megatron, target: Megatron) -> list[str]:
             found.append("the layer splits need Microsoft's fork of Megatron-LM to launch")
         if placement.vp_size > 1 and form.last is not None:
             found += _notes_on_the_last_stage(form, target)
+    if source.arguments.placement.order is Order.V_SHAPED:
+        found.append("the source's V-shaped schedule is dropped: launch without it")
     if isinstance(own, LayoutString) and not is_string:
         found.append(
             f"the source's layout string {own.text!r} is dropped: the target's "

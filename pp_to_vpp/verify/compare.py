@@ -24,7 +24,7 @@ from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer
 from ..megatron.param_groups import are_sorted, key_of_group, steps
-from ..megatron.pipeline import PipelineLayout
+from ..megatron.pipeline import HybridPattern, PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
@@ -212,6 +212,10 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     for key in left:
         if not is_same(ours[key], theirs[key]):
             yield f"entry {show(key)} differs from its source"
+    forms = [side.megatron.arguments.placement.form for side in (target, source)]
+    kinds = {form.kinds if isinstance(form, HybridPattern) else None for form in forms}
+    if len(kinds) > 1:
+        yield "args.hybrid_layer_pattern tells other layers than its source's"
     mine, yours = (namespace_values(root["args"], "args") for root in (ours, theirs))
     for name in {*mine, *yours} - FOLLOWING_PLACEMENT:
         if name not in mine or name not in yours or not is_same(mine[name], yours[name]):

@@ -15,7 +15,7 @@ from pp_to_vpp.megatron.arguments import (
     patch_arguments,
     read_arguments,
 )
-from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Placement
+from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Placement
 
 _BASE = {
     "num_layers": 8,
@@ -213,6 +213,32 @@ def test_the_forks_splits_are_added() -> None:
     found = patched({}, placement)
     assert found["decoder_first_pipeline_num_layers_split"] == [3, 2]
     assert found["decoder_last_pipeline_num_layers_split"] == [2, 1]
+
+
+def test_a_hybrids_pattern_is_its_placement() -> None:
+    source = {
+        "num_layers": 6,
+        "hybrid_layer_pattern": "M*M-M*",
+        "hybrid_override_pattern": "M*M-M*",
+        "decoder_first_pipeline_num_layers": 2,
+    }
+    own = read(**source).placement
+    assert own == Placement(1, HybridPattern("M*M-M*", Ends(first=2)))
+    found = patched(source, Placement(2, HybridPattern("M*||M-|M*")))
+    assert found["hybrid_layer_pattern"] == "M*||M-|M*"
+    assert found["hybrid_override_pattern"] is None, "Megatron takes one of the two"
+    assert found["decoder_first_pipeline_num_layers"] is None
+    assert found["virtual_pipeline_model_parallel_size"] == 2
+    assert found["num_layers_per_virtual_pipeline_stage"] is None
+    flags = Placement(2, HybridPattern("M*||M-|M*")).launch_flags(6, 2)
+    assert flags == "--hybrid-layer-pattern 'M*||M-|M*'"
+
+
+@pytest.mark.parametrize("name", ["is_hybrid_model", "hybrid_override_pattern"])
+def test_hybrids_without_a_pattern_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"args.{name} is .* up to 0.16 cannot run"):
+        read(**{name: True})
+    assert read(**{name: True, "hybrid_layer_pattern": "M*M*M*M*"}).placement.vp_size == 1
 
 
 def test_splits_that_a_version_did_not_know_come_and_go() -> None:

@@ -25,6 +25,7 @@ def test_layers_are_where_the_arguments_place_them(name: str, side: str) -> None
             arguments.pp_size,
             mtp_num_layers=arguments.mtp_num_layers,
             mtp_may_stand_alone=of.megatron.rules.mtp_may_stand_alone,
+            noop_layers=arguments.noop_layers,
         )
         assert of.megatron.is_laid_out_like(of.megatron)
 

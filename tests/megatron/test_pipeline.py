@@ -17,13 +17,16 @@ from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.pipeline import (
     Ends,
     Even,
+    HybridPattern,
     LayoutString,
+    Listed,
+    Order,
     PipelineLayout,
     Placement,
     parse_layout,
 )
 
-from ..strategies import layout_strings, placements
+from ..strategies import hybrid_patterns, layout_strings, placements
 
 _APART = (
     "layer placement: MTP layers in another stage ({}) than the loss ({}), where Megatron before "
@@ -85,6 +88,24 @@ def test_every_layer_and_section_has_one_place(case: tuple[int, int, Placement],
     assert layout.chunks[-1].sections[-1] is Section.HEAD
 
 
+@given(placements(), st.data())
+def test_layers_without_parameters_count_like_others(
+    case: tuple[int, int, Placement], data: st.DataObject
+) -> None:
+    num_layers, pp_size, placement = case
+    noop = data.draw(st.sets(st.integers(0, num_layers)))
+    if num_layers in noop:
+        with pytest.raises(LayoutError, match=f"names layer {num_layers} of {num_layers}"):
+            placement.place(num_layers, pp_size, noop_layers=noop)
+        return
+    found = placement.place(num_layers, pp_size, noop_layers=noop)
+    others = placement.place(num_layers, pp_size)
+    assert [chunk.layers for chunk in found.chunks] == [chunk.layers for chunk in others.chunks]
+    assert [set(chunk.layers) & noop for chunk in found.chunks] == [
+        chunk.noop_layers for chunk in found.chunks
+    ]
+
+
 @given(placements())
 def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Placement]) -> None:
     num_layers, pp_size, placement = case
@@ -101,6 +122,41 @@ def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Pl
 def layers_of(layout: PipelineLayout) -> list[list[list[int]]]:
     """Layers of each rank and virtual stage."""
     return [[list(chunk.layers) for chunk in layout.rank_chunks(p)] for p in range(layout.pp_size)]
+
+
+@given(st.integers(2, 6), st.integers(1, 3))
+def test_a_v_goes_there_and_back(pp_size: int, count: int) -> None:
+    """Layers of the ranks in turn, then of the ranks in reverse; the ends are both on rank 0."""
+    num_layers = 2 * pp_size * count
+    layout = Placement(2, order=Order.V_SHAPED).place(num_layers, pp_size)
+    there_and_back = [*range(pp_size), *reversed(range(pp_size))]
+    assert [chunk.pp_rank for chunk in layout.chunks] == there_and_back
+    assert [chunk.vp_stage for chunk in layout.chunks] == [0] * pp_size + [1] * pp_size
+    for p in range(pp_size):
+        first, second = layout.rank_chunks(p)
+        assert first.layers.start == p * count
+        assert second.layers.start == num_layers - (p + 1) * count
+    first, second = layout.rank_chunks(0)
+    assert (first.sections, second.sections) == (
+        (Section.EMBEDDING,),
+        (Section.FINAL_NORM, Section.HEAD),
+    )
+
+
+def test_the_ends_of_a_v_are_its_first_and_last_chunk() -> None:
+    assert layers_of(Placement(2, Ends(first=1, last=3), Order.V_SHAPED).place(8, 2)) == [
+        [[0], [5, 6, 7]],
+        [[1, 2], [3, 4]],
+    ]
+
+
+def test_lists_are_rank_by_rank_or_along_the_v() -> None:
+    form = Listed((1, 2, 3, 4), "decoder_pipeline_manual_split_list")
+    assert layers_of(Placement(2, form).place(10, 2)) == [[[0], [4, 5]], [[1, 2, 3], [6, 7, 8, 9]]]
+    assert layers_of(Placement(2, form, Order.V_SHAPED).place(10, 2)) == [
+        [[0], [6, 7, 8, 9]],
+        [[1, 2], [3, 4, 5]],
+    ]
 
 
 def test_interleaving() -> None:
@@ -172,6 +228,63 @@ def test_layout_strings_place_what_they_say(
     text = data.draw(layout_strings(num_layers, pp_size * 2, mtp))
     layout = Placement(2, LayoutString(text)).place(num_layers, pp_size, mtp_num_layers=mtp)
     assert [len(chunk.layers) for chunk in layout.chunks] == [s.count("t") for s in text.split("|")]
+
+
+@given(st.text("M*-EG+?", min_size=1, max_size=12), st.integers(2, 5), st.integers(0, 2), st.data())
+def test_hybrid_patterns_place_what_they_say(
+    letters: str, pp_size: int, mtp: int, data: st.DataObject
+) -> None:
+    """Letters dealt out stage by stage, whatever they are; norm, MTP and head in the last one."""
+    vp_size = data.draw(st.integers(1, 3))
+    own = HybridPattern("/".join((letters, *["*E"] * mtp)))
+    form = data.draw(hybrid_patterns(own, pp_size * vp_size))
+    layout = Placement(vp_size, form).place(
+        len(letters), pp_size, mtp_num_layers=mtp, mtp_may_stand_alone=data.draw(st.booleans())
+    )
+    deck = list(enumerate(letters))
+    for index, stage in enumerate(form.text.split("/")[0].split("|")):
+        chunk = layout.chunks[index]
+        hand, deck = deck[: len(stage)], deck[len(stage) :]
+        assert list(zip(chunk.layers, chunk.letters or "", strict=True)) == hand
+        assert (chunk.vp_stage, chunk.pp_rank) == divmod(index, pp_size)
+    ends = {Section.FINAL_NORM, Section.HEAD, *([Section.MTP_EMBEDDING, Section.MTP] * bool(mtp))}
+    assert set(layout.chunks[-1].sections) == ends
+    assert form.kinds == own.kinds
+
+
+def test_a_hybrid_pattern_without_stages_is_for_plain_ones() -> None:
+    even = Placement(1, HybridPattern("M*M-M*"))
+    assert [chunk.letters for chunk in even.place(6, 2).chunks] == ["M*M", "-M*"]
+    ends = Placement(1, HybridPattern("M*M-M*/", Ends(first=1)))
+    assert [chunk.letters for chunk in ends.place(6, 2).chunks] == ["M", "*M-M*"]
+    assert ends.arguments(6, 2)["decoder_first_pipeline_num_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "vp_size", "reason"),
+    [
+        ("M*M-M*", 2, "1 stages do not make 2 virtual stages on 2 pipeline ranks; give 4"),
+        ("M*|M-|M*", 1, "3 stages do not make 1 virtual stages"),
+        ("M*|M-M", 1, "5 layers where args.num_layers tells 6"),
+        ("M*M|-M*/*", 1, "1 MTP layers where args.mtp_num_layers tells 0"),
+    ],
+)
+def test_hybrid_patterns_that_megatron_could_not_build(
+    text: str, vp_size: int, reason: str
+) -> None:
+    with pytest.raises(LayoutError, match=re.escape(reason)):
+        Placement(vp_size, HybridPattern(text)).place(6, 2)
+
+
+@pytest.mark.parametrize("vp_size", [1, 2, 3])
+def test_a_hybrid_pattern_is_cut_evenly(vp_size: int) -> None:
+    whole = HybridPattern("M|*M-M*M*ME--/*E/*E")
+    found = whole.divided(2, vp_size)
+    assert {len(stage) for stage in found.stages} == {12 // (2 * vp_size)}
+    assert len(found.stages) == 2 * vp_size
+    assert found.kinds == whole.kinds == "M*M-M*M*ME--/*E/*E"
+    with pytest.raises(LayoutError, match=r"12 layers do not divide into 2 .* x 5 .*layer-pattern"):
+        whole.divided(2, 5)
 
 
 @pytest.mark.parametrize(

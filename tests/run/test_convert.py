@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.container.pickling import Global, Instance
-from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Listed
+from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Listed
 from pp_to_vpp.source.survey import take_survey
 
 from ..compare import differences
@@ -117,6 +117,8 @@ def options_for(iteration: Path) -> list[str]:
     match placement.form:
         case LayoutString(text):
             return ["--target-pipeline-model-parallel-layout", text]
+        case HybridPattern(text):
+            return ["--target-hybrid-layer-pattern", text]
         case Ends(first_split=first, last_split=last):
             for end, split in (("first", first), ("last", last)):
                 if split is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pp_to_vpp.errors import LayoutError, UsageError
 from pp_to_vpp.megatron.arguments import SavedArguments
 from pp_to_vpp.megatron.megatron import Megatron
-from pp_to_vpp.megatron.pipeline import Ends, Even, LayoutString, Placement
+from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Placement
 from pp_to_vpp.megatron.rules import candidates
 from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.target import request
@@ -21,7 +22,7 @@ from pp_to_vpp.target.request import wanted_ranks, wanted_target
 from ..examples import examples
 from ..families import SIDES, family, opposite, surveyed, target_of
 from ..inline import asking_for
-from ..pairs import DEEPSEEK, DENSE, FORK, names
+from ..pairs import DEEPSEEK, DENSE, FORK, HYBRID, HYBRID_MOE, names
 from ..strategies import targets
 
 HERE = Path("/somewhere/iter_0000001")
@@ -82,10 +83,11 @@ def test_any_layout_string_means_its_own_stages(name: str, data: st.DataObject) 
     if own.relaunched(wanted, overlaps=False).layout == own.layout:
         return
     found = target_for(asking_for(HERE, wanted), arguments)
-    if isinstance(wanted.form, LayoutString):
-        stages = wanted.form.text.split("|")
+    if isinstance(wanted.form, LayoutString | HybridPattern):
+        stages = wanted.form.text.partition("/")[0].split("|")
+        is_layer = "t".__eq__ if isinstance(wanted.form, LayoutString) else bool
         assert [len(chunk.layers) for chunk in found.layout.chunks] == [
-            stage.count("t") for stage in stages
+            sum(map(is_layer, stage)) for stage in stages
         ]
         assert found.layout.vp_size * arguments.pp_size == len(stages)
         assert found.arguments.placement == Placement(found.layout.vp_size, wanted.form)
@@ -177,6 +179,46 @@ def test_impossible_targets_are_refused(options: Options, reason: str) -> None:
     assert reason in str(caught.value)
 
 
+def test_a_size_cuts_a_hybrids_layers_evenly() -> None:
+    hybrid = arguments_of(HYBRID)
+    wanted = wanted_target(Options(HERE, target_vp_size=2), hybrid).placement
+    assert wanted == Placement(2, HybridPattern("M*|M-|M*|M-"))
+    back = wanted_target(Options(HERE, target_vp_size=1), arguments_of(HYBRID, "truth")).placement
+    assert back == Placement(1, HybridPattern("M*M-|M*M-"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "reason"),
+    [
+        (HYBRID, {"target_vp_size": 3}, LayoutError, "8 layers do not divide into 2"),
+        (HYBRID, {"hybrid_pattern": "M*|M-|M*|M"}, LayoutError, "its layers are not those of the"),
+        (HYBRID, {"hybrid_pattern": "M*|M-|M-|M*"}, LayoutError, "the letters of 'M*M-M*M-'"),
+        (HYBRID, {"hybrid_pattern": "M*|M-M*|M-"}, LayoutError, "3 stages do not make 1 virtual"),
+        (HYBRID_MOE, {"hybrid_pattern": "M|*|ME|-/*E/*E"}, LayoutError, "its layers are not those"),
+        (
+            HYBRID,
+            {"hybrid_pattern": "M*|M-|M*|M-", "target_vp_size": 4},
+            LayoutError,
+            "disagrees with the hybrid pattern, expected 4 stages / 2 ranks = 2, found 4",
+        ),
+        (HYBRID, {"layout_string": "Et*4|t*4L"}, UsageError, "do not place the layers of a hybrid"),
+        (
+            HYBRID,
+            {"target_vp_size": 2, "first_split": (2, 2), "last_split": (3, 1)},
+            UsageError,
+            "do not place the layers of a hybrid",
+        ),
+        (DENSE, {"hybrid_pattern": "M*|M-|M*|M-"}, UsageError, "is that of no hybrid model"),
+    ],
+)
+def test_what_hybrids_and_others_cannot_be_asked_for(
+    name: str, options: dict[str, Any], kind: type[Exception], reason: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        wanted_target(Options(HERE, **options), arguments_of(name))
+    assert reason in str(caught.value)
+
+
 def test_all_ranks_are_wanted_unless_told_otherwise() -> None:
     arguments = replace(arguments_of(DENSE), pp_size=4)
     assert wanted_ranks(Options(HERE), arguments) == (0, 1, 2, 3)
@@ -195,7 +237,7 @@ def test_everything_that_disagrees_is_told_at_once() -> None:
         assert part in text
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if "hybrid" not in name])
 def test_notes_tell_what_the_version_cannot(name: str) -> None:
     """Layout strings came with 0.13; splits are the fork's own."""
     arguments = arguments_of(name)
@@ -213,6 +255,7 @@ def test_without_a_target_a_pair_is_verified() -> None:
     assert Options(HERE).verifies_only
     assert not Options(HERE, target_vp_size=1).verifies_only
     assert not Options(HERE, layout_string="E|L").verifies_only
+    assert not Options(HERE, hybrid_pattern="M|M").verifies_only
     assert Options(HERE).depth is Depth.STRUCTURE
 
 
