@@ -90,17 +90,23 @@ class Workers:
         """End the workers at once, whatever they are doing."""
         for process in multiprocessing.active_children():
             process.kill()
+        # Else the pool's thread waits for the rest of a result that a worker was writing.
+        self._close("_result_queue", "_writer")
         if sys.version_info < _POOL_SURVIVES_DEATH:
-            # Else the pool's thread goes on writing a task, to nobody, into a pipe that is full.
-            queue = getattr(self._pool, "_call_queue", None)
-            if queue is not None:
-                queue._reader.close()  # noqa: SLF001 - as later Pythons do
+            # Else it goes on writing a task, to nobody, into a pipe that is full.
+            self._close("_call_queue", "_reader")
         # The pool's thread sees that they are gone, and ends: left running, it could close its pipe
         # while the interpreter's exit writes to it.
         self._pool.shutdown(wait=True, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.join()
         threading.excepthook = self._old_hook
+
+    def _close(self, queue: str, end: str) -> None:
+        """Close this process's end of a pipe of the pool: the others died with the workers."""
+        pipe = getattr(getattr(self._pool, queue, None), end, None)
+        if pipe is not None:
+            pipe.close()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Run a function in a worker."""
@@ -115,11 +121,21 @@ class Workers:
         """Wait until one of some tasks is done.
 
         Raises:
-            CopyError: none ever will be, for the pool could not start a thread of its own.
+            CopyError: none ever will be, for the pool could not start a thread of its own, or a
+                worker was killed.
         """
+        was_lost = False
         while not wait(futures, _LOOK_SECONDS, FIRST_COMPLETED).done:
             if self._dead_thread is not None:
                 raise _no_more(self._dead_thread)
+            if was_lost:  # and the pool, waiting for the rest of a result, has not seen it
+                raise _worker_died()
+            was_lost = self._has_lost_a_worker()
+
+    def _has_lost_a_worker(self) -> bool:
+        """Whether a process of the pool has ended."""
+        processes = getattr(self._pool, "_processes", None) or {}
+        return any(process.exitcode is not None for process in list(processes.values()))
 
     def result_of(self, future: Future[Result]) -> Result:
         """The result of a task, when it is done.

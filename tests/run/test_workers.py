@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.queues
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -150,6 +151,40 @@ def test_tasks_that_fill_the_pipe_do_not_outlive_a_killed_worker() -> None:
         check=False,
     )
     assert "CopyError: worker process: it was killed" in run.stderr
+
+
+def begin_a_result(_: int = 0) -> None:
+    """Write the head of a result into the pool's pipe, as a worker with a large one does."""
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    os.write(frame.f_locals["result_queue"]._writer.fileno(), struct.pack("!i", 10_000) + b"x" * 9)
+
+
+def begin_a_result_and_die(_: int = 0) -> None:
+    begin_a_result()
+    die()
+
+
+def begin_a_result_and_sleep(_: int = 0) -> None:
+    begin_a_result()
+    sleep_long()
+
+
+def test_a_worker_killed_while_it_answers_is_one_clear_error() -> None:
+    """The pool's own thread waits for the rest of the answer."""
+    with pytest.raises(CopyError, match=r"it was killed.*--resume"), Workers(2) as workers:
+        workers.result_of(workers.submit(begin_a_result_and_die))
+
+
+def test_killing_ends_workers_that_answer() -> None:
+    with Workers(2) as workers:
+        future = workers.submit(begin_a_result_and_sleep)
+        time.sleep(0.3)
+        assert not future.done()
+        workers.kill()
+    assert not multiprocessing.active_children()
 
 
 def test_killing_ends_what_is_being_done() -> None:
