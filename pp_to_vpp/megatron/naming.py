@@ -19,6 +19,7 @@ _EXPERT = re.compile(r"(?:^|\.)experts\.")
 # Counted as a parameter, one of these would shift all places after it (FORMAT 3.3).
 _NOT_A_PARAMETER = re.compile(r"(?:^|\.)(?:_extra_state\d*|router\.expert_bias|router\.qb_beta)$")
 _CLIPPED = re.compile(r"(?:^|\.)linear_(?:qkv|q_proj|q_up_proj|kv_up_proj)\.weight$")
+_MAMBA_PROJECTION = re.compile(r"(?:^|\.)mixer\.in_proj\.weight$")
 _CHUNK = re.compile(r"model([0-9]{1,4})")
 
 
@@ -101,6 +102,11 @@ def is_scaled_by_qk_clip(key: str) -> bool:
     """Whether MuonClip scales rows of a parameter, apart in the weight and in its main parameter
     (attention.py and multi_latent_attention.py ``clip_qk``, 0.16 and later)."""
     return _CLIPPED.search(key) is not None
+
+
+def is_mamba_projection(key: str) -> bool:
+    """Whether a parameter is the input projection of a Mamba layer."""
+    return _MAMBA_PROJECTION.search(key) is not None
 
 
 def is_word_embedding(key: str) -> bool:

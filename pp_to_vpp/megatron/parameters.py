@@ -77,6 +77,8 @@ def is_embedding_or_output(item: Item, megatron: Megatron) -> bool:
 
 
 def is_layer_matrix(item: Item, megatron: Megatron) -> bool:
-    """Whether an optimizer for matrices alone takes a parameter (emerging_optimizers.py
-    ``_is_nonlinear_or_embedding``, 0.18 and later)."""
+    """Whether an optimizer for matrices alone takes a parameter (muon.py, 0.16 and 0.17;
+    emerging_optimizers.py ``_is_nonlinear_or_embedding``, 0.18 and later)."""
+    if megatron.rules.keeps_mamba_from_muon and naming.is_mamba_projection(item.rest):
+        return False
     return len(item.weight.shape) == 2 and not is_embedding_or_output(item, megatron)

@@ -35,7 +35,10 @@ class Rules:
     """MTP layers may have another stage than the loss, and with them the final norm is on the chunk
     of the last decoder layer, not on the last one."""
     marks_mtp_embedding: bool
-    """The MTP copy of the embedding counts as an embedding for the decoupled learning rate."""
+    """The MTP copy of the embedding counts as an embedding: for the decoupled learning rate, and as
+    no matrix for Muon and its like."""
+    keeps_mamba_from_muon: bool
+    """The input projection of Mamba layers is no matrix for Muon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,9 @@ CHANGES = (
     Change(
         "marks_mtp_embedding", "0.18", "use_layer_wise_param_layout",
         "language_module.py: is_embedding_or_output_parameter with mtp_process",
+    ),
+    Change(
+        "keeps_mamba_from_muon", "0.20", "muon_use_syrk", "mamba_mixer.py: use_muon"
     ),
 )  # fmt: skip
 
