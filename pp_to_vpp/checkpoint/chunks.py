@@ -61,7 +61,7 @@ class ChunkContents:
     """The trained tensors, in the order of ``named_parameters()``."""
 
     def __post_init__(self) -> None:
-        found = tuple(item for item in self.items if item.is_parameter)
+        found = tuple(item for item in self.items if item.is_trained)
         object.__setattr__(self, "parameters", found)
 
 

@@ -7,6 +7,7 @@ ones. Values are compared by whoever can read files, from the ``samples``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -30,16 +31,17 @@ from ..megatron.optimizer_chain import (
     has_optimizer,
     share_of,
 )
-from ..megatron.param_groups import GroupKey, are_explained, identity, key_of_group
-from ..megatron.parameters import Item, Parameters
+from ..megatron.param_groups import are_explained, identity, keys_of_groups
+from ..megatron.parameters import GroupKey, Item, Parameters
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId, layer_wise_file
 from ..megatron.rules import Rules, candidates
 from .chunks import ChunkContents, read_chunks
-from .flat_states import FlatState, Unexplained, are_views_of_buffers, read_flat_states
+from .flat_states import FlatState, RankStates, Unexplained, are_views_of_buffers, read_flat_states
 from .layer_wise_states import LayerWiseFiles, read_layer_wise_states
 from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
+from .trained import Agreement, answers, told_groups
 
 _CHECKPOINT_VERSION = 3.0
 
@@ -173,9 +175,9 @@ class Family:
         """What tells each param group from its siblings, as the first rank that has it does."""
         found: dict[tuple[object, GroupKey], dict[Any, Any]] = {}
         for own in (own for rank in self.ranks.values() for own in rank.optimizers):
-            for group in own.entry.groups:
-                kind = (own.kind.takes_matrices, key_of_group(group))
-                found.setdefault(kind, identity(group))
+            groups = own.entry.groups
+            for key, group in zip(keys_of_groups(groups), groups, strict=True):
+                found.setdefault((own.kind.takes_matrices, key), identity(group))
         return found
 
     @cached_property
@@ -183,13 +185,16 @@ class Family:
         """The ranks and entries whose param groups the rules do not make of their parameters, or
         are other ones than those of the same key on other ranks."""
         odd: list[tuple[SourceRank, OptimizerEntry]] = []
+        is_numbered = self.kind is OptimizerKind.PLAIN  # then main parameters tell who is in which
         for rank in self.ranks.values():
             for own in rank.optimizers:
                 groups = own.entry.groups
-                is_odd = not are_explained(groups, list(own.items), self.megatron.rules)
-                for group in groups:
-                    kind = (own.kind.takes_matrices, key_of_group(group))
-                    is_odd |= not is_same(self.group_identities[kind], identity(group))
+                is_odd = not is_numbered and not are_explained(
+                    groups, list(own.items), self.megatron.rules
+                )
+                for key, group in zip(keys_of_groups(groups), groups, strict=True):
+                    known = self.group_identities[own.kind.takes_matrices, key]
+                    is_odd |= not is_same(known, identity(group))
                 if is_odd:
                     odd.append((rank, own.entry))
         return tuple(odd)
@@ -264,11 +269,15 @@ class Family:
                 yield Sample(item.name, item.tensor.dtype, item.tensor.extent, main.extent)
 
 
-def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> Iterator[Family]:
-    """The inventory of a family, under each set of rules that explains its files, likeliest first.
+def read_family(
+    files: Mapping[int, RankFiles], agree: Agreement, only: Rules | None = None
+) -> Iterator[Family]:
+    """The inventory of a family, under each set of rules that explains its files, likeliest first;
+    last those in which main parameters tell what the rules do not.
 
     Args:
         files: the decoded files of some or all ranks of the family, by pipeline rank.
+        agree: compares weights with main parameters, where nothing else tells which are trained.
         only: the rules to try, where they are known.
 
     Raises:
@@ -281,9 +290,12 @@ def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> It
         _check_arguments(rank_files, arguments)
     failures: list[CheckpointError | Unexplained] = []
     is_explained = False
-    for rules in candidates(arguments.names) if only is None else (only,):
+    tried = list(candidates(arguments.names)) if only is None else [only]
+    is_plain = any(_optimizer_kind(of, arguments) is OptimizerKind.PLAIN for of in files.values())
+    ways = itertools.product((False, True) if is_plain else (False,), tried)
+    for is_told, rules in ways:
         try:
-            family = _read_family(files, Megatron(arguments, rules))
+            family = _read_family(files, Megatron(arguments, rules), agree, is_told=is_told)
         except (CheckpointError, Unexplained) as failure:
             failures.append(failure)
         except LayoutError as error:
@@ -340,7 +352,9 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
     return Megatron(read_arguments(rank_root(files), files.model.path), rules).layout
 
 
-def _read_family(files: Mapping[int, RankFiles], megatron: Megatron) -> Family:
+def _read_family(
+    files: Mapping[int, RankFiles], megatron: Megatron, agree: Agreement, *, is_told: bool
+) -> Family:
     kinds = {pp_rank: _optimizer_kind(of, megatron.arguments) for pp_rank, of in files.items()}
     kind = next(
         (own for own in kinds.values() if own is not OptimizerKind.NONE), OptimizerKind.NONE
@@ -350,7 +364,9 @@ def _read_family(files: Mapping[int, RankFiles], megatron: Megatron) -> Family:
     sections: dict[Section, list[Item]] = {}
     states: dict[str, FlatState | PlainState] = {}
     for pp_rank, rank_files in files.items():
-        rank, rank_states = _read_rank(rank_files, pp_rank, megatron, kinds[pp_rank])
+        rank, rank_states = _read_rank(
+            rank_files, pp_rank, megatron, kinds[pp_rank], agree, is_told=is_told
+        )
         if kinds[pp_rank] is not kind and has_optimizer(rank.parameters, megatron):
             raise CheckpointError.of(
                 rank_files.model.path, f"its siblings hold {kind.value}, it does not", cure=ONE_SAVE
@@ -454,41 +470,91 @@ def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKin
 
 
 def _read_rank(
-    files: RankFiles, pp_rank: int, megatron: Megatron, kind: OptimizerKind
+    files: RankFiles,
+    pp_rank: int,
+    megatron: Megatron,
+    kind: OptimizerKind,
+    agree: Agreement,
+    *,
+    is_told: bool,
 ) -> tuple[SourceRank, Mapping[str, FlatState | PlainState]]:
-    root = rank_root(files)
-    where = files.model.path
-    contents = read_chunks(root, megatron.layout, pp_rank, where)
-    parameters = [content.parameters for content in contents]
+    """A rank's files, understood, and the optimizer states in them.
+
+    ``is_told`` asks the main parameters of an optimizer that is not distributed which parameters
+    are trained and in which groups, instead of the rules.
+    """
+    contents = read_chunks(rank_root(files), megatron.layout, pp_rank, files.model.path)
     if kind is OptimizerKind.LAYER_WISE:
         return _with_layer_wise(files, contents, megatron)
-    entries: tuple[OptimizerEntry, ...] = ()
-    chain: tuple[ChainedOptimizer, ...] = ()
-    if kind is not OptimizerKind.NONE:
-        entries = read_entries(root[OPTIMIZER], where)
-        chain = _chain(entries, parameters, megatron, where)
-    share = share_of(parameters, chain, megatron)
-    buffers: RankBuffers | None = None
-    shares = False
-    if megatron.arguments.uses_distributed_optimizer:
-        buffers = buffers_of(parameters, pp_rank, megatron)
-        try:
-            shares = are_views_of_buffers(contents, buffers)
-        except Unexplained:
-            if kind is OptimizerKind.DISTRIBUTED:
-                raise
-    states: Mapping[str, FlatState | PlainState] = {}
-    held = tuple(False for _ in chain)
-    keys: Mapping[str, Any] = {}
     if kind is OptimizerKind.PLAIN:
-        states = read_plain_states(entries, chain, share, where)
-    elif kind is OptimizerKind.DISTRIBUTED and buffers is not None and files.optimizer is not None:
+        return _with_plain(files, contents, megatron, agree if is_told else None)
+    if not megatron.arguments.uses_distributed_optimizer:
+        return SourceRank(files, rank_root(files), contents, ()), {}
+    optimizer = None if files.optimizer is None else files.optimizer.root
+    found: list[tuple[SourceRank, Mapping[str, FlatState]]] = []
+    failures: list[Unexplained] = []
+    for answer in answers(contents, optimizer, megatron, agree):
+        try:
+            found.append(_with_buffers(files, pp_rank, answer, megatron, kind))
+        except Unexplained as failure:
+            failures.append(failure)
+        if found and (answer is contents or kind is OptimizerKind.NONE):
+            break  # nothing is frozen, or nothing tells
+    if len(found) > 1:
+        raise Unexplained("more than one way to tell frozen parameters from trained ones")
+    if not found and kind is OptimizerKind.NONE:
+        buffers = buffers_of([content.items for content in contents], pp_rank, megatron)
+        return SourceRank(files, rank_root(files), contents, (), buffers), {}
+    if not found:
+        raise failures[0]
+    return found[0]
+
+
+def _with_plain(
+    files: RankFiles,
+    contents: tuple[ChunkContents, ...],
+    megatron: Megatron,
+    agree: Agreement | None,
+) -> tuple[SourceRank, Mapping[str, PlainState]]:
+    root, where = rank_root(files), files.model.path
+    entries = read_entries(root[OPTIMIZER], where)
+    chain = _chain(entries, [content.parameters for content in contents], megatron, where)
+    if agree is not None:
+        contents = told_groups(contents, entries, chain, megatron, agree)
+    share = share_of([content.parameters for content in contents], chain, megatron)
+    states = read_plain_states(entries, chain, share, where)
+    optimizers = (
+        SourceOptimizer(*own, holds_state=False) for own in zip(chain, entries, share, strict=True)
+    )
+    return SourceRank(files, root, contents, tuple(optimizers)), states
+
+
+def _with_buffers(
+    files: RankFiles,
+    pp_rank: int,
+    contents: tuple[ChunkContents, ...],
+    megatron: Megatron,
+    kind: OptimizerKind,
+) -> tuple[SourceRank, Mapping[str, FlatState]]:
+    root, where = rank_root(files), files.model.path
+    parameters = [content.parameters for content in contents]
+    buffers = buffers_of([content.items for content in contents], pp_rank, megatron)
+    shares = are_views_of_buffers(contents, buffers)
+    if kind is OptimizerKind.NONE:
+        return SourceRank(files, root, contents, (), buffers, shares), {}
+    entries = read_entries(root[OPTIMIZER], where)
+    chain = _chain(entries, parameters, megatron, where)
+    share = share_of(parameters, chain, megatron)
+    flat = RankStates({}, {}, tuple(False for _ in chain))
+    if files.optimizer is not None:
         flat = read_flat_states(
             files.optimizer.root, contents, chain, buffers, files.optimizer.path
         )
-        states, keys, held = flat.by_name, flat.buffer_keys, flat.held
-    optimizers = tuple(map(SourceOptimizer, chain, entries, share, held))
-    return SourceRank(files, root, contents, optimizers, buffers, shares, keys), states
+    optimizers = tuple(map(SourceOptimizer, chain, entries, share, flat.held))
+    return (
+        SourceRank(files, root, contents, optimizers, buffers, shares, flat.buffer_keys),
+        flat.by_name,
+    )
 
 
 def _with_layer_wise(

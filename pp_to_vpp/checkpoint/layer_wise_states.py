@@ -17,8 +17,8 @@ from ..errors import COPY_MISSING, NOT_CONVERTED, ONE_SAVE, CheckpointError
 from ..megatron import layer_wise
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import ChainedOptimizer, Share
-from ..megatron.param_groups import GroupKey, key_of_group
-from ..megatron.parameters import Parameters
+from ..megatron.param_groups import keys_of_groups
+from ..megatron.parameters import GroupKey, Parameters
 from ..megatron.ranks import layer_wise_file
 from ..megatron.rounding import SIXTEEN_BIT
 from .flat_states import Unexplained
@@ -65,7 +65,7 @@ def without_experts(file: TorchFile) -> TorchFile:
     """
     entries = []
     for entry in read_entries(file.root, file.path):
-        experts = [key_of_group(group).is_expert for group in entry.groups]
+        experts = [key.is_expert for key in keys_of_groups(entry.groups)]
         numbers = {
             number
             for group, is_expert in zip(entry.groups, experts, strict=True)
@@ -147,7 +147,7 @@ def read_layer_wise_states(
 
 
 def _group_keys(entries: Sequence[OptimizerEntry]) -> list[list[GroupKey]]:
-    return [[key_of_group(group) for group in entry.groups] for entry in entries]
+    return [keys_of_groups(entry.groups) for entry in entries]
 
 
 def _check_copy(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, show
 from ..megatron.optimizer_chain import ChainedOptimizer
-from ..megatron.param_groups import key_of_group
+from ..megatron.param_groups import keys_of_groups
 
 OPTIMIZER = "optimizer"
 """Key of the entries in ``model_optim_rng.pt``, and of the torch optimizer in each."""
@@ -40,7 +40,7 @@ def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[Chain
         return all(_ROUTED not in g if is_named else _is_muon(g) for g in entry.groups)
 
     def is_expert(entry: OptimizerEntry) -> bool | None:
-        found = {key_of_group(group).is_expert for group in entry.groups}
+        found = {key.is_expert for key in keys_of_groups(entry.groups)}
         return found.pop() if len(found) == 1 else None
 
     stages = tuple(range(vp_size))

@@ -15,7 +15,7 @@ from ..container.pickling import is_same
 from ..container.tensors import TensorRef, unwrap_tensor
 from ..errors import NOT_CONVERTED, CheckpointError, located, show
 from ..megatron.optimizer_chain import ChainedOptimizer, Share
-from ..megatron.param_groups import key_of_group
+from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import Item
 from ..megatron.rounding import SIXTEEN_BIT
 from .flat_states import Unexplained
@@ -85,8 +85,9 @@ def read_plain_states(
         by_key = dict(own)
         states, mains = _plain_entry(entry, where)
         unclaimed = set(states)
-        for index, group in enumerate(entry.groups):
-            key = key_of_group(group)
+        for index, (key, group) in enumerate(
+            zip(keys_of_groups(entry.groups), entry.groups, strict=True)
+        ):
             items = by_key.pop(key, [])
             numbers = group.get("params")
             if not isinstance(numbers, list) or len(numbers) != len(items):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..errors import LayoutError
 from .megatron import Megatron
 from .optimizer_chain import ChainedOptimizer
-from .parameters import Parameters, is_in_expert_buffer, is_shared_embedding
+from .parameters import Items, is_in_expert_buffer, is_shared_embedding
 from .pipeline import ModelChunk
 from .rules import Rules
 
@@ -86,7 +86,8 @@ def bucket_policy(chunk: ModelChunk, rank_numel: int, megatron: Megatron) -> Buc
     Args:
         chunk: only the first one of the first stage has buckets: elsewhere there is no gradient
             left to reduce while others are still computed (FORMAT 5.4).
-        rank_numel: parameters of all chunks of the rank, for ``ddp_num_buckets``.
+        rank_numel: elements of all parameters of the rank, frozen ones too, for
+            ``ddp_num_buckets``.
         megatron: the run; what it was told of buckets must be told to the relaunch too.
     """
     arguments = megatron.arguments
@@ -242,15 +243,18 @@ class RankBuffers:
         ]
 
 
-def buffers_of(parameters: Parameters, pp_rank: int, megatron: Megatron) -> RankBuffers:
-    """The flat buffers of a pipeline rank with these parameters.
+def buffers_of(items_of_chunks: Items, pp_rank: int, megatron: Megatron) -> RankBuffers:
+    """The flat buffers of a pipeline rank with these items.
 
     Raises:
         LayoutError: Megatron could not build them.
     """
     chunks = megatron.layout.rank_chunks(pp_rank)
+    parameters = [[item for item in items if item.is_trained] for items in items_of_chunks]
     # ddp_num_buckets divides the parameters of all chunks of the rank (FORMAT 5.4).
-    rank_numel = sum(item.weight.numel for items in parameters for item in items)
+    rank_numel = sum(
+        item.weight.numel for items in items_of_chunks for item in items if item.is_parameter
+    )
     return RankBuffers(
         tuple(
             chunk_buffers(

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from .megatron import Megatron
 from .optimizer_chain import ChainedOptimizer, Share, items_by_group
-from .param_groups import GroupKey
-from .parameters import Item, Parameters
+from .parameters import GroupKey, Item, Parameters
 
 
 def file_ranks(ep_rank: int, megatron: Megatron) -> range:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from .megatron import Megatron
-from .param_groups import GroupKey, key_of_item
-from .parameters import Item, Parameters, is_in_expert_buffer, is_layer_matrix
+from .param_groups import key_of_item
+from .parameters import GroupKey, Item, Parameters, is_in_expert_buffer, is_layer_matrix
 
 
 class OptimizerKind(enum.Enum):

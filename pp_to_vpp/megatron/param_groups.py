@@ -7,31 +7,25 @@ decoupled learning rates make further groups (optimizer/__init__.py ``_get_param
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+from ..container.pickling import dump
 from ..errors import show
 from .megatron import Megatron
-from .parameters import Item, is_embedding_or_output, is_in_expert_buffer
+from .parameters import GroupKey, Item, is_embedding_or_output, is_in_expert_buffer
 from .rules import Rules
 
 STEP = "step"
 """Count of optimizer steps, kept in each group by the fused optimizers."""
 
 
-@dataclass(frozen=True, slots=True)
-class GroupKey:
-    """What tells one param group of an optimizer from another."""
-
-    decays: bool
-    is_expert: bool
-    is_decoupled: bool
-    """Learning rate of its own for embeddings and output layer."""
-
-
 def key_of_item(item: Item, megatron: Megatron) -> GroupKey:
-    """The group of a parameter."""
+    """The group of a parameter: the one that the file told, or that of the rules."""
+    if item.group is not None:
+        return item.group
     arguments = megatron.arguments
     is_flat = item.rest.endswith(".bias") or len(item.weight.shape) == 1
     if arguments.decays_qk_norms and ("q_layernorm." in item.rest or "k_layernorm." in item.rest):
@@ -45,8 +39,21 @@ def key_of_item(item: Item, megatron: Megatron) -> GroupKey:
     )
 
 
-def key_of_group(group: Mapping[Any, Any]) -> GroupKey:
-    """The key that a saved group tells of itself.
+def keys_of_groups(groups: Sequence[Mapping[Any, Any]]) -> list[GroupKey]:
+    """The keys that the saved groups of an optimizer tell of themselves, each another."""
+    keys = [_key_of_group(group) for group in groups]
+    return [
+        replace(key, own=_digest(group)) if keys.count(key) > 1 else key
+        for key, group in zip(keys, groups, strict=True)
+    ]
+
+
+def _digest(group: Mapping[Any, Any]) -> str:
+    return hashlib.sha256(dump(identity(group))[0]).hexdigest()
+
+
+def _key_of_group(group: Mapping[Any, Any]) -> GroupKey:
+    """What a group tells by its usual marks.
 
     From 0.16 a decoupled group is known by ``default_config``, before by ``is_decoupled_lr``.
     """
@@ -81,13 +88,13 @@ def are_explained(
         keys: of the rank's parameters that it takes, in first-seen order.
         rules: of the version.
     """
-    found = [key_of_group(group) for group in groups]
+    found = keys_of_groups(groups)
     multipliers = {(group.get("wd_mult", 1.0), group.get("lr_mult", 1.0)) for group in groups}
     rates = {
         (key.is_decoupled, group.get("max_lr"), group.get("min_lr"))
         for key, group in zip(found, groups, strict=True)
     }
-    if not multipliers <= {(0.0, 1.0), (1.0, 1.0)} or len(set(found)) != len(found):
+    if not multipliers <= {(0.0, 1.0), (1.0, 1.0)} or any(key.own for key in found):
         return False
     if len(rates) != len({key.is_decoupled for key in found}):
         return False
@@ -96,6 +103,7 @@ def are_explained(
     return found[: len(keys)] == list(keys) if rules.keeps_all_groups else found == list(keys)
 
 
-def steps(groups: Iterable[Mapping[Any, Any]], held: Collection[GroupKey]) -> set[str]:
+def steps(groups: Sequence[Mapping[Any, Any]], held: Collection[GroupKey]) -> set[str]:
     """The step counts of the groups that hold parameters, as text: one, in a file of Megatron."""
-    return {show(group.get(STEP)) for group in groups if key_of_group(group) in held}
+    keys = zip(groups, keys_of_groups(groups), strict=True)
+    return {show(group.get(STEP)) for group, key in keys if {key, key.usual} & set(held)}

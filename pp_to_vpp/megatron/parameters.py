@@ -4,7 +4,7 @@ parameters among them: expert, shared, embedding or output, matrix."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from ..container.tensors import TensorRef
@@ -12,6 +12,23 @@ from . import naming
 from .megatron import Megatron
 from .naming import Section
 from .pipeline import ModelChunk
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What tells one param group of an optimizer from another."""
+
+    decays: bool
+    is_expert: bool
+    is_decoupled: bool
+    """Learning rate of its own for embeddings and output layer."""
+    own: str = ""
+    """Digest of all that the group says of itself, where the rest does not tell it from others."""
+
+    @property
+    def usual(self) -> GroupKey:
+        """Without what is its own."""
+        return replace(self, own="")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +45,16 @@ class Item:
     value: Any
     tensor: TensorRef | None
     is_parameter: bool
+    """Trained or frozen."""
+    is_frozen: bool = False
+    """``requires_grad`` is False: it is in no buffer, no param group, and has no state."""
+    group: GroupKey | None = None
+    """The param group that the file tells it is in, where no rule does."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimizer has it."""
+        return self.is_parameter and not self.is_frozen
 
     @property
     def weight(self) -> TensorRef:
@@ -36,8 +63,11 @@ class Item:
         return self.tensor
 
 
+Items: TypeAlias = Sequence[Sequence[Item]]
+"""All of a rank, for each virtual stage in order."""
+
 Parameters: TypeAlias = Sequence[Sequence[Item]]
-"""Those of a rank, for each virtual stage in the order of ``named_parameters()``."""
+"""The trained ones of a rank, for each virtual stage in the order of ``named_parameters()``."""
 
 
 def is_in_expert_buffer(item: Item, megatron: Megatron) -> bool:

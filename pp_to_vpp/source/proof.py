@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..checkpoint.family import Family, RankFiles, Sample, read_family
-from ..container.tensors import FLOAT_BYTES, item_bytes
+from ..container.extents import Extent
+from ..container.tensors import FLOAT_BYTES, TensorRef, item_bytes
 from ..errors import ONE_SAVE, CheckpointError
 from ..megatron import rounding
+from ..megatron.rules import Rules
 from .files import RangeReader
 
 
@@ -18,22 +20,57 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
     Raises:
         CheckpointError: no rules explain structure and samples.
     """
-    worst: list[Sample] = []
-    for family in read_family(files):
-        way, differing = check_samples(family.samples())
-        if way is not None:
-            odd = next(unlike_copies(family), None)
-            if odd is not None:
-                path, text = odd
-                raise CheckpointError.of(path, text, cure=ONE_SAVE)
-            return family, way
-        worst = worst or differing
-    raise CheckpointError.of(
-        worst[0].main.path,
-        f"{len(worst)} weights are not their main parameters rounded, {worst[0].name} first",
-        expected="16-bit weights that follow from the fp32 main parameters",
-        cure=ONE_SAVE,
-    )
+    family, way, differing = likeliest_family(files)
+    if way is None:
+        raise CheckpointError.of(
+            differing[0].main.path,
+            f"{len(differing)} weights are not their main parameters rounded, {differing[0].name} "
+            "first",
+            expected="16-bit weights that follow from the fp32 main parameters",
+            cure=ONE_SAVE,
+        )
+    for path, text in unlike_copies(family):
+        raise CheckpointError.of(path, text, cure=ONE_SAVE)
+    return family, way
+
+
+def likeliest_family(
+    files: Mapping[int, RankFiles], only: Rules | None = None
+) -> tuple[Family, str | None, list[Sample]]:
+    """The inventory of a family under the first rules that its bytes agree with, or the first that
+    explain its structure; and what its samples show (see ``check_samples``).
+
+    Raises:
+        CheckpointError: no rules explain the structure.
+    """
+    first: tuple[Family, str | None, list[Sample]] | None = None
+    with RangeReader() as reader:
+        for family in read_family(files, _Agreement(reader), only):
+            found = (family, *check_samples(family.samples()))
+            if found[1] is not None:
+                return found
+            first = first or found
+    assert first is not None, "else reading has raised an error"
+    return first
+
+
+class _Agreement:
+    """Whether weights can follow from main parameters, by the samples of each, read once."""
+
+    def __init__(self, reader: RangeReader) -> None:
+        self._reader = reader
+        self._known: dict[Extent, bytes] = {}
+
+    def __call__(self, weight: TensorRef, main: TensorRef) -> bool:
+        both = [self._ends(tensor) for tensor in (weight, main)]
+        explained = rounding.explain(weight.dtype, both[:1], both[1:])
+        return bool(explained.ways)
+
+    def _ends(self, tensor: TensorRef) -> bytes:
+        extent = tensor.extent
+        if extent not in self._known:
+            self._known[extent] = self._reader.ends(extent, tensor.item_bytes)
+        return self._known[extent]
 
 
 def unlike_copies(family: Family, *, in_full: bool = False) -> Iterator[tuple[str, str]]:

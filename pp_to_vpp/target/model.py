@@ -30,7 +30,7 @@ class TargetChunk:
     @property
     def parameters(self) -> tuple[Item, ...]:
         """The trained tensors, in the order of ``named_parameters()``."""
-        return tuple(item for _, item in self.items if item.is_parameter)
+        return tuple(item for _, item in self.items if item.is_trained)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +68,8 @@ def target_rank(family: Family, megatron: Megatron, pp_rank: int) -> TargetRank:
     chunks = tuple(target_chunk(family, c) for c in megatron.layout.rank_chunks(pp_rank))
     buffers: RankBuffers | None = None
     if family.shares_storages or family.kind is OptimizerKind.DISTRIBUTED:
-        buffers = buffers_of([chunk.parameters for chunk in chunks], pp_rank, megatron)
+        items = [[item for _, item in chunk.items] for chunk in chunks]
+        buffers = buffers_of(items, pp_rank, megatron)
     sources = tuple(family.ranks_for(megatron.layout, pp_rank))
     return TargetRank(megatron, pp_rank, family, sources, chunks, buffers)
 

@@ -26,8 +26,8 @@ from ..megatron.optimizer_chain import (
     has_expert_optimizer,
     has_optimizer,
 )
-from ..megatron.param_groups import STEP, GroupKey, are_sorted, key_of_group, steps
-from ..megatron.parameters import Item
+from ..megatron.param_groups import STEP, are_sorted, keys_of_groups, steps
+from ..megatron.parameters import GroupKey, Item
 from .model import TargetRank, device_tag
 
 _TELLING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr")
@@ -152,11 +152,11 @@ class EntryWriter:
         # By what they say, not by position, loading matches these.
         if odd is not None or are_sorted(own):
             return [dict(group) for group in own]
-        known = {key_of_group(group): group for group in own}
+        known = dict(zip(keys_of_groups(own), own, strict=True))
         for entry in self._entries():
-            for group in entry.groups:
-                if key_of_group(group) not in known:
-                    known[key_of_group(group)] = _sharing(group, known.values())
+            for key, group in zip(keys_of_groups(entry.groups), entry.groups, strict=True):
+                if key not in known:
+                    known[key] = _sharing(group, known.values())
         keys = list(self._by_key)
         missing = [key for key in keys if key not in known]
         if missing:
@@ -170,7 +170,7 @@ class EntryWriter:
         if self._rank.megatron.rules.keeps_all_groups:
             family, source = self._rank.family, self._rank.own
             first = source if keys else family.ranks.get(0, source)
-            order = [key_of_group(g) for entry in self._entries_of(first) for g in entry.groups]
+            order = [k for entry in self._entries_of(first) for k in keys_of_groups(entry.groups)]
             groups += [known[key] for key in dict.fromkeys(order) if key not in keys]
         return [dict(group) for group in groups]
 
@@ -223,8 +223,8 @@ class EntryWriter:
         mains: list[list[Any]] = []
         numbered_groups = []
         count = 0
-        for group in groups:
-            items = self._by_key.get(key_of_group(group), [])
+        for key, group in zip(keys_of_groups(groups), groups, strict=True):
+            items = self._by_key.get(key, [])
             numbers = list(range(count, count + len(items)))
             count += len(items)
             mains.append([])
@@ -239,7 +239,7 @@ class EntryWriter:
                     mains[-1].append(sharing_lists(main, lists[stages[item]]))
             stepped = self._with_step(group, has_step=bool(items))
             numbered_groups.append(
-                {key: numbers if key == _PARAMS else value for key, value in stepped.items()}
+                {name: numbers if name == _PARAMS else value for name, value in stepped.items()}
             )
         self._check_steps(numbered_groups)
         mains_of_groups = {MAINS: mains} if MAINS in template.node else {}

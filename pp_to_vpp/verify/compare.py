@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ..checkpoint.family import Family, TensorName, layout_of, read_family
+from ..checkpoint.family import Family, TensorName, layout_of
 from ..checkpoint.optimizer_entries import OPTIMIZER
 from ..container.extents import Extent
 from ..container.pickling import is_same
@@ -23,13 +23,13 @@ from ..errors import ConversionError, UsageError, VerificationError, problem, sh
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer
-from ..megatron.param_groups import are_sorted, key_of_group, steps
+from ..megatron.param_groups import are_sorted, keys_of_groups, steps
 from ..megatron.pipeline import HybridPattern, PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
 from ..source.files import FamilyFolders, RangeReader, other_files, read_rank
-from ..source.proof import check_samples, proven_family, unlike_copies
+from ..source.proof import likeliest_family, proven_family, unlike_copies
 from . import framing, torch_loading
 from .digests import Digests, digest_rank, unlike_their_mains
 
@@ -116,8 +116,7 @@ def verify_folder(job: VerifyJob) -> int:
     proof, pp_rank = job.proof, job.rank.pp_rank
     try:
         files = read_rank(job.directory, job.rank, job.folder)
-        target = next(read_family({pp_rank: files}, only=proof.rules))
-        way, differing = check_samples(target.samples())
+        target, way, differing = likeliest_family({pp_rank: files}, proof.rules)
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
     source = _source_of(proof, target, pp_rank)
@@ -152,7 +151,7 @@ def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
     """The source ranks that hold what a target rank must hold, and the same rank."""
     (own,) = proof.source.read([pp_rank]).values()
     needed = layout_of(own, proof.rules).sources_of(target.layout, pp_rank)
-    return next(read_family(proof.source.read({pp_rank, *needed}), only=proof.rules))
+    return likeliest_family(proof.source.read({pp_rank, *needed}), proof.rules)[0]
 
 
 def _compare_items(
@@ -249,7 +248,8 @@ def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
     for own in rank.optimizers:
         groups = own.entry.groups
         by_key = own.items
-        known = {key_of_group(group) for group in groups}
+        keys = keys_of_groups(groups)
+        known = {*keys, *(key.usual for key in keys)}
         if not are_sorted(groups):
             yield from (f"no param group for {key}" for key in by_key if key not in known)
         if by_key:

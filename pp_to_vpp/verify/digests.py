@@ -7,12 +7,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.family import Family, RankFiles, Sample, TensorName, read_family
+from ..checkpoint.family import Family, RankFiles, Sample, TensorName
 from ..container.extents import Extent
 from ..container.tensors import FLOAT_BYTES, item_bytes
 from ..megatron import rounding
 from ..megatron.ranks import RankId
 from ..source.files import RangeReader, read_rank
+from ..source.proof import likeliest_family
 
 _COMPARED = 1 << 20
 """Elements at a time."""
@@ -34,7 +35,7 @@ def digest_rank(files: RankFiles) -> Digests:
     Raises:
         CheckpointError: the files cannot be read or understood.
     """
-    family = next(read_family({files.id.pp_rank: files}))
+    family, _, _ = likeliest_family({files.id.pp_rank: files})
     names: dict[Extent, list[TensorName]] = {}
     for name, tensor in family.manifest().items():
         names.setdefault(tensor.extent, []).append(name)

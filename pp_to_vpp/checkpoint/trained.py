@@ -1,0 +1,197 @@
+"""Which parameters of a rank are trained, and which param groups hold them, as its files tell.
+
+A frozen parameter (``requires_grad`` is False) is in no flat buffer, so its weight has a storage of
+its own; it has neither state nor param group (distributed_data_parallel.py and
+optimizer/__init__.py, 0.7 to 0.19). Which ones are frozen no argument tells: each answer is held to
+the sizes, offsets and bytes of the files, and there must be one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from ..container.pickling import as_mapping
+from ..container.tensors import TensorRef, as_tensor, unwrap_tensor
+from ..megatron.megatron import Megatron
+from ..megatron.optimizer_chain import ChainedOptimizer, items_by_group
+from ..megatron.param_groups import keys_of_groups
+from ..megatron.parameters import GroupKey, Item, is_in_expert_buffer
+from ..megatron.rounding import SIXTEEN_BIT
+from .chunks import ChunkContents
+from .flat_states import NUMEL, PARAM, Unexplained
+from .optimizer_entries import MAINS, OptimizerEntry
+
+Agreement: TypeAlias = Callable[[TensorRef, TensorRef], bool]
+"""Whether a weight can follow from a main parameter, by samples of their bytes."""
+_MAX_ANSWERS = 64
+
+
+def answers(
+    contents: tuple[ChunkContents, ...], optimizer: Any, megatron: Megatron, agree: Agreement
+) -> Iterator[tuple[ChunkContents, ...]]:
+    """The chunks of a rank with its frozen parameters marked, in each way that storages allow.
+
+    Weights that share a storage are in a buffer, so those beside them are frozen. Where none of a
+    kind shares one, all are frozen, or one is a buffer by itself: one that a tensor of the
+    optimizer file has the size and the bytes of. A file in which nothing shares may also be one
+    that was rewritten, with nothing frozen.
+
+    Args:
+        contents: of the rank.
+        optimizer: top level of its optimizer file; None without one.
+        megatron: the run.
+        agree: compares bytes.
+    """
+    frozen: set[Item] = set()
+    open_kinds: list[list[Item]] = []
+    is_any_shared = False
+    for content in contents:
+        kinds: dict[tuple[bool, str], list[Item]] = {}
+        for item in content.parameters:
+            kind = (is_in_expert_buffer(item, megatron), item.weight.dtype)
+            kinds.setdefault(kind, []).append(item)
+        for items in kinds.values():
+            own = _with_own_storages(items)
+            is_any_shared |= len(own) < len(items)
+            if len(own) < len(items):
+                frozen.update(own)
+            else:
+                open_kinds.append(items)
+    if not is_any_shared or not (frozen or open_kinds):
+        yield contents
+    if not (frozen or open_kinds):
+        return
+    mains = list(_flat_mains(optimizer))
+    choices = [[None, *_lone(items, mains, agree)] for items in open_kinds]
+    for chosen in itertools.islice(itertools.product(*choices), _MAX_ANSWERS):
+        left = (
+            [item for item in items if item is not lone]
+            for items, lone in zip(open_kinds, chosen, strict=True)
+        )
+        yield _marked(contents, frozen.union(*left))
+
+
+def _with_own_storages(items: Sequence[Item]) -> list[Item]:
+    """Those that fill a storage which no other has."""
+    users = Counter(item.weight.storage for item in items)
+    return [
+        item
+        for item in items
+        if users[item.weight.storage] == 1 and item.weight.storage.numel == item.weight.numel
+    ]
+
+
+def _lone(items: Sequence[Item], mains: Sequence[TensorRef], agree: Agreement) -> list[Item]:
+    """The items that could be a whole buffer."""
+    return [
+        item
+        for item in items
+        if any(main.numel == item.weight.numel and agree(item.weight, main) for main in mains)
+    ]
+
+
+def _flat_mains(root: Any) -> Iterator[TensorRef]:
+    """The flat main parameters in an optimizer file, of whatever it is sure to hold."""
+    for entry in root if isinstance(root, list) else [root]:
+        for buffer in (as_mapping(entry) or {}).values():
+            for states in (as_mapping(buffer) or {}).values():
+                known = as_mapping(states) or {}
+                main = as_tensor(known.get(PARAM))
+                if main is not None and known.get(NUMEL) == main.numel:
+                    yield main
+
+
+def _marked(contents: tuple[ChunkContents, ...], frozen: set[Item]) -> tuple[ChunkContents, ...]:
+    return tuple(
+        replace(
+            content,
+            items=tuple(
+                replace(item, is_frozen=True) if item in frozen else item for item in content.items
+            ),
+        )
+        for content in contents
+    )
+
+
+def told_groups(
+    contents: tuple[ChunkContents, ...],
+    entries: Sequence[OptimizerEntry],
+    chain: Sequence[ChainedOptimizer],
+    megatron: Megatron,
+    agree: Agreement,
+) -> tuple[ChunkContents, ...]:
+    """The chunks of a rank whose optimizer is not distributed, with the group that each parameter
+    is in by its main parameter; those in none are frozen.
+
+    In each group the main parameters stand in the order of the parameters. There must be one way
+    to find them there.
+
+    Raises:
+        Unexplained: there is none, or more than one.
+    """
+    told: dict[Item, GroupKey] = {}
+    parameters = [content.parameters for content in contents]
+    for optimizer, entry in zip(chain, entries, strict=True):
+        by_key = items_by_group(parameters, optimizer, megatron)
+        taken = {item for items in by_key.values() for item in items}
+        candidates = [item for items in parameters for item in items if item in taken]
+        if any(item.weight.dtype not in SIXTEEN_BIT for item in candidates):
+            raise Unexplained("only 16-bit weights have main parameters that tell their group")
+        mains = entry.node.get(MAINS)
+        if not isinstance(mains, list) or len(mains) != len(entry.groups):
+            raise Unexplained("no main parameters tell the groups of parameters")
+        for index, (key, own) in enumerate(zip(keys_of_groups(entry.groups), mains, strict=True)):
+            for item in _only_alignment(index, own, candidates, agree):
+                if told.setdefault(item, key) is not key:
+                    raise Unexplained(f"{item.name} could be in two param groups")
+    return tuple(
+        replace(content, items=tuple(_told(item, told) for item in content.items))
+        for content in contents
+    )
+
+
+def _told(item: Item, told: Mapping[Item, GroupKey]) -> Item:
+    if not item.is_parameter:
+        return item
+    return replace(item, group=told[item]) if item in told else replace(item, is_frozen=True)
+
+
+def _only_alignment(
+    index: int, nodes: Any, candidates: Sequence[Item], agree: Agreement
+) -> list[Item]:
+    """The parameters that the main parameters of a group belong to, in their order.
+
+    There is one way if taking the first that fits for each, from the front, gives the same as
+    taking the last, from the end.
+    """
+    mains = [unwrap_tensor(node) for node in nodes] if isinstance(nodes, list) else [None]
+
+    def fits(item: Item, main: TensorRef | None) -> bool:
+        return main is not None and main.shape == item.weight.shape and agree(item.weight, main)
+
+    first = _first_fits(mains, candidates, fits)
+    last = _first_fits(mains[::-1], candidates[::-1], fits)
+    if first is None or last is None or first != last[::-1]:
+        what = "no way" if first is None else "more than one way"
+        raise Unexplained(f"{what} to tell the parameters of param group {index} by their values")
+    return first
+
+
+def _first_fits(
+    mains: Sequence[TensorRef | None],
+    candidates: Sequence[Item],
+    fits: Callable[[Item, TensorRef | None], bool],
+) -> list[Item] | None:
+    """For each main parameter the first candidate after the one before; None if one has none."""
+    queue = iter(candidates)
+    found = []
+    for main in mains:
+        item = next((item for item in queue if fits(item, main)), None)
+        if item is None:
+            return None
+        found.append(item)
+    return found
