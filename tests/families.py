@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pp_to_vpp.checkpoint.family import Family
+from pp_to_vpp.checkpoint import family as family_module
+from pp_to_vpp.checkpoint.family import Family, RankFiles
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.tensors import TensorRef
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
-from pp_to_vpp.source.proof import proven_family
+from pp_to_vpp.megatron.rules import Rules
+from pp_to_vpp.source.files import RangeReader
+from pp_to_vpp.source.proof import SampledAgreement, proven_family
 from pp_to_vpp.source.survey import Survey, take_survey
 
-from .pairs import LAYER_WISE, LAYER_WISE_ODD, LION, MUON, PLAIN, SGD, SOAP, WEIGHTS, names, pair
+from .pairs import (
+    FROZEN_PLAIN,
+    LAYER_WISE,
+    LAYER_WISE_ODD,
+    LION,
+    MUON,
+    MUP,
+    PLAIN,
+    SGD,
+    SOAP,
+    WEIGHTS,
+    names,
+    pair,
+)
 
 SIDES = [(name, side) for name in names() for side in ("source", "truth")]
 """Every checkpoint in the test data."""
@@ -29,6 +46,8 @@ KINDS = {
     LION: OptimizerKind.PLAIN,
     MUON: OptimizerKind.PLAIN,
     SOAP: OptimizerKind.PLAIN,
+    FROZEN_PLAIN: OptimizerKind.PLAIN,
+    MUP: OptimizerKind.PLAIN,
     LAYER_WISE: OptimizerKind.LAYER_WISE,
     LAYER_WISE_ODD: OptimizerKind.LAYER_WISE,
     WEIGHTS: OptimizerKind.NONE,
@@ -70,6 +89,12 @@ def files_read(of: Family) -> list[TorchFile]:
     found = [file for rank in of.ranks.values() for file in rank.files.all]
     others = (rank.files.layer_wise.others.values() for rank in of.ranks.values())
     return found + [file for files in others for file in files]
+
+
+def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> Iterator[Family]:
+    """The product's own, comparing the bytes of the files where nothing else tells."""
+    with RangeReader() as reader:
+        yield from family_module.read_family(files, SampledAgreement(reader), only)
 
 
 def target_of(name: str, other: str) -> Megatron:

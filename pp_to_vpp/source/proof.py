@@ -45,7 +45,7 @@ def likeliest_family(
     """
     first: tuple[Family, str | None, list[Sample]] | None = None
     with RangeReader() as reader:
-        for family in read_family(files, _Agreement(reader), only):
+        for family in read_family(files, SampledAgreement(reader), only):
             found = (family, *check_samples(family.samples()))
             if found[1] is not None:
                 return found
@@ -54,7 +54,7 @@ def likeliest_family(
     return first
 
 
-class _Agreement:
+class SampledAgreement:
     """Whether weights can follow from main parameters, by the samples of each, read once."""
 
     def __init__(self, reader: RangeReader) -> None:
@@ -62,6 +62,7 @@ class _Agreement:
         self._known: dict[Extent, bytes] = {}
 
     def __call__(self, weight: TensorRef, main: TensorRef) -> bool:
+        """Whether any way of getting from fp32 to 16 bits explains the samples."""
         both = [self._ends(tensor) for tensor in (weight, main)]
         explained = rounding.explain(weight.dtype, both[:1], both[1:])
         return bool(explained.ways)

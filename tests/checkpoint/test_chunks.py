@@ -49,7 +49,7 @@ def test_every_key_has_its_place(name: str, side: str) -> None:
                 value = chunk[real_key(content, item)]
                 assert (item.tensor is not None) == isinstance(value, torch.Tensor)
                 assert item.tensor is not None or not item.is_parameter
-            assert content.parameters == tuple(i for i in content.items if i.is_parameter)
+            assert content.parameters == tuple(i for i in content.items if i.is_trained)
             modules = content.modules
             assert modules is not None
             assert len(modules) == len(chunk._metadata)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pp_to_vpp.checkpoint.family import Family, RankFiles, TensorName, layout_of, read_family
+from pp_to_vpp.checkpoint.family import Family, RankFiles, TensorName, layout_of
 from pp_to_vpp.checkpoint.optimizer_entries import OPTIMIZER
 from pp_to_vpp.container.pickling import Instance, as_mapping, ordered_dict
 from pp_to_vpp.errors import CheckpointError
@@ -22,7 +22,7 @@ from pp_to_vpp.megatron.ranks import MODEL_FILE, OPTIMIZER_FILE
 from pp_to_vpp.megatron.rules import CHANGES
 
 from ..compare import load
-from ..families import KINDS, SIDES, families, family, files_read, of_kind, opposite
+from ..families import KINDS, SIDES, families, family, files_read, of_kind, opposite, read_family
 from ..pairs import DEEPSEEK, DENSE, FORK, LAYOUT, MOE, PLAIN, WEIGHTS, names
 
 STATE_FILES = {

@@ -53,7 +53,7 @@ def test_every_element_of_a_weight_is_its_main_parameter_rounded(name: str, side
 def test_families_hold_all_states_once(name: str, side: str) -> None:
     """Dense and expert states in the families that have them."""
     for of in families(name, side):
-        parameters = [item for item in of.items() if item.is_parameter]
+        parameters = [item for item in of.items() if item.is_trained]
         expected = {
             item.name
             for item in parameters
@@ -122,7 +122,11 @@ def test_other_rules_do_not_explain_odd_sizes(name: str) -> None:
     assert not of.megatron.arguments.overlaps_param_gather_with_step
     differing = 0
     for pp_rank, rank in of.ranks.items():
-        buffers = buffers_of(rank.parameters, pp_rank, Megatron(of.megatron.arguments, other))
+        buffers = buffers_of(
+            [content.items for content in rank.contents],
+            pp_rank,
+            Megatron(of.megatron.arguments, other),
+        )
         if buffers != rank.buffers:
             differing += 1
             with pytest.raises(Unexplained, match=r"lies at element \d+ of \d+ in its storage"):

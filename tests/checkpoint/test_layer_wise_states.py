@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pp_to_vpp.checkpoint.family import Family, RankFiles, TensorName, read_family
+from pp_to_vpp.checkpoint.family import Family, RankFiles, TensorName
 from pp_to_vpp.checkpoint.layer_wise_states import LayerWiseFiles
 from pp_to_vpp.checkpoint.optimizer_entries import OPTIMIZER
 from pp_to_vpp.checkpoint.plain_states import MAIN
@@ -18,7 +18,7 @@ from pp_to_vpp.container.pickling import as_mapping
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import CheckpointError
 
-from ..families import families, family, values_of
+from ..families import families, family, read_family, values_of
 from ..pairs import LAYER_WISE, LAYER_WISE_ODD
 from .test_family import with_arguments
 

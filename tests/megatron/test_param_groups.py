@@ -12,8 +12,8 @@ from pp_to_vpp.checkpoint.family import Family
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import has_expert_optimizer
-from pp_to_vpp.megatron.param_groups import GroupKey, key_of_group, key_of_item
-from pp_to_vpp.megatron.parameters import Item, is_in_expert_buffer
+from pp_to_vpp.megatron.param_groups import key_of_item, keys_of_groups
+from pp_to_vpp.megatron.parameters import GroupKey, Item, is_in_expert_buffer
 
 from ..families import SIDES, families, family
 from ..pairs import DEEPSEEK, DENSE, MOE, WEIGHTS
@@ -23,19 +23,19 @@ FLAT = replace(PLAIN, decays=False)
 DECOUPLED = replace(PLAIN, is_decoupled=True)
 
 
-def saved_groups(of: Family) -> Iterator[dict[str, Any]]:
-    """All param groups in the files of a family."""
+def saved_groups(of: Family) -> Iterator[list[dict[str, Any]]]:
+    """The param groups of each optimizer in the files of a family."""
     for rank in of.ranks.values():
         for own in rank.optimizers:
-            yield from own.entry.groups
+            yield own.entry.groups
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
 def test_groups_and_parameters_meet(name: str, side: str) -> None:
     """Each parameter has a group that Megatron saved, and each group has a parameter."""
     for of in families(name, side):
-        saved = {key_of_group(group) for group in saved_groups(of)}
-        computed = {key_of_item(item, of.megatron) for item in of.items() if item.is_parameter}
+        saved = {key for groups in saved_groups(of) for key in keys_of_groups(groups)}
+        computed = {key_of_item(item, of.megatron) for item in of.items() if item.is_trained}
         assert computed
         assert saved == (set() if name == WEIGHTS else computed)
 
@@ -45,7 +45,7 @@ def test_groups_of_an_optimizer_have_different_keys(name: str, side: str) -> Non
     for of in families(name, side):
         for rank in of.ranks.values():
             for own in rank.optimizers:
-                keys = [key_of_group(group) for group in own.entry.groups]
+                keys = keys_of_groups(own.entry.groups)
                 assert len(set(keys)) == len(keys)
 
 
@@ -169,4 +169,4 @@ def test_experts_have_buffers_of_their_own_with_expert_parallelism() -> None:
     ],
 )
 def test_what_a_group_tells(group: dict[str, Any], expected: GroupKey) -> None:
-    assert key_of_group(group) == expected
+    assert keys_of_groups([group]) == [expected]

@@ -43,7 +43,7 @@ def test_the_rules_and_the_rounding_are_proved(name: str, side: str) -> None:
     folders = found.family(found.families[-1])
     of, way = proven_family(folders.read(folders.ranks))
     assert way == ("" if of.kind is OptimizerKind.NONE else "rounded")
-    version = 12 if name.endswith("fork") else int(name[-2:])
+    version = {"fork": 12, "dev": 20}.get(name.rpartition("-")[2]) or int(name[-2:])
     for change in CHANGES:
         since = int(change.since.removeprefix("0."))
         assert getattr(of.megatron.rules, change.rule) is (version >= since), change

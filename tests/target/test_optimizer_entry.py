@@ -12,7 +12,7 @@ from pp_to_vpp.checkpoint.optimizer_entries import GROUPS, OPTIMIZER, read_entri
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
-from pp_to_vpp.megatron.param_groups import key_of_group
+from pp_to_vpp.megatron.param_groups import keys_of_groups
 from pp_to_vpp.megatron.pipeline import LayoutString, Placement
 from pp_to_vpp.target.model import target_rank
 from pp_to_vpp.target.optimizer import target_optimizer
@@ -66,9 +66,9 @@ def test_older_rules_keep_the_groups_of_own_parameters() -> None:
     of = family(ODD, "source")
     assert not of.megatron.rules.keeps_all_groups
     first = entry_of(of, target_without_layers(of), 0)
-    assert [key_of_group(group).decays for group in groups_of(first)] == [True]
+    assert [key.decays for key in keys_of_groups(groups_of(first))] == [True]
     last = entry_of(of, target_without_layers(of), 1)
-    assert [key_of_group(group).decays for group in groups_of(last)] == [False, True]
+    assert [key.decays for key in keys_of_groups(groups_of(last))] == [False, True]
     assert all("step" in group for entry in (first, last) for group in groups_of(entry))
 
 

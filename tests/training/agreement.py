@@ -27,7 +27,8 @@ from pp_to_vpp.megatron.layer_wise import deal
 from pp_to_vpp.megatron.megatron import Megatron as MegatronRun
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import items_by_group
-from pp_to_vpp.megatron.param_groups import GroupKey, key_of_group
+from pp_to_vpp.megatron.param_groups import keys_of_groups
+from pp_to_vpp.megatron.parameters import GroupKey
 from pp_to_vpp.megatron.pipeline import (
     Ends,
     Even,
@@ -465,7 +466,7 @@ def groups_agree(server: Megatron, run: Run, version: str) -> None:
         of = families[ep_rank]
         ours = our_groups(of, of.ranks[pp_rank])
         theirs = [
-            (key_of_group(group["key"]), [tuple(place) for place in group["members"]])
+            (keys_of_groups([group["key"]])[0], [tuple(place) for place in group["members"]])
             for group in groups
         ]
         assert len(dict(theirs)) == len(theirs)
