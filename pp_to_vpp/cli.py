@@ -79,6 +79,11 @@ def _parser() -> _Parser:
         help="iteration folder of the source, e.g. ckpt/iter_0001000",
     )
     add(
+        "--follow-links",
+        action="store_true",
+        help="files of the source may be links to regular files elsewhere",
+    )
+    add(
         "--save-iteration-dir",
         dest="save_dir",
         type=Path,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..checkpoint.family import Family, TensorName, layout_of, read_family
 from ..checkpoint.optimizer_entries import OPTIMIZER
@@ -28,7 +29,7 @@ from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
-from ..source.files import FamilyFolders, RangeReader, other_files, read_rank
+from ..source.files import FamilyFolders, RangeReader, check_links, other_files, read_rank
 from ..source.proof import check_samples, proven_family, unlike_copies
 from . import framing, torch_loading
 from .digests import Digests, digest_rank, unlike_their_mains
@@ -75,6 +76,7 @@ def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
     """
     directory, rank, rules = job
     try:
+        check_links([Path(directory) / rank.folder])
         return layout_of(read_rank(directory, rank), rules)
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
