@@ -28,6 +28,8 @@ class Item:
     value: Any
     tensor: TensorRef | None
     is_parameter: bool
+    model: str = naming.MODEL
+    """Which one it belongs to: ``naming.MODEL`` or ``naming.AVERAGE``."""
 
     @property
     def weight(self) -> TensorRef:

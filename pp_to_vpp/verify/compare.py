@@ -22,7 +22,7 @@ from ..container.extents import Extent
 from ..container.pickling import is_same
 from ..errors import ConversionError, UsageError, VerificationError, problem, show
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
-from ..megatron.naming import chunk_keys
+from ..megatron.naming import all_chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer
 from ..megatron.param_groups import are_sorted, key_of_group, steps
 from ..megatron.pipeline import PipelineLayout
@@ -199,7 +199,7 @@ def _read(extent: Extent) -> bytes:
 def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]:
     """Differences in everything that is no tensor of the model: it comes from the same folder."""
     ours, theirs = target.ranks[pp_rank].root, source.ranks[pp_rank].root
-    moved = {*chunk_keys(ours), *chunk_keys(theirs), "args", OPTIMIZER}
+    moved = {*all_chunk_keys(ours), *all_chunk_keys(theirs), "args", OPTIMIZER}
     left, right = ([key for key in root if key not in moved] for root in (ours, theirs))
     if left != right:
         yield f"its entries are {', '.join(map(str, left))}, not {', '.join(map(str, right))}"
