@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from . import __version__, outputs
-from .errors import ConversionError, CopyError
+from .errors import ConversionError, CopyError, UsageError
 from .options import Depth, Options
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from .run.convert import Outcome, Prepared
     from .run.verify_pair import Verified
+
+logging.getLogger("pp_to_vpp").addHandler(logging.NullHandler())  # a call may be refused before
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM."""
@@ -44,9 +46,21 @@ def _positive(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusals are those of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the call.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(message)
+
+
+def _parser() -> _Parser:
     """Fills an ``Options``: each ``dest`` is one of its fields, defaults are there."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pp_to_vpp",
         description="Rewrite a Megatron-LM checkpoint (--ckpt-format torch) from one pipeline "
         "layout into another: plain to virtual (interleaved) pipeline parallelism and back.",
@@ -63,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="DIR",
         help="iteration folder of the source, e.g. ckpt/iter_0001000",
+    )
+    add(
+        "--follow-links",
+        action="store_true",
+        help="files of the source may be links to regular files elsewhere",
     )
     add(
         "--save-iteration-dir",
@@ -161,14 +180,34 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     parser = _parser()
-    given = parser.parse_args(arguments, Options(Path()))
-    _check(parser, given)
+    try:
+        given = parser.parse_args(arguments, Options(Path()))
+        _check(given)
+    except UsageError as error:
+        parser.print_usage(sys.stderr)
+        return _refuse(error, _report_of_wrong_call(arguments))
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _log_and_plan(given):
             return _guarded_run(given)
     except ConversionError as error:  # of the log itself
-        return _refuse(error)
+        return _refuse(error, given.report)
+
+
+def _report_of_wrong_call(arguments: Sequence[str]) -> Path | None:
+    """Where a call that cannot be understood wants its report, if it says so and may."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option, field in (
+        ("--load-iteration-dir", "load_dir"),
+        ("--save-iteration-dir", "save_dir"),
+        ("--report", "report"),
+    ):
+        parser.add_argument(option, dest=field, type=Path)
+    try:
+        given, _ = parser.parse_known_args(arguments, Options(Path()))
+    except argparse.ArgumentError:
+        return None
+    return None if _why_unwritable(given.report, given) else given.report
 
 
 @contextlib.contextmanager
@@ -191,8 +230,7 @@ def _guarded_run(given: Options) -> int:
         if given.report is not None:
             outputs.write_report(given.report, json.dumps(content, indent=1) + "\n")
     except ConversionError as error:
-        _report_refusal(given.report, error)
-        return _refuse(error)
+        return _refuse(error, given.report)
     except KeyboardInterrupt:
         print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
         return INTERRUPTED
@@ -203,20 +241,17 @@ def _guarded_run(given: Options) -> int:
     return 0
 
 
-def _report_refusal(path: Path | None, error: ConversionError) -> None:
-    """A refusal is a result too; where its report cannot be written, the lines say all."""
+def _refuse(error: ConversionError, path: Path | None) -> int:
+    """Print one line per problem, which are a result too: the report, if one is wanted, tells
+    them. The exit status of their kind."""
     from . import report
 
-    if path is not None:
-        with contextlib.suppress(CopyError):
-            outputs.write_report(path, json.dumps(report.of_refusal(error), indent=1) + "\n")
-
-
-def _refuse(error: ConversionError) -> int:
-    """Print one line per problem; the exit status of its kind."""
     for line in error.problems:
         print(f"pp_to_vpp: error: {line}", file=sys.stderr)
         logging.getLogger("pp_to_vpp").error("%s", line)
+    if path is not None:
+        with contextlib.suppress(CopyError):  # the lines have said all
+            outputs.write_report(path, json.dumps(report.of_refusal(error), indent=1) + "\n")
     return error.exit_status
 
 
@@ -224,34 +259,45 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _check(parser: argparse.ArgumentParser, given: Options) -> None:
-    """Refuse what contradicts itself before anything is read."""
+def _check(given: Options) -> None:
+    """Refuse what contradicts itself before anything is read.
+
+    Raises:
+        UsageError: it does.
+    """
     first, last, vp_size = given.first_split, given.last_split, given.target_vp_size
     may_verify_only = given.save_dir is not None and given.depth is not Depth.NONE
     if given.verifies_only and (given.is_dry_run or given.resume or not may_verify_only):
-        parser.error(
+        raise UsageError(
             "give --target-virtual-pipeline-model-parallel-size, "
             "--target-pipeline-model-parallel-layout or --target-hybrid-layer-pattern"
         )
     if given.save_dir is None and not given.is_dry_run:
-        parser.error("--save-iteration-dir is required unless --dry-run is given")
+        raise UsageError("--save-iteration-dir is required unless --dry-run is given")
     if (first is None) != (last is None):
-        parser.error("give both --target-first-... and --target-last-...-num-layers-split, or none")
+        raise UsageError(
+            "give both --target-first-... and --target-last-...-num-layers-split, or none"
+        )
     if first is not None and last is not None:
         if given.layout_string is not None:
-            parser.error("give layer splits or a layout string, not both")
+            raise UsageError("give layer splits or a layout string, not both")
         if vp_size is None or {len(first), len(last)} != {vp_size}:
-            parser.error(
+            raise UsageError(
                 "each layer split needs one number for each of the "
                 "--target-virtual-pipeline-model-parallel-size virtual stages"
             )
         if min(*first, *last) < 1:
-            parser.error("layer splits are positive numbers")
-    folders = [d for d in (given.load_dir, given.save_dir) if d is not None]
+            raise UsageError("layer splits are positive numbers")
     for option, path in (("--report", given.report), ("--log-file", given.log_file)):
-        reason = None if path is None else outputs.why_unwritable(path, folders)
+        reason = _why_unwritable(path, given)
         if reason is not None:
-            parser.error(f"{option} {path}: cannot be written ({reason})")
+            raise UsageError(f"{option} {path}: cannot be written ({reason})")
+
+
+def _why_unwritable(path: Path | None, given: Options) -> str | None:
+    """Why what a call wants written cannot be; None if it can, or nothing is wanted."""
+    folders = [folder for folder in (given.load_dir, given.save_dir) if folder is not None]
+    return None if path is None else outputs.why_unwritable(path, folders)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ class Options:
     is_dry_run: bool = False
     depth: Depth = Depth.STRUCTURE
     resume: bool = False
+    follow_links: bool = False
+    """Files of the source may be links to files elsewhere."""
     report: Path | None = None
     log_file: Path | None = None
 

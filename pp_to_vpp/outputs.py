@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable
@@ -28,8 +29,8 @@ def why_unwritable(path: Path, checkpoints: Iterable[Path]) -> str | None:
     if path == STANDARD_OUTPUT:
         return None
     place = Path(os.path.realpath(path))
-    for folder in map(os.path.realpath, checkpoints):
-        if place.is_relative_to(folder):
+    for folder in map(Path, map(os.path.realpath, checkpoints)):
+        if place.is_relative_to(folder) or _is_linked_from(folder, place):
             return f"it lies in the checkpoint {folder}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,15 @@ def why_unwritable(path: Path, checkpoints: Iterable[Path]) -> str | None:
     if _is_special(path):
         return None if os.access(path, os.W_OK) or not path.exists() else "it is not writable"
     return None if os.access(path.parent, os.W_OK) else "its folder is not writable"
+
+
+def _is_linked_from(folder: Path, path: Path) -> bool:
+    """Whether a file is one of a checkpoint by another name."""
+    for file in folder.glob("*/*"):
+        with contextlib.suppress(OSError):
+            if path.samefile(file):
+                return True
+    return False
 
 
 def _is_special(path: Path) -> bool:

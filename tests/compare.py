@@ -150,11 +150,11 @@ def _compare_model_files(
             yield from _compare_arguments(
                 vars(got[key]), vars(want[key]), vars(source[key]), f"{where}/{key}"
             )
-        elif key.startswith("model"):
+        elif key.startswith(("model", "ema_model")):
             yield from _compare(got[key], want[key], f"{where}/{key}")
             yield from _compare(
-                list(got[key]._metadata.items()),
-                list(want[key]._metadata.items()),
+                list(getattr(got[key], "_metadata", {}).items()),
+                list(getattr(want[key], "_metadata", {}).items()),
                 f"{where}/{key}._metadata",
             )
         elif key == "optimizer":

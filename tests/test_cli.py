@@ -31,7 +31,7 @@ def test_help_tells_every_option() -> None:
         "--target-pipeline-model-parallel-layout",
         "--target-overlap-param-gather-with-optimizer-step", "--num-max-processing-processes",
         "--pipeline-ranks-to-process", "--dry-run", "--verify", "--resume", "--report",
-        "--log-file",
+        "--log-file", "--follow-links",
     ):  # fmt: skip
         assert option in run.output
 

@@ -7,20 +7,42 @@ so that what is right is known.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 
-from pp_to_vpp.container.pickling import Global, Instance, as_mapping, ordered_dict
-from pp_to_vpp.container.tensors import unwrap_tensor
+from pp_to_vpp.checkpoint.family import SourceRank
+from pp_to_vpp.container.extents import Literal
+from pp_to_vpp.container.pickling import Global, Instance, Storage, as_mapping, ordered_dict
+from pp_to_vpp.container.tensors import FLOAT_STORAGE, as_tensor, flat_tensor, unwrap_tensor
+from pp_to_vpp.megatron.naming import AVERAGE, chunk_keys
+from pp_to_vpp.megatron.parameters import Item
+from pp_to_vpp.source.files import read_torch_file
 
-from .compare import differences
-from .edit import copy_of, rewrite, rewrite_all, set_arguments
-from .pairs import DENSE, HYBRID, HYBRID_MOE, MOE, NOOP, ODD, PLAIN, pair
+from .compare import differences, load
+from .edit import copy_of, flip_byte, float_tensor, rewrite, rewrite_all, set_arguments
+from .families import families
+from .pairs import (
+    DEEPSEEK,
+    DENSE,
+    EMPTY,
+    HYBRID,
+    HYBRID_MOE,
+    LAYER_WISE,
+    MOE,
+    NOOP,
+    ODD,
+    PLAIN,
+    pair,
+)
 from .runs import Program
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -87,7 +109,8 @@ def test_plain_values_of_single_files_are_refused(program: Program, tmp_path: Pa
         ("by_layer", {"module.decoder.layers.1.x": 2}, "unknown entry 'by_layer'"),
         ("something", Instance(Global("somewhere", "State"), ()), "unknown entry 'something'"),
         ("modelopt_state", {"mode": 1}, "'modelopt_state': the state of a model that ModelOpt"),
-        ("ema_model", ordered_dict({}), "'ema_model': a moving average of the weights"),
+        ("modelopt_state_0", {"mode": 1}, "nothing proves which parameters such a model has"),
+        ("ema_models", ordered_dict({"x": Instance(Global("a", "B"), ())}), "entry 'ema_models'"),
         (7, 1, "unknown entry 7"),
     ],
 )
@@ -107,6 +130,160 @@ def test_unknown_files_with_state_are_refused(name: str, program: Program, tmp_p
     path.mkdir() if name.startswith("rank") else path.write_bytes(b"x")
     run = program.convert(source, tmp_path / "x" / "iter_0000001")
     program.refuses(4, run, f"{name}: an unknown file in a rank folder")
+
+
+# -- moving averages ----------------------------------------------------------------------------
+
+
+def with_average(name: str, folder: Path) -> tuple[Path, Path]:
+    """Source and truth of a pair with a moving average of the weights, as MindSpeed saves one: in
+    fp32, with values that follow from global names alone."""
+    sides = both_sides(name, folder)
+    for side, place in zip(("source", "truth"), sides, strict=True):
+        for rank in (rank for of in families(name, side) for rank in of.ranks.values()):
+            path = place / rank.files.id.folder / "model_optim_rng.pt"
+            rewrite(path, partial(add_average, rank))
+            if rank.files.optimizer is not None:
+                rewrite(path.with_name("distrib_optim.pt"), add_average_state)
+    return sides
+
+
+_LAST = "num_floating_point_operations_so_far"
+
+
+def add_average(rank: SourceRank, root: dict[str, Any]) -> None:
+    for key, content in zip(chunk_keys(root), rank.contents, strict=True):
+        chunk = as_mapping(root[key])
+        assert chunk is not None
+        values = map(average_of, content.items)
+        root[f"ema_{key}"] = ordered_dict(dict(zip(chunk, values, strict=True)), root[key].state)
+    root[_LAST] = root.pop(_LAST)
+
+
+def average_of(item: Item) -> Any:
+    if item.tensor is None:
+        return item.value
+    data = Random(item.name).randbytes(4 * item.tensor.numel)
+    storage = Storage(FLOAT_STORAGE, "cpu", item.tensor.numel, (Literal(data),))
+    return item.tensor.moved(storage, 0)
+
+
+def add_average_state(root: Any) -> None:
+    """Behind the number of elements, in every buffer."""
+    for entry_ in filter(None, root if isinstance(root, list) else [root]):
+        for buffer in (value for key, value in entry_.items() if type(key) is int):
+            for states in buffer.values():
+                tensor = as_tensor(states["exp_avg"])
+                assert tensor is not None
+                storage = Storage(FLOAT_STORAGE, "cpu", tensor.numel, (tensor.extent,))
+                states["ema_params"] = flat_tensor(storage)
+
+
+@pytest.mark.parametrize("name", [DENSE, DEEPSEEK, MOE, PLAIN, LAYER_WISE])
+def test_a_moving_average_moves_with_the_weights(
+    name: str, program: Program, tmp_path: Path
+) -> None:
+    source, truth = with_average(name, tmp_path)
+    converts_both_ways(program, source, truth, tmp_path)
+    (path, *_) = sorted((tmp_path / "there" / source.name).glob("*/model_optim_rng.pt"))
+    root = load(path)
+    assert list(root)[-3:] == ["ema_model0", "ema_model1", _LAST]
+    values = [value for value in root["ema_model1"].values() if isinstance(value, torch.Tensor)]
+    assert values
+    assert all(value.untyped_storage().nbytes() == 4 * value.numel() for value in values)
+
+
+def test_chunks_without_parameters_have_a_moving_average(program: Program, tmp_path: Path) -> None:
+    source, truth = with_average(EMPTY, tmp_path)
+    target = tmp_path / "x" / source.name
+    assert program.convert(source, target, pair(EMPTY).options, "--verify", "full").status == 0
+    assert differences(target, truth, source) == []
+
+
+def test_a_moving_average_may_lack_the_versions_of_modules(
+    program: Program, tmp_path: Path
+) -> None:
+    """A dict that was filled by hand; it stays as it is."""
+    sides = with_average(DENSE, tmp_path)
+    for side in sides:
+        rewrite_all(side, drop_versions)
+    converts_both_ways(program, *sides, tmp_path)
+    for path in (tmp_path / "there" / sides[0].name).glob("*/model_optim_rng.pt"):
+        root = load(path)
+        for stage in range(2):
+            assert hasattr(root[f"model{stage}"], "_metadata")
+            assert not hasattr(root[f"ema_model{stage}"], "_metadata")
+
+
+def drop_versions(root: dict[str, Any]) -> None:
+    for key in chunk_keys(root, AVERAGE):
+        root[key] = replace(root[key], state=None)
+
+
+@pytest.mark.parametrize("depth", ["structure", "full"])
+def test_a_moving_average_is_verified(depth: str, program: Program, tmp_path: Path) -> None:
+    source, _ = with_average(DENSE, tmp_path)
+    target = tmp_path / "x" / source.name
+    assert program.convert(source, target).status == 0
+    path = target / "mp_rank_00_001" / "model_optim_rng.pt"
+    root = as_mapping(read_torch_file(path).root)
+    assert root is not None
+    tensor = as_tensor(
+        (as_mapping(root["ema_model1"]) or {})["decoder.layers.1.mlp.linear_fc2.weight"]
+    )
+    assert tensor is not None
+    flip_byte(path, tensor.extent.offset)
+    run = program("--load-iteration-dir", source, "--save-iteration-dir", target, "--verify", depth)
+    name = "decoder.layers.7.mlp.linear_fc2.weight (ema_model)"
+    program.refuses(6, run, f"model_optim_rng.pt: {name} differs from its source")
+    assert len(re.findall("differs from its source", run.errors)) == 1
+
+
+def average_edit(edit: Callable[[dict[str, Any]], Any]) -> Edit:
+    def apply(root: dict[str, Any]) -> None:
+        chunk = as_mapping(root["ema_model"])
+        assert chunk is not None
+        edit(chunk)
+
+    return apply
+
+
+_FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (average_edit(lambda c: c.pop(_FC2)), "expected decoder.layers.1.mlp.linear_fc2.weight"),
+        (average_edit(lambda c: c.update({_FC2: c.pop(_FC2)})), "found decoder.layers.1.mlp.linea"),
+        (average_edit(lambda c: c.update({_FC2: None})), "linear_fc2.weight (ema_model) no tensor"),
+        (
+            average_edit(lambda c: c.update({_FC2: float_tensor(bytes(8))})),
+            "weight (ema_model) (2,",
+        ),
+        (average_edit(lambda c: c.clear()), "its layers are not those its arguments tell"),
+        (entry("ema_model", 3), "a model chunk is no state dict"),
+        (lambda r: r.update(ema_model0=r.pop("ema_model")), "expected ema_model, found ema_model0"),
+        (lambda r: r.update(ema_model=r["model"]), "two objects of the checkpoint share its bytes"),
+    ],
+)
+def test_a_moving_average_is_like_the_weights(
+    edit: Edit, reason: str, program: Program, tmp_path: Path
+) -> None:
+    source, _ = with_average(DENSE, tmp_path)
+    rewrite_all(source, edit)
+    program.refuses(4, program.convert(source, tmp_path / "x" / "iter_0000001"), reason)
+
+
+@pytest.mark.parametrize("ranks", [(), ("--pipeline-ranks-to-process", "0")])
+def test_all_folders_have_a_moving_average_or_none(
+    ranks: tuple[str, ...], program: Program, tmp_path: Path
+) -> None:
+    source, _ = with_average(MOE, tmp_path)
+    path = source / "mp_rank_00_001_001" / "model_optim_rng.pt"
+    rewrite(path, lambda root: root.__delitem__("ema_model"))
+    run = program.convert(source, tmp_path / "x" / "iter_0000001", (), *ranks)
+    program.refuses(4, run, "its moving average of the weights is not that of")
 
 
 # -- one save -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ import pytest
 from pp_to_vpp import __version__, report
 
 from .pairs import DENSE, Pair, names, pair
-from .runs import ROOT, Program
+from .runs import ROOT, Program, run_process
 
+_V2 = ("--target-virtual-pipeline-model-parallel-size", "2")
 _PATH, _NUMBER = str, (int, float)
 _LAYOUT = {
     "pipeline_model_parallel_size": int,
@@ -171,6 +173,72 @@ def test_a_refusal_has_its_report(program: Program, tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert list(strange(found, _SHAPES["refusal"])) == []
     assert (found["kind"], found["status"]) == ("refusal", run.status)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--dry-run", "--verify", "some"), "argument --verify: invalid Depth value: 'some'"),
+        (("--unknown", "3", "--dry-run"), "unrecognized arguments: --unknown 3"),
+        (("--dry-run",), "give --target-virtual-pipeline-model-parallel-size or"),
+        (
+            (*_V2, "--dry-run", "--log-file", "/"),
+            "--log-file /: cannot be written (it is a folder)",
+        ),
+        ((*_V2, "--dry-run", "--pipeline-ranks-to-process", "9"), "there is no pipeline rank 9"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_wrong_call_has_its_report(
+    arguments: tuple[str, ...], problem: str, first: bool, program: Program, tmp_path: Path
+) -> None:
+    """Wherever the option stands: before what is wrong, or after it."""
+    source = ("--load-iteration-dir", pair(DENSE).source)
+    path = tmp_path / "deep" / "refusal.json"
+    wanted = ("--report", path)
+    run = program(*(wanted if first else ()), *source, *arguments, *(() if first else wanted))
+    assert run.status == 2
+    found = json.loads(path.read_text())
+    assert list(strange(found, _SHAPES["refusal"])) == []
+    assert (found["kind"], found["status"]) == ("refusal", 2)
+    assert problem in found["problems"][0]
+    assert [line for line in run.errors.splitlines() if line.startswith("pp_to_vpp: error: ")] == [
+        f"pp_to_vpp: error: {line}" for line in found["problems"]
+    ]
+
+
+@pytest.mark.parametrize("wrong", [("--verify", "some"), ()])
+def test_a_wrong_call_reports_to_standard_output(wrong: tuple[str, ...]) -> None:
+    run = run_process("--load-iteration-dir", "x", "--report", "-", *wrong)
+    assert run.status == 2
+    assert json.loads(run.output)["status"] == 2
+
+
+@pytest.mark.parametrize("place", ["source", "target", "nowhere"])
+def test_a_wrong_call_has_no_report_where_none_may_be(
+    place: str, program: Program, tmp_path: Path
+) -> None:
+    """Neither in a checkpoint, nor at a place that the call does not name."""
+    options: list[str | Path] = [
+        "--load-iteration-dir",
+        tmp_path / "source",
+        "--save-iteration-dir",
+    ]
+    options += [tmp_path / "target", "--verify", "some", "--report"]
+    run = program(*options, *([tmp_path / place / "report.json"] if place != "nowhere" else []))
+    assert run.status == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_that_cannot_be_opened_has_its_report(program: Program, tmp_path: Path) -> None:
+    path = tmp_path / "refusal.json"
+    os.mkfifo(tmp_path / "pipe")  # which nobody reads
+    options = ("--dry-run", "--log-file", tmp_path / "pipe", "--report", path)
+    run = program("--load-iteration-dir", pair(DENSE).source, *_V2, *options)
+    assert run.status == 5
+    found = json.loads(path.read_text())
+    assert found["status"] == 5
+    assert run.errors == f"pp_to_vpp: error: {found['problems'][0]}\n"
 
 
 @pytest.mark.parametrize("kind", _SHAPES)

@@ -7,9 +7,10 @@ of registration, with the module versions of torch in its attribute ``_metadata`
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..container.pickling import as_mapping
@@ -57,12 +58,19 @@ class ChunkContents:
     items: tuple[Item, ...]
     modules: tuple[Module, ...] | None
     """None where the file has no ``_metadata``."""
+    average: ChunkContents | None = None
+    """The moving average of its weights, if the file has one (FORMAT 3.5)."""
     parameters: tuple[Item, ...] = field(init=False)
     """The trained tensors, in the order of ``named_parameters()``."""
 
     def __post_init__(self) -> None:
         found = tuple(item for item in self.items if item.is_trained)
         object.__setattr__(self, "parameters", found)
+
+    @property
+    def all_items(self) -> tuple[Item, ...]:
+        """Those of the average, too."""
+        return self.items if self.average is None else self.items + self.average.items
 
 
 def read_chunks(
@@ -71,13 +79,25 @@ def read_chunks(
     """The chunks of one pipeline rank, checked against the layout its arguments tell.
 
     Raises:
-        CheckpointError: chunks, layers or sections are not those of the layout, or a key has no
-            known place.
+        CheckpointError: chunks, layers or sections are not those of the layout, a key has no known
+            place, or moving averages are not those of the chunks.
     """
-    keys = naming.chunk_keys(root)
-    expected = (
-        tuple(f"model{v}" for v in range(layout.vp_size)) if layout.vp_size > 1 else ("model",)
-    )
+    chunks = layout.rank_chunks(pp_rank)
+    contents = _read_model(root, chunks, naming.MODEL, where)
+    if not naming.chunk_keys(root, naming.AVERAGE):
+        return contents
+    averages = _read_model(root, chunks, naming.AVERAGE, where)
+    both = list(zip(contents, averages, strict=True))
+    for own, average in both:
+        _check_alike(own, average, f"{where} ({naming.AVERAGE})")
+    return tuple(replace(own, average=average) for own, average in both)
+
+
+def _read_model(
+    root: Mapping[Any, Any], chunks: Sequence[ModelChunk], model: str, where: str
+) -> tuple[ChunkContents, ...]:
+    keys = naming.chunk_keys(root, model)
+    expected = naming.keys_of_chunks(len(chunks), model)
     if keys != expected:
         raise CheckpointError.of(
             where,
@@ -87,12 +107,31 @@ def read_chunks(
             cure=AS_SAVED,
         )
     contents = []
-    for key, chunk in zip(keys, layout.rank_chunks(pp_rank), strict=True):
-        contents.append(_read_chunk(root[key], chunk, f"{where} ({key})"))
+    for key, chunk in zip(keys, chunks, strict=True):
+        contents.append(_read_chunk(root[key], chunk, model, f"{where} ({key})"))
     return tuple(contents)
 
 
-def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
+def _check_alike(own: ChunkContents, average: ChunkContents, where: str) -> None:
+    """An average has the keys of its chunk, in their order, and the shapes; dtypes may differ."""
+    ours = [(naming.name_in(naming.AVERAGE, item.name), _shape(item)) for item in own.items]
+    theirs = [(item.name, _shape(item)) for item in average.items]
+    for wanted, found in itertools.zip_longest(ours, theirs):
+        if wanted != found:
+            raise CheckpointError.of(
+                where,
+                "its keys and shapes are not those of the model's own chunk",
+                expected="no more keys" if wanted is None else " ".join(wanted),
+                found="no more keys" if found is None else " ".join(found),
+                cure=AS_SAVED,
+            )
+
+
+def _shape(item: Item) -> str:
+    return "no tensor" if item.tensor is None else str(item.tensor.shape)
+
+
+def _read_chunk(node: Any, chunk: ModelChunk, model: str, where: str) -> ChunkContents:
     mapping = as_mapping(node)
     if mapping is None or not all(isinstance(key, str) for key in mapping):
         raise CheckpointError.of(
@@ -116,7 +155,7 @@ def _read_chunk(node: Any, chunk: ModelChunk, where: str) -> ChunkContents:
     _check_letters(mapping, chunk, where)
     placed = _place_keys(mapping, chunk, where)
     items = tuple(
-        _make_item(section, layer, rest, stack, mapping[key], where)
+        _make_item(section, layer, rest, stack, mapping[key], model, where)
         for key, (section, layer, rest) in placed.items()
     )
     held = {item.section for item in items} | {Section.FINAL_NORM}  # a model may have no such norm
@@ -262,15 +301,16 @@ def _section_of(chunk: ModelChunk, name: str, *, is_key: bool) -> Section | None
 
 
 def _make_item(
-    section: Section, layer: int | None, rest: str, stack: str, value: Any, where: str
+    section: Section, layer: int | None, rest: str, stack: str, value: Any, model: str, where: str
 ) -> Item:
     if layer is None:
         name = naming.global_name(section, rest)
     else:
         name = naming.join_layer(stack, layer, rest)
+    name = naming.name_in(model, name)
     with located(f"{where}, {name}"):
         tensor = as_tensor(value)
-    is_parameter = naming.is_parameter(rest)
+    is_parameter = model == naming.MODEL and naming.is_parameter(rest)
     if is_parameter and (tensor is None or not tensor.is_contiguous):
         raise CheckpointError.of(
             where,
@@ -279,7 +319,7 @@ def _make_item(
             cure="weights stored natively in fp8 or as tensor subclasses are not supported: "
             "save without --fp8-param-gather",
         )
-    return Item(section, layer, name, rest, value, tensor, is_parameter)
+    return Item(section, layer, name, rest, value, tensor, is_parameter, model)
 
 
 def _place_modules(

@@ -373,7 +373,7 @@ def _read_family(
             )
         ranks[pp_rank] = rank
         states |= rank_states
-        for item in (item for content in rank.contents for item in content.items):
+        for item in (item for content in rank.contents for item in content.all_items):
             if item.layer is not None:
                 layers.setdefault(item.layer, []).append(item)
             else:

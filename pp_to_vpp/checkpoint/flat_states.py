@@ -37,6 +37,8 @@ class FlatState:
     """State of one parameter in flat tensors, by name."""
 
     tensors: Mapping[str, TensorRef]
+    keys: tuple[str, ...]
+    """What its buffer's entry holds, in order: the tensors and ``NUMEL``, mostly the last."""
 
     @property
     def main(self) -> TensorRef:
@@ -128,20 +130,20 @@ def read_flat_states(
             continue
         expected = buffers.of(optimizer)
         found = _checked_entry(entry, expected, where)
-        for (stage, buffer), (key, tensors) in zip(expected, found, strict=True):
+        for (stage, buffer), (key, tensors, names) in zip(expected, found, strict=True):
             keys[buffer.dtype] = key
             for member, start in zip(buffer.members, buffer.saved_starts, strict=True):
                 item = contents[stage].parameters[member]
                 numel = item.weight.numel
                 own = {name: tensor.segment(start, numel) for name, tensor in tensors.items()}
-                by_name[item.name] = FlatState(own)
+                by_name[item.name] = FlatState(own, names)
     return RankStates(by_name, keys, tuple(entry is not None for entry in entries))
 
 
 def _checked_entry(
     entry: Any, expected: list[tuple[int, Buffer]], where: str
-) -> list[tuple[Any, dict[str, TensorRef]]]:
-    """Key and tensors of each buffer of one optimizer."""
+) -> list[tuple[Any, dict[str, TensorRef], tuple[str, ...]]]:
+    """Key, tensors and names in order of each buffer of one optimizer."""
     if not isinstance(entry, dict) or entry.get(COALESCED) is not True:
         if isinstance(entry, dict) and "per_bucket_numel" in entry:
             what = "its buffers are stored per bucket, as Megatron 0.6 does"
@@ -160,7 +162,9 @@ def _checked_entry(
     return found
 
 
-def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[str, TensorRef]]:
+def _checked_buffer(
+    entry: Any, buffer: Buffer, where: str
+) -> tuple[Any, dict[str, TensorRef], tuple[str, ...]]:
     if not isinstance(entry, dict) or len(entry) != 1:
         raise CheckpointError.of(where, "a buffer without exactly one dtype", cure=ANOTHER_COPY)
     ((key, states),) = entry.items()
@@ -199,4 +203,4 @@ def _checked_buffer(entry: Any, buffer: Buffer, where: str) -> tuple[Any, dict[s
                 cure=NOT_CONVERTED,
             )
         tensors[name] = tensor
-    return key, tensors
+    return key, tensors, tuple(states)

@@ -13,6 +13,7 @@ from typing import Any
 from ..container.pickling import dump, is_same
 from ..errors import ONE_SAVE, problem, show
 from ..megatron.arguments import namespace_values
+from ..megatron.naming import AVERAGE, chunk_keys
 from ..megatron.param_groups import STEP
 from .family import RankFiles, rank_root
 from .optimizer_entries import OPTIMIZER, read_entries
@@ -32,6 +33,7 @@ def told(root: Mapping[Any, Any], where: str) -> Mapping[str, object]:
         CheckpointError: the file has no arguments, or entries that nobody knows.
     """
     found: dict[str, object] = {name: root[name] for name in _COUNTS if name in root}
+    found["moving average of the weights"] = bool(chunk_keys(root, AVERAGE))
     for name, value in namespace_values(root.get("args"), where).items():
         if name not in _OWN_ARGUMENTS and isinstance(value, (bool, int, float, type(None))):
             found[f"args.{name}"] = value

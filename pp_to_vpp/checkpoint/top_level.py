@@ -11,7 +11,7 @@ from typing import Any
 
 from ..container.pickling import as_mapping
 from ..errors import CheckpointError, show
-from ..megatron.naming import chunk_keys, split_layer
+from ..megatron.naming import all_chunk_keys, split_layer
 from .optimizer_entries import OPTIMIZER
 
 _OF_THE_RANK = frozenset(
@@ -22,8 +22,8 @@ _OF_THE_RANK = frozenset(
     )
 )  # fmt: skip
 _KEYED_BY_LAYER = {
-    "ema_model": "a moving average of the weights (MindSpeed), which has one dict for each chunk",
-    "modelopt_state": "the state of a model that ModelOpt has changed",
+    "modelopt_state": "the state of a model that ModelOpt has changed, which names modules of "
+    "each chunk, and nothing proves which parameters such a model has"
 }
 _CURE = (
     "what it holds could belong to layers that move, so it is not converted: ask for support of "
@@ -38,7 +38,7 @@ def unknown_values(root: Mapping[Any, Any], where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: a key that could hold what moves with layers.
     """
-    known = {*_OF_THE_RANK, OPTIMIZER, *chunk_keys(root)}
+    known = {*_OF_THE_RANK, OPTIMIZER, *all_chunk_keys(root)}
     found: dict[str, Any] = {}
     for key, value in root.items():
         if key in known:

@@ -20,13 +20,32 @@ _EXPERT = re.compile(r"(?:^|\.)experts\.")
 _NOT_A_PARAMETER = re.compile(r"(?:^|\.)(?:_extra_state\d*|router\.expert_bias|router\.qb_beta)$")
 _CLIPPED = re.compile(r"(?:^|\.)linear_(?:qkv|q_proj|q_up_proj|kv_up_proj)\.weight$")
 _MAMBA_PROJECTION = re.compile(r"(?:^|\.)mixer\.in_proj\.weight$")
-_CHUNK = re.compile(r"model([0-9]{1,4})")
+_NUMBER = re.compile(r"[0-9]{1,4}")
+
+MODEL = "model"
+"""What is trained, among the models in a rank file."""
+AVERAGE = "ema_model"
+"""MindSpeed's moving average of the weights, under the same keys (FORMAT 3.5)."""
 
 
-def chunk_keys(root: Collection[Any]) -> tuple[str, ...]:
-    """The keys of the model chunks of a rank file: ``model``, or ``model0``, ``model1``, ..."""
-    numbered = [key for key in root if isinstance(key, str) and _CHUNK.fullmatch(key)]
-    return tuple(numbered) or tuple(key for key in ("model",) if key in root)
+def chunk_keys(root: Collection[Any], model: str = MODEL) -> tuple[str, ...]:
+    """The keys of the chunks of a model: ``model``, or ``model0``, ``model1``, ..."""
+    numbered = [
+        key
+        for key in root
+        if isinstance(key, str) and key.startswith(model) and _NUMBER.fullmatch(key, len(model))
+    ]
+    return tuple(numbered) or tuple(key for key in (model,) if key in root)
+
+
+def keys_of_chunks(count: int, model: str = MODEL) -> tuple[str, ...]:
+    """The keys under which so many chunks stand."""
+    return tuple(f"{model}{v}" for v in range(count)) if count > 1 else (model,)
+
+
+def all_chunk_keys(root: Collection[Any]) -> tuple[str, ...]:
+    """The keys of the chunks of all models in a rank file."""
+    return chunk_keys(root) + chunk_keys(root, AVERAGE)
 
 
 class Section(enum.IntEnum):
@@ -80,8 +99,13 @@ def section_by_name(key: str) -> Section | None:
 
 
 def global_name(section: Section, key: str) -> str:
-    """A name that no other tensor of the family has: the MTP copy of the embedding is another."""
+    """A name that no other tensor of the model has: the MTP copy of the embedding is another."""
     return f"{key} (MTP copy)" if section is Section.MTP_EMBEDDING else key
+
+
+def name_in(model: str, name: str) -> str:
+    """A name that no other tensor of the family has, from one that is so in its model."""
+    return name if model == MODEL else f"{name} ({model})"
 
 
 def is_parameter(key: str) -> bool:

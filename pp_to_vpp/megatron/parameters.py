@@ -46,6 +46,8 @@ class Item:
     tensor: TensorRef | None
     is_parameter: bool
     """Trained or frozen."""
+    model: str = naming.MODEL
+    """Which one it belongs to: ``naming.MODEL`` or ``naming.AVERAGE``."""
     is_frozen: bool = False
     """``requires_grad`` is False: it is in no buffer, no param group, and has no state."""
     group: GroupKey | None = None

@@ -105,7 +105,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         ConversionError: whatever prevents it. Nothing that is not whole has been published.
     """
     began = time.monotonic()
-    survey = take_survey(str(options.load_dir))
+    survey = take_survey(str(options.load_dir), follow_links=options.follow_links)
     pp_ranks = request.wanted_ranks(options, survey.arguments)
     if options.save_dir is not None:
         target_folder.check_place(options.load_dir, options.save_dir)

@@ -13,7 +13,7 @@ from ..container.extents import Literal
 from ..errors import AT_REST, CopyError, FormatError, UsageError
 from ..megatron.ranks import RankId
 from ..options import Depth
-from ..source.files import SourceFile, open_source, source_files
+from ..source.files import SourceFile, check_links, open_source, source_files
 from ..target.plan import FilePlan, RankPlan
 from ..verify.compare import Proof, VerifyJob, verify_folder
 from . import copying, folders
@@ -116,11 +116,14 @@ def check_kept(job: KeptJob) -> RankDone:
 
     Raises:
         UsageError: another conversion wrote it, or it is damaged.
+        CheckpointError: it lies elsewhere.
     """
     began = time.monotonic()
     folder = job.save_dir / job.plan.id.folder
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     differing = "its files" if names != sorted(file.name for file in job.plan.files) else ""
+    if not differing:
+        check_links([folder])
     for file in job.plan.files if not differing else ():
         if not _is_as_planned(folder / file.name, file):
             differing = file.name

@@ -27,8 +27,9 @@ def check_place(load_dir: Path, save_dir: Path) -> None:
     Raises:
         UsageError: the target lies in it.
     """
-    source, target = load_dir.resolve(), save_dir.resolve()
-    if target == source or source in target.parents:
+    target = save_dir.resolve()
+    sources = {path.resolve() for path in (load_dir, *load_dir.glob("mp_rank_*"))}
+    if sources & {target, *target.parents}:
         raise UsageError.of(
             "--save-iteration-dir",
             "it lies in the source, which is never written",

@@ -49,7 +49,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             cure="to convert, give --target-virtual-pipeline-model-parallel-size or "
             "--target-pipeline-model-parallel-layout",
         )
-    source = take_survey(str(options.load_dir))
+    source = take_survey(str(options.load_dir), follow_links=options.follow_links)
     request.wanted_ranks(options, source.arguments)
     check_place(options.load_dir, options.save_dir)
     target = _survey_target(options.save_dir, source)

@@ -18,7 +18,7 @@ from ..container import archive, torch_file
 from ..container.archive import Record
 from ..container.extents import Extent
 from ..container.torch_file import TorchFile
-from ..errors import ANOTHER_COPY, NOT_CONVERTED, PUT_FILE_THERE, CheckpointError, located
+from ..errors import ANOTHER_COPY, NOT_CONVERTED, PUT_FILE_THERE, CheckpointError, located, problem
 from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
@@ -43,26 +43,60 @@ class SourceFile:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file of the checkpoint for reading.
+    """Open a regular file of the checkpoint for reading; whether it may be a link out of it is the
+    business of ``check_links``.
 
     Raises:
-        CheckpointError: it is missing, unreadable, no regular file, or outside its checkpoint.
+        CheckpointError: it is missing, unreadable, or no regular file.
     """
-    try:
-        root = os.path.realpath(path.parent.parent)
-        if not os.path.realpath(path).startswith(root + os.sep):
-            raise CheckpointError.of(
-                path, "it is a link out of the checkpoint", cure=PUT_FILE_THERE
-            )
+    with _readable(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise CheckpointError.of(path, "it is no regular file", cure=PUT_FILE_THERE)
             yield file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say of what the system refuses where it was."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError.of(
             path, f"cannot be read ({error.strerror})", cure="check the file and its mode"
         ) from None
+
+
+def check_links(folders: Iterable[Path]) -> None:
+    """Refuse rank folders whose files lie outside their checkpoint.
+
+    Raises:
+        CheckpointError: a file with state, or its folder, is a link out of the iteration folder.
+    """
+    problems = [
+        problem(
+            path,
+            "it is a link out of the checkpoint",
+            cure=f"{PUT_FILE_THERE}; of a source, --follow-links allows it",
+        )
+        for folder in folders
+        for path in _links_out(folder)
+    ]
+    if problems:
+        raise CheckpointError(*problems[:8])
+
+
+def _links_out(folder: Path) -> Iterator[Path]:
+    root = Path(os.path.realpath(folder.parent))
+    if not Path(os.path.realpath(folder)).is_relative_to(root):
+        yield folder
+        return
+    with _readable(folder), os.scandir(folder) as entries:
+        links = sorted(entry.name for entry in entries if entry.is_symlink())
+    for path in (folder / name for name in links if _MAY_HOLD_STATE.search(name)):
+        if not Path(os.path.realpath(path)).is_relative_to(root):
+            yield path
 
 
 def read_torch_file(path: Path) -> TorchFile:
@@ -93,7 +127,7 @@ def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> Ra
         CheckpointError: a file is missing or damaged.
     """
     path = Path(iteration_dir) / (folder or rank.folder)
-    has_optimizer = (path / OPTIMIZER_FILE).exists()
+    has_optimizer = os.path.lexists(path / OPTIMIZER_FILE)
     return RankFiles(
         rank,
         read_torch_file(path / MODEL_FILE),

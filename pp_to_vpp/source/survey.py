@@ -21,7 +21,7 @@ from ..errors import (
 )
 from ..megatron.arguments import SavedArguments, read_arguments
 from ..megatron.ranks import RankId
-from .files import FamilyFolders, read_rank
+from .files import FamilyFolders, check_links, read_rank
 
 _MAX_ITERATION = 1 << 62
 _RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
@@ -57,11 +57,16 @@ class Survey:
         return FamilyFolders(self.path, ranks, self.arguments.ep_size)
 
 
-def take_survey(iteration_dir: str) -> Survey:
+def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:
     """List an iteration folder and read the files of its first rank.
 
+    Args:
+        iteration_dir: where it is.
+        follow_links: its files may be links to files elsewhere.
+
     Raises:
-        CheckpointError: not a Megatron checkpoint of --ckpt-format torch, or ranks are missing.
+        CheckpointError: not a Megatron checkpoint of --ckpt-format torch, or ranks are missing, or
+            files lie elsewhere.
     """
     path = Path(iteration_dir)
     try:
@@ -74,6 +79,8 @@ def take_survey(iteration_dir: str) -> Survey:
     odd = [name for name in names if _RANK_LIKE.fullmatch(name) and RankId.parse(name) is None]
     if not ranks:
         raise CheckpointError(_why_no_ranks(path, names, odd))
+    if not follow_links:
+        check_links(path / name for name in ranks.values())
     first = min(ranks)
     files = read_rank(str(path), first)
     root, where = as_mapping(files.model.root) or {}, files.model.path

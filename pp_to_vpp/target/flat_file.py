@@ -45,11 +45,11 @@ def _buffer(rank: TargetRank, stage: int, buffer: Buffer) -> dict[Any, Any]:
     parameters = rank.chunks[stage].parameters
     found = [rank.family.states[parameters[index].name] for index in buffer.members]
     states = [state for state in found if isinstance(state, FlatState)]
-    tensors: dict[str, Any] = {}
+    entry: dict[str, Any] = {NUMEL: buffer.numel_unpadded}
     for name in states[0].tensors:
         places = zip(buffer.saved_starts, (state.tensors[name] for state in states), strict=True)
         storage = gathered(FLOAT_STORAGE, _CPU, buffer.numel_unpadded, places)
-        tensors[name] = flat_tensor(storage)
+        entry[name] = flat_tensor(storage)
     keys = (source.buffer_keys for source in rank.family.ranks.values())
     parameter_dtype, gradient_dtype = next(k[buffer.dtype] for k in keys if buffer.dtype in k)
-    return {(parameter_dtype, gradient_dtype): {**tensors, NUMEL: buffer.numel_unpadded}}
+    return {(parameter_dtype, gradient_dtype): {key: entry[key] for key in states[0].keys}}

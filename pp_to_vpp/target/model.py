@@ -26,6 +26,7 @@ class TargetChunk:
 
     chunk: ModelChunk
     items: tuple[tuple[str, Item], ...]
+    """Those of the model itself, and of its moving average under the same keys."""
 
     @property
     def parameters(self) -> tuple[Item, ...]:
@@ -105,15 +106,22 @@ class StateDictWriter:
             return [self._chunk(chunk, ()) for chunk in chunks]
         return [self._chunk(*both) for both in zip(chunks, buffers.by_stage, strict=True)]
 
-    def _chunk(self, target: TargetChunk, buffers: tuple[Buffer, ...]) -> Instance:
+    def averages(self) -> list[Instance]:
+        """The same of the moving averages: each tensor has a storage of its own."""
+        return [self._chunk(chunk, (), naming.AVERAGE) for chunk in self._rank.chunks]
+
+    def _chunk(
+        self, target: TargetChunk, buffers: tuple[Buffer, ...], model: str = naming.MODEL
+    ) -> Instance:
         views: dict[Item, Instance] = {}
         for buffer in buffers:
             views |= self._views(target.parameters, buffer)
         entries = {
             key: views[item] if item in views else self._detached(item)
             for key, item in target.items
+            if item.model == model
         }
-        modules = self._modules(target.chunk)
+        modules = self._modules(target.chunk, model)
         state = None if modules is None else {METADATA: ordered_dict(modules)}
         return ordered_dict(entries, state)
 
@@ -141,19 +149,21 @@ class StateDictWriter:
         copy = Storage(storage.type, location, storage.numel, storage.content)
         return tensor.moved(self._copies.setdefault(storage, copy), 0)
 
-    def _modules(self, chunk: ModelChunk) -> dict[str, Any] | None:
+    def _modules(self, chunk: ModelChunk, model: str) -> dict[str, Any] | None:
         """``_metadata`` of the chunk: module path -> versions, in order of registration."""
-        known = [c for rank in self._rank.family.ranks.values() for c in rank.contents]
-        if any(content.modules is None for content in known):
+        chunks = [c for rank in self._rank.family.ranks.values() for c in rank.contents]
+        known = [c if model == naming.MODEL else c.average for c in chunks]
+        found = [content.modules for content in known if content and content.modules is not None]
+        if len(found) < len(known):
             return None
-        common, sections, layers = _sorted_modules(m for c in known for m in c.modules or ())
+        common, sections, layers = _sorted_modules(itertools.chain.from_iterable(found))
         placed: dict[str, Any] = {}
         for after in (-1, *Section):
             here: list[Module] = []
             if after == Section.LAYERS:
                 for local, layer in enumerate(chunk.layers):
                     for module in layers.get(layer, ()):
-                        path = naming.join_layer(known[0].stack, local, module.rest)
+                        path = naming.join_layer(chunks[0].stack, local, module.rest)
                         placed[path] = _versions(module)
             elif after in chunk.sections:
                 here += sections.get(after, ())
@@ -193,14 +203,16 @@ def device_tag(rank: TargetRank) -> str:
     return "cpu"
 
 
-def replace_chunks(root: Mapping[Any, Any], chunks: list[Instance]) -> dict[Any, Any]:
-    """The top level of a rank file with its model chunks replaced in place."""
-    old = naming.chunk_keys(root)
+def replace_chunks(
+    root: Mapping[Any, Any], chunks: list[Instance], model: str = naming.MODEL
+) -> dict[Any, Any]:
+    """The top level of a rank file with the chunks of a model, if it has it, replaced in place."""
+    old = naming.chunk_keys(root, model)
     replaced: dict[Any, Any] = {}
     for key, value in root.items():
         if key not in old:
             replaced[key] = value
         elif key == old[0]:
-            for stage, chunk in enumerate(chunks):
-                replaced["model" if len(chunks) == 1 else f"model{stage}"] = chunk
+            keys = naming.keys_of_chunks(len(chunks), model)
+            replaced.update(zip(keys, chunks, strict=True))
     return replaced

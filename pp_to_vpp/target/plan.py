@@ -15,6 +15,7 @@ from ..container.archive import ArchivePlan
 from ..container.extents import Extent, Piece
 from ..container.torch_file import TorchFile
 from ..errors import ASK_FOR_SUPPORT, located
+from ..megatron import naming
 from ..megatron.arguments import patch_arguments
 from ..megatron.megatron import Megatron
 from ..megatron.ranks import MODEL_FILE, RankId
@@ -85,7 +86,9 @@ def plan_rank(
     """
     rank = target_rank(family, megatron, pp_rank)
     own = rank.own.files
-    root = replace_chunks(rank.own.root, StateDictWriter(rank).chunks())
+    writer = StateDictWriter(rank)
+    root = replace_chunks(rank.own.root, writer.chunks())
+    root = replace_chunks(root, writer.averages(), naming.AVERAGE)
     root["args"] = patch_arguments(root["args"], family.megatron.arguments, megatron.arguments)
     optimizer = target_optimizer(rank)
     graphs = {MODEL_FILE: place_entry(root, optimizer.entry), **optimizer.files}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..checkpoint.family import Family, TensorName, layout_of
 from ..checkpoint.optimizer_entries import OPTIMIZER
@@ -21,14 +22,14 @@ from ..container.extents import Extent
 from ..container.pickling import is_same
 from ..errors import ConversionError, UsageError, VerificationError, problem, show
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
-from ..megatron.naming import chunk_keys
+from ..megatron.naming import all_chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer
 from ..megatron.param_groups import are_sorted, keys_of_groups, steps
 from ..megatron.pipeline import HybridPattern, PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
-from ..source.files import FamilyFolders, RangeReader, other_files, read_rank
+from ..source.files import FamilyFolders, RangeReader, check_links, other_files, read_rank
 from ..source.proof import likeliest_family, proven_family, unlike_copies
 from . import framing, torch_loading
 from .digests import Digests, digest_rank, unlike_their_mains
@@ -75,6 +76,7 @@ def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
     """
     directory, rank, rules = job
     try:
+        check_links([Path(directory) / rank.folder])
         return layout_of(read_rank(directory, rank), rules)
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
@@ -196,7 +198,7 @@ def _read(extent: Extent) -> bytes:
 def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]:
     """Differences in everything that is no tensor of the model: it comes from the same folder."""
     ours, theirs = target.ranks[pp_rank].root, source.ranks[pp_rank].root
-    moved = {*chunk_keys(ours), *chunk_keys(theirs), "args", OPTIMIZER}
+    moved = {*all_chunk_keys(ours), *all_chunk_keys(theirs), "args", OPTIMIZER}
     left, right = ([key for key in root if key not in moved] for root in (ours, theirs))
     if left != right:
         yield f"its entries are {', '.join(map(str, left))}, not {', '.join(map(str, right))}"

@@ -15,7 +15,7 @@ from pp_to_vpp.checkpoint.chunks import ChunkContents, read_chunks
 from pp_to_vpp.checkpoint.family import RankFiles
 from pp_to_vpp.container.pickling import Global, Instance, as_mapping, ordered_dict
 from pp_to_vpp.errors import CheckpointError
-from pp_to_vpp.megatron.naming import Section, chunk_keys
+from pp_to_vpp.megatron.naming import Section, all_chunk_keys, chunk_keys
 
 from ..compare import load
 from ..edit import float_tensor
@@ -108,6 +108,11 @@ def test_chunks_are_told_by_their_keys(count: int, random: Any) -> None:
     assert chunk_keys(dict.fromkeys([*others[:4], *numbered, *others[4:]])) == tuple(numbered)
     assert chunk_keys(dict.fromkeys(["args", "model", *others])) == ("model",)
     assert chunk_keys(dict.fromkeys(others)) == ()
+    copied = [f"ema_{key}" for key in numbered]
+    root = dict.fromkeys([*copied, *others[:4], *numbered, *others[4:]])
+    assert (chunk_keys(root), chunk_keys(root, "ema_model")) == (tuple(numbered), tuple(copied))
+    assert all_chunk_keys(root) == (*numbered, *copied)
+    assert chunk_keys(dict.fromkeys(["ema_model", "model"]), "ema_model") == ("ema_model",)
 
 
 def chunk_with(edit: Callable[[Keys], Keys | None], name: str, pp_rank: int) -> dict[str, Any]:

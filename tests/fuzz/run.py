@@ -31,7 +31,7 @@ from pp_to_vpp.container.tensors import as_tensor
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import ConversionError
 from pp_to_vpp.megatron.arguments import FOLLOWING_PLACEMENT
-from pp_to_vpp.megatron.naming import chunk_keys
+from pp_to_vpp.megatron.naming import all_chunk_keys
 from pp_to_vpp.source import files
 from tests.fuzz import forked
 from tests.fuzz.mutate import mutated
@@ -128,12 +128,12 @@ class Bench:
 
 
 def tensors(iteration: Path) -> Counter[tuple[str, tuple[int, ...], str]]:
-    """Every tensor of the model chunks, by dtype, shape and bytes, wherever it is."""
+    """Every tensor of the chunks and their averages, by dtype, shape and bytes, wherever it is."""
     found: Counter[tuple[str, tuple[int, ...], str]] = Counter()
     for path in sorted(iteration.glob("*/model_optim_rng.pt")):
         data = path.read_bytes()
         root = as_mapping(files.read_torch_file(path).root) or {}
-        for key in chunk_keys(root):
+        for key in all_chunk_keys(root):
             for value in (as_mapping(root[key]) or {}).values():
                 tensor = as_tensor(value)
                 if tensor is None:
@@ -168,7 +168,7 @@ def lost_beside(source: Path, target: Path) -> list[str]:
 
 
 def _beside(root: dict[Any, Any]) -> dict[str, Any]:
-    moved = {*chunk_keys(root), "args", "optimizer"}
+    moved = {*all_chunk_keys(root), "args", "optimizer"}
     entries = {str(key): value for key, value in root.items() if key not in moved}
     return entries | {f"args.{name}": value for name, value in root["args"].state.items()}
 

@@ -15,7 +15,14 @@ from pp_to_vpp.checkpoint.family import RankFiles
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.ranks import MODEL_FILE, RankId
-from pp_to_vpp.source.files import RangeReader, open_source, other_files, read_rank, source_files
+from pp_to_vpp.source.files import (
+    RangeReader,
+    check_links,
+    open_source,
+    other_files,
+    read_rank,
+    source_files,
+)
 
 from ..compare import load
 from ..edit import copy_of
@@ -129,18 +136,36 @@ def test_what_is_opened_is_for_reading_only(tmp_path: Path) -> None:
         pass
 
 
-def test_links_inside_the_checkpoint_are_followed(tmp_path: Path) -> None:
-    for folder in ("iter/a", "iter/b", "outside"):
+def test_links_out_of_the_checkpoint_are_told_from_others(tmp_path: Path) -> None:
+    """By where they lead to at last; of files that may hold state, and of rank folders."""
+    for folder in ("iter/a", "iter/b", "outside", "iter2"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "iter" / "a" / "file").write_text("inside")
-    (tmp_path / "outside" / "file").write_text("outside")
-    link, out = tmp_path / "iter" / "b" / "link", tmp_path / "iter" / "b" / "out"
-    link.symlink_to("../a/file")
-    out.symlink_to("../../outside/file")
-    with open_source(link) as file:
-        assert file.read() == b"inside"
-    with pytest.raises(CheckpointError, match="a link out of"), open_source(out):
-        pass
+    for path in ("iter/a/file.pt", "outside/file.pt", "iter2/file.pt"):
+        (tmp_path / path).write_text(path)
+    root = tmp_path / "iter"
+    for name, where in (
+        ("in.pt", "../a/file.pt"),
+        ("notes", "../../outside/file.pt"),
+        ("broken.pt", "nowhere"),
+        ("loop.pt", "loop.pt"),
+    ):
+        (root / "b" / name).symlink_to(where)
+    check_links([root / "a", root / "b"])
+    with open_source(root / "b" / "in.pt") as file:
+        assert file.read() == b"iter/a/file.pt"
+    (root / "b" / "out.pt").symlink_to("../../outside/file.pt")
+    (root / "b" / "twice.pt").symlink_to("out.pt")
+    (root / "b" / "beside.pt").symlink_to(tmp_path / "iter2" / "file.pt")
+    (root / "c").symlink_to("../outside")
+    (root / "d").symlink_to("b")
+    with pytest.raises(CheckpointError) as caught:
+        check_links(root / name for name in "abc")
+    assert [line.split(": it is a link out of")[0] for line in caught.value.problems] == [
+        str(root / name) for name in ("b/beside.pt", "b/out.pt", "b/twice.pt", "c")
+    ]
+    assert all("--follow-links" in line for line in caught.value.problems)
+    with pytest.raises(CheckpointError, match="b/file: cannot be read"):
+        check_links([root / "b" / "file"])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pp_to_vpp.container.extents import Extent, Zeros
 from pp_to_vpp.container.pickling import Global, Instance, Storage, as_mapping, ordered_dict
 from pp_to_vpp.container.tensors import as_tensor, flat_tensor
 from pp_to_vpp.megatron.megatron import Megatron
-from pp_to_vpp.megatron.naming import chunk_keys
+from pp_to_vpp.megatron.naming import AVERAGE, MODEL, chunk_keys
 from pp_to_vpp.target import model
 from pp_to_vpp.target.model import StateDictWriter, replace_chunks, target_chunk, target_rank
 
@@ -159,17 +159,23 @@ def test_without_metadata_none_is_written() -> None:
     assert all(node.state for node in written(of, target_of(DENSE, "truth"), 0))
 
 
+@pytest.mark.parametrize("model", [MODEL, AVERAGE])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("old", [1, 2, 4])
-def test_chunks_stand_where_chunks_stood(count: int, old: int) -> None:
-    keys = ["model"] if old == 1 else [f"model{stage}" for stage in range(old)]
-    root = {"args": 1, "version": 3.0, **dict.fromkeys(keys, "old"), "optimizer": 2, "rng": 3}
+def test_chunks_stand_where_chunks_stood(count: int, old: int, model: str) -> None:
+    keys, names = (
+        [model] if number == 1 else [f"{model}{stage}" for stage in range(number)]
+        for number in (old, count)
+    )
+    other = {f"{'ema_' if model == MODEL else ''}model": 4}
+    root = {"args": 1, "version": 3.0, **dict.fromkeys(keys, "old"), "optimizer": 2, **other}
+    before = list(root)
     chunks = [ordered_dict({"stage": stage}) for stage in range(count)]
-    found = replace_chunks(root, chunks)
-    names = ["model"] if count == 1 else [f"model{stage}" for stage in range(count)]
-    assert list(found) == ["args", "version", *names, "optimizer", "rng"]
+    found = replace_chunks(root, chunks, model)
+    assert list(found) == ["args", "version", *names, "optimizer", *other]
     assert [found[name] for name in names] == chunks
-    assert list(root) == ["args", "version", *keys, "optimizer", "rng"]
+    assert list(root) == before
+    assert replace_chunks({"args": 1}, chunks, model) == {"args": 1}
 
 
 def test_zeros_are_only_where_nobody_is() -> None:
