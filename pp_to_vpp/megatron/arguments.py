@@ -325,6 +325,11 @@ def _form(read: _Reader, vp_size: int) -> Form:
     return ends.with_splits(vp_size)
 
 
+def _is_layer_wise(optimizer: Any) -> bool:
+    """Whether a name of an optimizer, if it is one, is that of a layer-wise one."""
+    return isinstance(optimizer, str) and optimizer.startswith("dist_")
+
+
 def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
     """The typed arguments of a rank file, given its top level.
 
@@ -352,7 +357,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         optimizer_instances=read.size("num_distributed_optimizer_instances"),
         placement=_placement(read, default_vp_size=max(1, len(chunk_keys(root)))),
         uses_distributed_optimizer=read.flag("use_distributed_optimizer"),
-        uses_layer_wise_optimizer=str(values.get("optimizer")).startswith("dist_")
+        uses_layer_wise_optimizer=_is_layer_wise(values.get("optimizer"))
         or read.flag("use_layer_wise_distributed_optimizer"),
         overlaps_grad_reduce=read.flag("overlap_grad_reduce"),
         overlaps_param_gather_with_step=read.flag(_OVERLAPS),
