@@ -31,7 +31,7 @@ from ..megatron.optimizer_chain import (
     has_optimizer,
     share_of,
 )
-from ..megatron.param_groups import are_explained, identity, keys_of_groups
+from ..megatron.param_groups import STEP, are_explained, identity, keys_of_groups
 from ..megatron.parameters import GroupKey, Item, Parameters
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId, layer_wise_file
@@ -545,6 +545,10 @@ def _with_buffers(
     entries = read_entries(root[OPTIMIZER], where)
     chain = _chain(entries, parameters, megatron, where)
     share = share_of(parameters, chain, megatron)
+    for entry, items in zip(entries, share, strict=True):
+        has_step = any(STEP in group for group in entry.groups)
+        if has_step and not items and megatron.rules.keeps_all_groups:
+            raise Unexplained("an optimizer has counted steps, but no parameter is found for it")
     flat = RankStates({}, {}, tuple(False for _ in chain))
     if files.optimizer is not None:
         flat = read_flat_states(
