@@ -180,7 +180,7 @@ def test_a_refusal_has_its_report(program: Program, tmp_path: Path) -> None:
     [
         (("--dry-run", "--verify", "some"), "argument --verify: invalid Depth value: 'some'"),
         (("--unknown", "3", "--dry-run"), "unrecognized arguments: --unknown 3"),
-        (("--dry-run",), "give --target-virtual-pipeline-model-parallel-size or"),
+        (("--dry-run",), "give --target-virtual-pipeline-model-parallel-size, "),
         (
             (*_V2, "--dry-run", "--log-file", "/"),
             "--log-file /: cannot be written (it is a folder)",
