@@ -16,7 +16,7 @@ from pp_to_vpp.megatron.param_groups import key_of_item, keys_of_groups
 from pp_to_vpp.megatron.parameters import GroupKey, Item, is_in_expert_buffer
 
 from ..families import SIDES, families, family
-from ..pairs import DEEPSEEK, DENSE, MOE, WEIGHTS
+from ..pairs import DEEPSEEK, DENSE, MOE, OWN_RATES, WEIGHTS
 
 PLAIN = GroupKey(decays=True, is_expert=False, is_decoupled=False)
 FLAT = replace(PLAIN, decays=False)
@@ -170,3 +170,11 @@ def test_experts_have_buffers_of_their_own_with_expert_parallelism() -> None:
 )
 def test_what_a_group_tells(group: dict[str, Any], expected: GroupKey) -> None:
     assert keys_of_groups([group]) == [expected]
+
+
+def test_a_group_has_one_key_on_all_ranks() -> None:
+    """Whether its siblings are there or not: up to 0.13 a rank has those of its own parameters."""
+    for side in ("source", "truth"):
+        entries = list(saved_groups(family(OWN_RATES, side)))
+        fewer, more = sorted((set(keys_of_groups(groups)) for groups in entries), key=len)
+        assert fewer < more
