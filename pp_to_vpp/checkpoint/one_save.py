@@ -6,11 +6,10 @@ itself: iteration, consumed samples, sizes, options, optimizer steps.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..container.pickling import dump, is_same
+from ..container.pickling import digest, is_same
 from ..errors import ONE_SAVE, problem, show
 from ..megatron.arguments import namespace_values
 from ..megatron.naming import AVERAGE, chunk_keys
@@ -38,7 +37,7 @@ def told(root: Mapping[Any, Any], where: str) -> Mapping[str, object]:
         if name not in _OWN_ARGUMENTS and isinstance(value, (bool, int, float, type(None))):
             found[f"args.{name}"] = value
     for key, value in unknown_values(root, where).items():
-        found[f"entry {key!r}"] = hashlib.sha256(dump(value)[0]).hexdigest()
+        found[f"entry {key!r}"] = digest(value)
     if OPTIMIZER in root:
         steps = {show(step) for step in _steps(root[OPTIMIZER], where)}
         found["optimizer steps"] = ", ".join(sorted(steps)) or None

@@ -9,6 +9,7 @@ would have chosen.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import operator
 import pickle
@@ -348,6 +349,15 @@ def dump(graph: Any) -> tuple[bytes, tuple[Storage, ...]]:
     except RecursionError:
         raise FormatError(_UNWRITABLE.format("they are nested too deeply")) from None
     return file.getvalue(), tuple(pickler.storages)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 in hexadecimal of how a value would be written; see ``is_same``.
+
+    Raises:
+        FormatError: it cannot be.
+    """
+    return hashlib.sha256(dump(value)[0]).hexdigest()
 
 
 def is_same(one: Any, other: Any) -> bool:

@@ -7,13 +7,12 @@ decoupled learning rates make further groups (optimizer/__init__.py ``_get_param
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..container.pickling import dump
+from ..container.pickling import digest
 from ..errors import show
 from .megatron import Megatron
 from .parameters import GroupKey, Item, is_embedding_or_output, is_in_expert_buffer
@@ -53,7 +52,7 @@ def keys_of_groups(groups: Sequence[Mapping[Any, Any]]) -> list[GroupKey]:
     return [
         key
         if usual[key] == 1 and _has_usual_multipliers(group)
-        else replace(key, own=_digest(group))
+        else replace(key, own=digest(identity(group)))
         for key, group in zip(keys, groups, strict=True)
     ]
 
@@ -61,10 +60,6 @@ def keys_of_groups(groups: Sequence[Mapping[Any, Any]]) -> list[GroupKey]:
 def _has_usual_multipliers(group: Mapping[Any, Any]) -> bool:
     """Whether those of weight decay and learning rate are the ones that Megatron's rules give."""
     return group.get("wd_mult", 1.0) in (0.0, 1.0) and group.get("lr_mult", 1.0) == 1.0
-
-
-def _digest(group: Mapping[Any, Any]) -> str:
-    return hashlib.sha256(dump(identity(group))[0]).hexdigest()
 
 
 def _key_of_group(group: Mapping[Any, Any]) -> GroupKey:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from ..checkpoint import one_save
 from ..checkpoint.family import Family, RankFiles
 from ..container.crc32 import Derivation, derivable
 from ..container.extents import Extent
-from ..container.pickling import dump
+from ..container.pickling import digest
 from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
@@ -110,10 +109,7 @@ def plan_family(job: PlanJob) -> PlannedFamily:
             rank.files.id: fingerprint.of_rank(rank.files, job.folders.directory)
             for rank in family.ranks.values()
         },
-        groups={
-            repr(kind): hashlib.sha256(dump(told)[0]).hexdigest()
-            for kind, told in family.group_identities.items()
-        },
+        groups={repr(kind): digest(told) for kind, told in family.group_identities.items()},
     )
 
 
