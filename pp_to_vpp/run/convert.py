@@ -273,12 +273,16 @@ def digest_source(
         return {}
     found: dict[tuple[int, int], dict[TensorName, bytes]] = {}
     damaged: list[str] = []
+    is_layer_wise = False
     jobs = [(survey.path, rank) for rank in survey.ranks]
     for (_, rank), digests in zip(jobs, workers.map(digest_folder, jobs), strict=True):
         found.setdefault(rank.family, {}).update(digests.by_name)
+        is_layer_wise |= digests.is_layer_wise
         damaged += (problem(path, text, cure=ANOTHER_COPY) for path, text in digests.damaged)
     if damaged:
         raise CheckpointError(*damaged)
+    if not is_layer_wise:
+        return found
     # The states of dense parameters may lie in the folders of other expert ranks.
     together: dict[int, dict[TensorName, bytes]] = {}
     for (tp_rank, _), digests_of in found.items():

@@ -30,7 +30,7 @@ from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
 from ..source.files import FamilyFolders, RangeReader, check_links, other_files, read_rank
-from ..source.proof import likeliest_family, proven_family, unlike_copies
+from ..source.proof import known_family, likeliest_family, proven_family, unlike_copies
 from . import framing, torch_loading
 from .digests import Digests, digest_rank, unlike_their_mains
 
@@ -122,7 +122,7 @@ def verify_folder(job: VerifyJob) -> int:
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
     source = _source_of(proof, target, pp_rank)
-    digests = digest_rank(files) if proof.depth is Depth.FULL else None
+    digests = digest_rank(files, target) if proof.depth is Depth.FULL else None
     texts = [] if way is not None else [_UNLIKE_MAIN.format(differing[0].name)]
     if target.layout != proof.layout:
         told = f"({target.layout}) than the target's ({proof.layout})"
@@ -153,7 +153,7 @@ def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
     """The source ranks that hold what a target rank must hold, and the same rank."""
     (own,) = proof.source.read([pp_rank]).values()
     needed = layout_of(own, proof.rules).sources_of(target.layout, pp_rank)
-    return likeliest_family(proof.source.read({pp_rank, *needed}), proof.rules)[0]
+    return known_family(proof.source.read({pp_rank, *needed}), proof.rules)
 
 
 def _compare_items(

@@ -27,15 +27,20 @@ class Digests:
     """SHA-256 of every tensor of the model and its optimizer."""
     damaged: tuple[tuple[str, str], ...]
     """Path and text about each record whose bytes are not those that were written."""
+    is_layer_wise: bool
+    """States of the folder's family lie in the folders of other expert ranks, too."""
 
 
-def digest_rank(files: RankFiles) -> Digests:
+def digest_rank(files: RankFiles, family: Family) -> Digests:
     """Read all tensor records of a rank folder once.
 
+    Args:
+        files: of the folder.
+        family: its inventory.
+
     Raises:
-        CheckpointError: the files cannot be read or understood.
+        CheckpointError: the files cannot be read.
     """
-    family, _, _ = likeliest_family({files.id.pp_rank: files})
     names: dict[Extent, list[TensorName]] = {}
     for name, tensor in family.manifest().items():
         names.setdefault(tensor.extent, []).append(name)
@@ -54,12 +59,18 @@ def digest_rank(files: RankFiles) -> Digests:
                 by_name |= {n: d for p, d in digests.items() for n in names[p]}
                 if record.has_checksum and crc32 != record.crc32:
                     damaged.append((file.path, _damage(record.name, held, family)))
-    return Digests(by_name, tuple(damaged))
+    return Digests(by_name, tuple(damaged), bool(files.layer_wise))
 
 
 def digest_folder(job: tuple[str, RankId]) -> Digests:
-    """``digest_rank`` of a rank folder, given as iteration folder and rank."""
-    return digest_rank(read_rank(*job))
+    """``digest_rank`` of a rank folder, given as iteration folder and rank.
+
+    Raises:
+        CheckpointError: the files cannot be read or understood.
+    """
+    files = read_rank(*job)
+    family, _, _ = likeliest_family({files.id.pp_rank: files})
+    return digest_rank(files, family)
 
 
 def _is_inside(extent: Extent, whole: Extent) -> bool:
