@@ -312,8 +312,8 @@ def read_family(
         where,
         "no known layout of Megatron's buffers explains this family of ranks "
         f"({'; or '.join(list(mismatches)[:3])}; {len(failures)} ways tried)",
-        cure="frozen parameters, unknown buffers and rewritten files cannot be converted "
-        "exactly: convert a checkpoint that Megatron itself saved, without them",
+        cure="unknown buffers and rewritten files cannot be converted exactly: convert a "
+        "checkpoint that Megatron itself saved, without them",
     )
 
 

@@ -109,7 +109,7 @@ def name_in(model: str, name: str) -> str:
 
 
 def is_parameter(key: str) -> bool:
-    """Whether a tensor of this name is trained.
+    """Whether a tensor of this name is a parameter, trained or frozen.
 
     Extra states of Transformer Engine may be tensors; the router's bias and its like are buffers
     (moe/router.py, 0.11 to 0.19).

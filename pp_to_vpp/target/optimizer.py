@@ -8,7 +8,7 @@ so states move between the folders of expert ranks too (``megatron.layer_wise``)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.optimizer_entries import OPTIMIZER
@@ -31,7 +31,7 @@ class TargetOptimizer:
     """Of ``model_optim_rng.pt``; None if it has none."""
     files: Mapping[str, Any]
     """Contents of the files beside it, by name."""
-    elsewhere: frozenset[str] = field(default=frozenset())
+    elsewhere: frozenset[str] = frozenset()
     """Parameters whose states go into the folders of other expert ranks."""
 
 
