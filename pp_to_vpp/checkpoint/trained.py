@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from ..megatron.optimizer_chain import ChainedOptimizer, items_by_group
 from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import GroupKey, Item, is_in_expert_buffer
 from ..megatron.rounding import SIXTEEN_BIT
+from ..megatron.rules import candidates
 from .chunks import ChunkContents
 from .flat_states import NUMEL, PARAM, Unexplained
 from .optimizer_entries import MAINS, OptimizerEntry
@@ -31,18 +32,23 @@ _MAX_ANSWERS = 64
 
 
 def answers(
-    contents: tuple[ChunkContents, ...], optimizer: Any, megatron: Megatron, agree: Agreement
+    contents: tuple[ChunkContents, ...],
+    optimizers: Sequence[Any],
+    megatron: Megatron,
+    agree: Agreement,
 ) -> Iterator[tuple[ChunkContents, ...]]:
     """The chunks of a rank with its frozen parameters marked, in each way that storages allow.
 
     Weights that share a storage are in a buffer, so those beside them are frozen. Where none of a
     kind shares one, all are frozen, or one is a buffer by itself: one that a tensor of the
     optimizer file has the size and the bytes of. A file in which nothing shares may also be one
-    that was rewritten, with nothing frozen.
+    that was rewritten, with nothing frozen. Without any optimizer file, one that is alone of its
+    kind is taken for trained.
 
     Args:
         contents: of the rank.
-        optimizer: top level of its optimizer file; None without one.
+        optimizers: top levels of the optimizer files that hold the state of its parameters: its
+            own, and that of another expert rank.
         megatron: the run.
         agree: compares bytes.
     """
@@ -65,14 +71,36 @@ def answers(
         yield contents
     if not (frozen or open_kinds):
         return
-    mains = list(_flat_mains(optimizer))
-    choices = [[None, *_lone(items, mains, agree)] for items in open_kinds]
+    mains = [main for root in optimizers for main in _flat_mains(root)]
+    choices: list[list[Item | None]] = [
+        [None, *_lone(items, mains, agree)]
+        if optimizers
+        else [items[0] if len(items) == 1 else None]
+        for items in open_kinds
+    ]
     for chosen in itertools.islice(itertools.product(*choices), _MAX_ANSWERS):
         left = (
             [item for item in items if item is not lone]
             for items, lone in zip(open_kinds, chosen, strict=True)
         )
-        yield _marked(contents, frozen.union(*left))
+        yield marked(contents, frozen.union(*left))
+
+
+def without_trained(
+    contents: tuple[ChunkContents, ...], megatron: Megatron
+) -> tuple[ChunkContents, ...]:
+    """The chunks of a rank without an optimizer, by the rules of a version that gives none to
+    ranks without trained parameters (FORMAT 6.2): all are frozen.
+
+    Where nothing but the missing entry shows it, the signs of the version must say so too: other
+    versions give every rank an optimizer. If that is not so, nothing is marked.
+    """
+    items = [item for content in contents for item in content.parameters]
+    if megatron.arguments.uses_distributed_optimizer:
+        is_proved = len(_with_own_storages(items)) == len(items)
+    else:
+        is_proved = not next(candidates(megatron.arguments.names)).keeps_all_groups
+    return marked(contents, items) if is_proved else contents
 
 
 def _with_own_storages(items: Sequence[Item]) -> list[Item]:
@@ -105,7 +133,10 @@ def _flat_mains(root: Any) -> Iterator[TensorRef]:
                     yield main
 
 
-def _marked(contents: tuple[ChunkContents, ...], frozen: set[Item]) -> tuple[ChunkContents, ...]:
+def marked(
+    contents: tuple[ChunkContents, ...], frozen: Collection[Item]
+) -> tuple[ChunkContents, ...]:
+    """The chunks with these items marked as frozen."""
     return tuple(
         replace(
             content,

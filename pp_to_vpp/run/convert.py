@@ -204,6 +204,7 @@ def _write(
             family.target.layout,
             options.depth,
             digests.get(family.ranks[0].id.family, {}),
+            family.frozen,
         )
         for family in families
     ]

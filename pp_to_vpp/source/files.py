@@ -178,12 +178,22 @@ class FamilyFolders:
 
     def _read_rank(self, rank: RankId) -> RankFiles:
         files = read_source_rank(self.directory, rank)
-        if not files.layer_wise or self.ep_size == 1:
+        if self.ep_size == 1:
             return files
+        if not files.layer_wise:
+            return replace(files, dense=self._read_dense(rank))
         others: dict[int, TorchFile] = {}
         for ep_rank in (number for number in range(self.ep_size) if number != rank.ep_rank):
             others |= _read_dense_states(self.directory, replace(rank, ep_rank=ep_rank).folder)
         return replace(files, layer_wise=LayerWiseFiles(files.layer_wise.own, others))
+
+    def _read_dense(self, rank: RankId) -> TorchFile | None:
+        """The optimizer file with the state of the dense parameters: it is in the folder of the
+        first expert rank (FORMAT 1.3)."""
+        first = replace(rank, ep_rank=0)
+        if first == rank or not (Path(self.directory) / first.folder / OPTIMIZER_FILE).exists():
+            return None
+        return read_source_rank(self.directory, first).optimizer
 
 
 def other_files(

@@ -51,6 +51,8 @@ class Proof:
     depth: Depth
     digests: Mapping[TensorName, bytes] = field(default_factory=dict)
     """Of everything in the source family (see ``digest_rank``), for full verification."""
+    frozen: frozenset[str] = frozenset()
+    """Names of the parameters that the run does not train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +101,15 @@ def prepare(depth: Depth) -> None:
             ) from None
 
 
-def rules_of(source: FamilyFolders) -> Rules:
-    """The rules that explain a family, its bytes included.
+def rules_of(source: FamilyFolders) -> tuple[Rules, frozenset[str]]:
+    """The rules that explain a family, its bytes included, and the names of the parameters that
+    the run does not train.
 
     Raises:
-        CheckpointError: none do.
+        CheckpointError: no rules do.
     """
-    return proven_family(source.read(source.ranks))[0].megatron.rules
+    family, _ = proven_family(source.read(source.ranks))
+    return family.megatron.rules, family.frozen
 
 
 def verify_folder(job: VerifyJob) -> int:
@@ -118,7 +122,7 @@ def verify_folder(job: VerifyJob) -> int:
     proof, pp_rank = job.proof, job.rank.pp_rank
     try:
         files = read_rank(job.directory, job.rank, job.folder)
-        target, way, differing = likeliest_family({pp_rank: files}, proof.rules)
+        target, way, differing = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
     source = _source_of(proof, target, pp_rank)
@@ -153,7 +157,8 @@ def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
     """The source ranks that hold what a target rank must hold, and the same rank."""
     (own,) = proof.source.read([pp_rank]).values()
     needed = layout_of(own, proof.rules).sources_of(target.layout, pp_rank)
-    return likeliest_family(proof.source.read({pp_rank, *needed}), proof.rules)[0]
+    files = proof.source.read({pp_rank, *needed})
+    return likeliest_family(files, proof.rules, proof.frozen)[0]
 
 
 def _compare_items(
