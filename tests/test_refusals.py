@@ -54,17 +54,6 @@ def one_rank(name: str, edit: Callable[[Any], Any], rank: str = "mp_rank_00_001"
     return lambda source: rewrite(source / rank / name, edit)
 
 
-def add_frozen(chunk: dict[str, Any]) -> None:
-    """A parameter that lies in no buffer."""
-    first = next(key for key in chunk if key.startswith("decoder.layers.0"))
-    items = list(chunk.items())
-    chunk.clear()
-    for key, value in items:
-        chunk[key] = value
-        if key == first:
-            chunk["decoder.layers.0.input_layernorm.frozen"] = float_tensor(bytes(256))
-
-
 def drop_a_layer(chunk: dict[str, Any]) -> None:
     for key in [key for key in chunk if key.startswith("decoder.layers.3.")]:
         del chunk[key]
@@ -152,7 +141,6 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "no arguments": (top(without("args")), ("no training arguments",)),
     "no model": (top(without("model")), ("its model chunks are not",)),
     "a list": (top(lambda _: []), ("is no dictionary|no training arguments",)),
-    "frozen parameter": (model(add_frozen), ("frozen",)),
     "missing layer": (model(drop_a_layer), ("expected 4 layers", "found 3")),
     "unknown key": (model(unknown_key), ("no rule says which chunk key 'somewhere.else.weight'",)),
     "swapped parameters": (model(swap_keys), ("no known layout", "linear_fc1.weight")),

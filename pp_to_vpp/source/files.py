@@ -23,8 +23,11 @@ from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
 _REFUSED_FILES = re.compile(r"optim\.pt|model_rng\.pt")
-_MAY_HOLD_STATE = re.compile(r"\.(pt|pth|bin|ckpt|npy|npz|pkl|safetensors|distcp)$|^rank_[0-9]+$")
-"""The last are folders of DLRover, which keeps optimizers by data-parallel rank."""
+_MAY_HOLD_STATE = re.compile(
+    r"\.(pt|pth|bin|ckpt|npy|npz|pkl|safetensors|distcp|ema)$|^rank_[0-9]+$"
+)
+"""``.ema`` is a moving average of MindSpeed-MM; the last are folders of DLRover, which keeps
+optimizers by data-parallel rank."""
 _SAMPLED = 16
 """Elements compared at each end of a parameter."""
 _READ_BYTES = 4 << 20
