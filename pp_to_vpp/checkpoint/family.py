@@ -533,7 +533,8 @@ def _read_rank(
         return SourceRank(files, rank_root(files), contents, ()), {}
     found: list[tuple[SourceRank, Mapping[str, FlatState]]] = []
     failures: list[Unexplained] = []
-    roots = [file.root for file in (files.optimizer, files.dense) if file is not None]
+    at_hand = [file.root for file in (files.optimizer, files.dense) if file is not None]
+    roots = None if kind is OptimizerKind.NONE else at_hand
     is_known = reading.frozen is not None
     for answer in (contents,) if is_known else answers(contents, roots, megatron, reading.agree):
         try:

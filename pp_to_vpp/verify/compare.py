@@ -126,7 +126,7 @@ def verify_folder(job: VerifyJob) -> int:
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
     source = _source_of(proof, target, pp_rank)
-    digests = digest_rank(files) if proof.depth is Depth.FULL else None
+    digests = digest_rank(files, target) if proof.depth is Depth.FULL else None
     texts = [] if way is not None else [_UNLIKE_MAIN.format(differing[0].name)]
     if target.layout != proof.layout:
         told = f"({target.layout}) than the target's ({proof.layout})"

@@ -12,7 +12,7 @@ from ..container.extents import Extent
 from ..container.tensors import FLOAT_BYTES, item_bytes
 from ..megatron import rounding
 from ..megatron.ranks import RankId
-from ..source.files import RangeReader, read_rank
+from ..source.files import RangeReader, read_rank, with_dense_states
 from ..source.proof import likeliest_family
 
 _COMPARED = 1 << 20
@@ -29,13 +29,16 @@ class Digests:
     """Path and text about each record whose bytes are not those that were written."""
 
 
-def digest_rank(files: RankFiles) -> Digests:
+def digest_rank(files: RankFiles, family: Family) -> Digests:
     """Read all tensor records of a rank folder once.
 
+    Args:
+        files: those of the folder.
+        family: the inventory of that rank alone.
+
     Raises:
-        CheckpointError: the files cannot be read or understood.
+        CheckpointError: the files cannot be read.
     """
-    family, _, _ = likeliest_family({files.id.pp_rank: files})
     names: dict[Extent, list[TensorName]] = {}
     for name, tensor in family.manifest().items():
         names.setdefault(tensor.extent, []).append(name)
@@ -58,8 +61,13 @@ def digest_rank(files: RankFiles) -> Digests:
 
 
 def digest_folder(job: tuple[str, RankId]) -> Digests:
-    """``digest_rank`` of a rank folder, given as iteration folder and rank."""
-    return digest_rank(read_rank(*job))
+    """``digest_rank`` of a rank folder, given as iteration folder and rank.
+
+    Raises:
+        CheckpointError: the files cannot be read or understood.
+    """
+    files = with_dense_states(read_rank(*job), job[0])
+    return digest_rank(files, likeliest_family({files.id.pp_rank: files})[0])
 
 
 def _is_inside(extent: Extent, whole: Extent) -> bool:
