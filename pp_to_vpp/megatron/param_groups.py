@@ -8,6 +8,7 @@ decoupled learning rates make further groups (optimizer/__init__.py ``_get_param
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,12 +41,26 @@ def key_of_item(item: Item, megatron: Megatron) -> GroupKey:
 
 
 def keys_of_groups(groups: Sequence[Mapping[Any, Any]]) -> list[GroupKey]:
-    """The keys that the saved groups of an optimizer tell of themselves, each another."""
+    """The keys that the saved groups of an optimizer tell of themselves, each another.
+
+    Unusual multipliers make a group one of the run's own on every rank, whatever siblings it has
+    there: up to 0.13 a rank has the groups of its own parameters only.
+    """
     keys = [_key_of_group(group) for group in groups]
+    usual = Counter(
+        key for key, group in zip(keys, groups, strict=True) if _has_usual_multipliers(group)
+    )
     return [
-        replace(key, own=_digest(group)) if keys.count(key) > 1 else key
+        key
+        if usual[key] == 1 and _has_usual_multipliers(group)
+        else replace(key, own=_digest(group))
         for key, group in zip(keys, groups, strict=True)
     ]
+
+
+def _has_usual_multipliers(group: Mapping[Any, Any]) -> bool:
+    """Whether those of weight decay and learning rate are the ones that Megatron's rules give."""
+    return group.get("wd_mult", 1.0) in (0.0, 1.0) and group.get("lr_mult", 1.0) == 1.0
 
 
 def _digest(group: Mapping[Any, Any]) -> str:
@@ -89,12 +104,11 @@ def are_explained(
         rules: of the version.
     """
     found = keys_of_groups(groups)
-    multipliers = {(group.get("wd_mult", 1.0), group.get("lr_mult", 1.0)) for group in groups}
     rates = {
         (key.is_decoupled, group.get("max_lr"), group.get("min_lr"))
         for key, group in zip(found, groups, strict=True)
     }
-    if not multipliers <= {(0.0, 1.0), (1.0, 1.0)} or any(key.own for key in found):
+    if any(key.own for key in found):
         return False
     if len(rates) != len({key.is_decoupled for key in found}):
         return False

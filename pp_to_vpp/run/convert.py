@@ -201,10 +201,10 @@ def _write(
         Proof(
             family.folders,
             family.source.rules,
+            family.frozen,
             family.target.layout,
             options.depth,
             digests.get(family.ranks[0].id.family, {}),
-            family.frozen,
         )
         for family in families
     ]

@@ -64,7 +64,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         layout = told_layout((target.path, target.ranks[0], next(iter(found.values()))[0]))
         _check_manifest(options.save_dir, known_by, source.iteration, layout)
         proofs = {
-            key: Proof(folders[key], rules, layout, options.depth, digests.get(key, {}), frozen)
+            key: Proof(folders[key], rules, frozen, layout, options.depth, digests.get(key, {}))
             for key, (rules, frozen) in found.items()
         }
         jobs = [VerifyJob(proofs[rank.family], target.path, rank) for rank in source.ranks]

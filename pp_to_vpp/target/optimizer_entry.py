@@ -158,14 +158,7 @@ class EntryWriter:
                 if key not in known:
                     known[key] = _sharing(group, known.values())
         keys = list(self._by_key)
-        missing = [key for key in keys if key not in known]
-        if missing:
-            raise CheckpointError.of(
-                self._rank.own.files.model.path,
-                f"no param group for {missing[0]}",
-                cure="the run used a weight-decay or learning-rate rule of its own: it cannot "
-                "be converted exactly",
-            )
+        self._check_keys(known)
         groups = [known[key] for key in keys]
         if self._rank.megatron.rules.keeps_all_groups:
             family, source = self._rank.family, self._rank.own
@@ -173,6 +166,17 @@ class EntryWriter:
             order = [k for entry in self._entries_of(first) for k in keys_of_groups(entry.groups)]
             groups += [known[key] for key in dict.fromkeys(order) if key not in keys]
         return [dict(group) for group in groups]
+
+    def _check_keys(self, known: Collection[GroupKey]) -> None:
+        """Each parameter has a group: without one its state would be left behind."""
+        missing = [key for key in self._by_key if key not in known]
+        if missing:
+            raise CheckpointError.of(
+                self._rank.own.files.model.path,
+                f"no param group for {missing[0]}",
+                cure="the run used a weight-decay or learning-rate rule of its own: it cannot "
+                "be converted exactly",
+            )
 
     def _with_step(self, group: dict[Any, Any], *, has_step: bool) -> dict[Any, Any]:
         """The group with the step count that Megatron would have saved.
@@ -223,7 +227,9 @@ class EntryWriter:
         mains: list[list[Any]] = []
         numbered_groups = []
         count = 0
-        for key, group in zip(keys_of_groups(groups), groups, strict=True):
+        keys = keys_of_groups(groups)
+        self._check_keys(keys)
+        for key, group in zip(keys, groups, strict=True):
             items = self._by_key.get(key, [])
             numbers = list(range(count, count + len(items)))
             count += len(items)

@@ -46,13 +46,13 @@ class Proof:
     source: FamilyFolders
     rules: Rules
     """Of the version that wrote the source."""
+    frozen: frozenset[str]
+    """Names of the parameters that the run does not train."""
     layout: PipelineLayout
     """That all folders of the target must tell."""
     depth: Depth
     digests: Mapping[TensorName, bytes] = field(default_factory=dict)
     """Of everything in the source family (see ``digest_rank``), for full verification."""
-    frozen: frozenset[str] = frozenset()
-    """Names of the parameters that the run does not train."""
 
 
 @dataclass(frozen=True, slots=True)
