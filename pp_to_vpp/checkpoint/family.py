@@ -8,7 +8,7 @@ ones. Values are compared by whoever can read files, from the ``samples``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ from .flat_states import FlatState, RankStates, Unexplained, are_views_of_buffer
 from .layer_wise_states import LayerWiseFiles, read_layer_wise_states
 from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
-from .trained import Agreement, answers, told_groups
+from .trained import Agreement, answers, marked, told_groups, without_trained
 
 _CHECKPOINT_VERSION = 3.0
 
@@ -56,6 +56,9 @@ class RankFiles:
     optimizer: TorchFile | None
     """``distrib_optim.pt``, if there is one."""
     layer_wise: LayerWiseFiles = field(default_factory=LayerWiseFiles)
+    dense: TorchFile | None = None
+    """The ``distrib_optim.pt`` of another expert rank, where that has the state of the dense
+    parameters and this folder has not."""
 
     @property
     def all(self) -> tuple[TorchFile, ...]:
@@ -200,6 +203,11 @@ class Family:
         return tuple(odd)
 
     @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that are not trained."""
+        return frozenset(item.name for item in self.items() if item.is_frozen)
+
+    @property
     def elsewhere(self) -> frozenset[str]:
         """Parameters whose states lie in the folders of other expert ranks, which were not read."""
         return frozenset().union(*(rank.elsewhere for rank in self.ranks.values()))
@@ -270,7 +278,10 @@ class Family:
 
 
 def read_family(
-    files: Mapping[int, RankFiles], agree: Agreement, only: Rules | None = None
+    files: Mapping[int, RankFiles],
+    agree: Agreement,
+    only: Rules | None = None,
+    frozen: Collection[str] | None = None,
 ) -> Iterator[Family]:
     """The inventory of a family, under each set of rules that explains its files, likeliest first;
     last those in which main parameters tell what the rules do not.
@@ -279,6 +290,7 @@ def read_family(
         files: the decoded files of some or all ranks of the family, by pipeline rank.
         agree: compares weights with main parameters, where nothing else tells which are trained.
         only: the rules to try, where they are known.
+        frozen: names of the parameters that are not trained, where they are known.
 
     Raises:
         CheckpointError: when iterated, if no rules explain the files.
@@ -295,7 +307,8 @@ def read_family(
     ways = itertools.product((False, True) if is_plain else (False,), tried)
     for is_told, rules in ways:
         try:
-            family = _read_family(files, Megatron(arguments, rules), agree, is_told=is_told)
+            reading = _Reading(Megatron(arguments, rules), agree, is_told, frozen)
+            family = _read_family(files, reading)
         except (CheckpointError, Unexplained) as failure:
             failures.append(failure)
         except LayoutError as error:
@@ -352,9 +365,21 @@ def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
     return Megatron(read_arguments(rank_root(files), files.model.path), rules).layout
 
 
-def _read_family(
-    files: Mapping[int, RankFiles], megatron: Megatron, agree: Agreement, *, is_told: bool
-) -> Family:
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a family is read."""
+
+    megatron: Megatron
+    agree: Agreement
+    is_told: bool
+    """The main parameters of an optimizer that is not distributed are asked which parameters are
+    trained and in which groups, instead of the rules."""
+    frozen: Collection[str] | None
+    """Names of the parameters that are not trained; None where the files are asked."""
+
+
+def _read_family(files: Mapping[int, RankFiles], reading: _Reading) -> Family:
+    megatron = reading.megatron
     kinds = {pp_rank: _optimizer_kind(of, megatron.arguments) for pp_rank, of in files.items()}
     kind = next(
         (own for own in kinds.values() if own is not OptimizerKind.NONE), OptimizerKind.NONE
@@ -364,9 +389,8 @@ def _read_family(
     sections: dict[Section, list[Item]] = {}
     states: dict[str, FlatState | PlainState] = {}
     for pp_rank, rank_files in files.items():
-        rank, rank_states = _read_rank(
-            rank_files, pp_rank, megatron, kinds[pp_rank], agree, is_told=is_told
-        )
+        contents = _contents(rank_files, pp_rank, kinds[pp_rank], kind, reading)
+        rank, rank_states = _read_rank(rank_files, pp_rank, contents, kinds[pp_rank], reading)
         if kinds[pp_rank] is not kind and has_optimizer(rank.parameters, megatron):
             raise CheckpointError.of(
                 rank_files.model.path, f"its siblings hold {kind.value}, it does not", cure=ONE_SAVE
@@ -469,31 +493,50 @@ def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKin
     return OptimizerKind.NONE
 
 
+def _contents(
+    files: RankFiles, pp_rank: int, own: OptimizerKind, kind: OptimizerKind, reading: _Reading
+) -> tuple[ChunkContents, ...]:
+    """The chunks of a rank, with what is known of frozen parameters.
+
+    Args:
+        files: of the rank.
+        pp_rank: which.
+        own: kind of its optimizer.
+        kind: that of its siblings.
+        reading: how it is read.
+    """
+    megatron, where = reading.megatron, files.model.path
+    contents = read_chunks(rank_root(files), megatron.layout, pp_rank, where)
+    if reading.frozen is not None:
+        names = reading.frozen
+        parameters = (item for content in contents for item in content.parameters)
+        return marked(contents, {item for item in parameters if item.name in names})
+    if own is not kind and not megatron.rules.keeps_all_groups:
+        return without_trained(contents, megatron)
+    return contents
+
+
 def _read_rank(
     files: RankFiles,
     pp_rank: int,
-    megatron: Megatron,
+    contents: tuple[ChunkContents, ...],
     kind: OptimizerKind,
-    agree: Agreement,
-    *,
-    is_told: bool,
+    reading: _Reading,
 ) -> tuple[SourceRank, Mapping[str, FlatState | PlainState]]:
-    """A rank's files, understood, and the optimizer states in them.
-
-    ``is_told`` asks the main parameters of an optimizer that is not distributed which parameters
-    are trained and in which groups, instead of the rules.
-    """
-    contents = read_chunks(rank_root(files), megatron.layout, pp_rank, files.model.path)
+    """A rank's files, understood, and the optimizer states in them."""
+    megatron = reading.megatron
     if kind is OptimizerKind.LAYER_WISE:
         return _with_layer_wise(files, contents, megatron)
     if kind is OptimizerKind.PLAIN:
-        return _with_plain(files, contents, megatron, agree if is_told else None)
+        return _with_plain(files, contents, megatron, reading.agree if reading.is_told else None)
     if not megatron.arguments.uses_distributed_optimizer:
         return SourceRank(files, rank_root(files), contents, ()), {}
-    optimizer = None if files.optimizer is None else files.optimizer.root
     found: list[tuple[SourceRank, Mapping[str, FlatState]]] = []
     failures: list[Unexplained] = []
-    for answer in answers(contents, optimizer, megatron, agree):
+    at_hand = [file.root for file in (files.optimizer, files.dense) if file is not None]
+    roots = None if kind is OptimizerKind.NONE else at_hand
+    is_known = reading.frozen is not None
+    for answer in (contents,) if is_known else answers(contents, roots, megatron, reading.agree):
         try:
             found.append(_with_buffers(files, pp_rank, answer, megatron, kind))
         except Unexplained as failure:
@@ -550,6 +593,8 @@ def _with_buffers(
         if has_step and not items and megatron.rules.keeps_all_groups:
             raise Unexplained("an optimizer has counted steps, but no parameter is found for it")
     flat = RankStates({}, {}, tuple(False for _ in chain))
+    if files.dense is not None:  # of the same layout, and not for this folder to convert
+        read_flat_states(files.dense.root, contents, chain, buffers, files.dense.path)
     if files.optimizer is not None:
         flat = read_flat_states(
             files.optimizer.root, contents, chain, buffers, files.optimizer.path

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ..container.pickling import as_mapping
 from ..container.tensors import TensorRef, as_tensor, unwrap_tensor
+from ..megatron.buffers import bucket_policy
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import ChainedOptimizer, items_by_group
 from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import GroupKey, Item, is_in_expert_buffer
+from ..megatron.pipeline import ModelChunk
 from ..megatron.rounding import SIXTEEN_BIT
+from ..megatron.rules import candidates
 from .chunks import ChunkContents
 from .flat_states import NUMEL, PARAM, Unexplained
 from .optimizer_entries import MAINS, OptimizerEntry
@@ -31,48 +34,101 @@ _MAX_ANSWERS = 64
 
 
 def answers(
-    contents: tuple[ChunkContents, ...], optimizer: Any, megatron: Megatron, agree: Agreement
+    contents: tuple[ChunkContents, ...],
+    optimizers: Sequence[Any] | None,
+    megatron: Megatron,
+    agree: Agreement,
 ) -> Iterator[tuple[ChunkContents, ...]]:
     """The chunks of a rank with its frozen parameters marked, in each way that storages allow.
 
     Weights that share a storage are in a buffer, so those beside them are frozen. Where none of a
     kind shares one, all are frozen, or one is a buffer by itself: one that a tensor of the
-    optimizer file has the size and the bytes of. A file in which nothing shares may also be one
+    optimizer files has the size and the bytes of. A file in which nothing shares may also be one
     that was rewritten, with nothing frozen.
 
     Args:
         contents: of the rank.
-        optimizer: top level of its optimizer file; None without one.
+        optimizers: top levels of the optimizer files that hold states of its parameters: its own,
+            and that of another expert rank; None for weights alone.
         megatron: the run.
         agree: compares bytes.
+
+    Raises:
+        Unexplained: no file at hand tells whether a parameter is a buffer by itself.
     """
     frozen: set[Item] = set()
-    open_kinds: list[list[Item]] = []
+    open_kinds: list[tuple[ModelChunk, bool, list[Item]]] = []
     is_any_shared = False
     for content in contents:
         kinds: dict[tuple[bool, str], list[Item]] = {}
         for item in content.parameters:
             kind = (is_in_expert_buffer(item, megatron), item.weight.dtype)
             kinds.setdefault(kind, []).append(item)
-        for items in kinds.values():
+        for (is_expert, _), items in kinds.items():
             own = _with_own_storages(items)
             is_any_shared |= len(own) < len(items)
             if len(own) < len(items):
                 frozen.update(own)
             else:
-                open_kinds.append(items)
+                open_kinds.append((content.chunk, is_expert, items))
     if not is_any_shared or not (frozen or open_kinds):
         yield contents
     if not (frozen or open_kinds):
         return
-    mains = list(_flat_mains(optimizer))
-    choices = [[None, *_lone(items, mains, agree)] for items in open_kinds]
+    choices = [_choices(*kind, optimizers, megatron, agree) for kind in open_kinds]
     for chosen in itertools.islice(itertools.product(*choices), _MAX_ANSWERS):
         left = (
             [item for item in items if item is not lone]
-            for items, lone in zip(open_kinds, chosen, strict=True)
+            for (_, _, items), lone in zip(open_kinds, chosen, strict=True)
         )
-        yield _marked(contents, frozen.union(*left))
+        yield marked(contents, frozen.union(*left))
+
+
+def _choices(
+    chunk: ModelChunk,
+    is_expert: bool,  # noqa: FBT001
+    items: Sequence[Item],
+    optimizers: Sequence[Any] | None,
+    megatron: Megatron,
+    agree: Agreement,
+) -> list[Item | None]:
+    """Which of the parameters of a kind, that share no storage, may be a buffer by itself; None
+    for none of them.
+
+    Without their states, one that is alone of its kind is taken for trained, and others for frozen
+    if none could be a buffer.
+
+    Raises:
+        Unexplained: one could be, and no file at hand tells.
+    """
+    entries = [root if isinstance(root, list) else [root] for root in optimizers or ()]
+    if any(own and own[-1 if is_expert else 0] is not None for own in entries):
+        mains = [main for own in entries for entry in own for main in _flat_mains(entry)]
+        return [None, *_lone(items, mains, agree)]
+    if len(items) == 1:
+        return [items[0]]
+    divisor = bucket_policy(chunk, 0, megatron).divisor(is_expert=is_expert)
+    for item in items:
+        if optimizers is not None and item.weight.numel % divisor == 0:
+            raise Unexplained(f"no file at hand tells whether {item.name} is frozen")
+    return [None]
+
+
+def without_trained(
+    contents: tuple[ChunkContents, ...], megatron: Megatron
+) -> tuple[ChunkContents, ...]:
+    """The chunks of a rank without an optimizer, by the rules of a version that gives none to
+    ranks without trained parameters (FORMAT 6.2): all are frozen.
+
+    Where nothing but the missing entry shows it, the signs of the version must say so too: other
+    versions give every rank an optimizer. If that is not so, nothing is marked.
+    """
+    items = [item for content in contents for item in content.parameters]
+    if megatron.arguments.uses_distributed_optimizer:
+        is_proved = len(_with_own_storages(items)) == len(items)
+    else:
+        is_proved = not next(candidates(megatron.arguments.names)).keeps_all_groups
+    return marked(contents, items) if is_proved else contents
 
 
 def _with_own_storages(items: Sequence[Item]) -> list[Item]:
@@ -94,18 +150,20 @@ def _lone(items: Sequence[Item], mains: Sequence[TensorRef], agree: Agreement) -
     ]
 
 
-def _flat_mains(root: Any) -> Iterator[TensorRef]:
-    """The flat main parameters in an optimizer file, of whatever it is sure to hold."""
-    for entry in root if isinstance(root, list) else [root]:
-        for buffer in (as_mapping(entry) or {}).values():
-            for states in (as_mapping(buffer) or {}).values():
-                known = as_mapping(states) or {}
-                main = as_tensor(known.get(PARAM))
-                if main is not None and known.get(NUMEL) == main.numel:
-                    yield main
+def _flat_mains(entry: Any) -> Iterator[TensorRef]:
+    """The flat main parameters in an entry of an optimizer file, of whatever it is sure to hold."""
+    for buffer in (as_mapping(entry) or {}).values():
+        for states in (as_mapping(buffer) or {}).values():
+            known = as_mapping(states) or {}
+            main = as_tensor(known.get(PARAM))
+            if main is not None and known.get(NUMEL) == main.numel:
+                yield main
 
 
-def _marked(contents: tuple[ChunkContents, ...], frozen: set[Item]) -> tuple[ChunkContents, ...]:
+def marked(
+    contents: tuple[ChunkContents, ...], frozen: Collection[Item]
+) -> tuple[ChunkContents, ...]:
+    """The chunks with these items marked as frozen."""
     return tuple(
         replace(
             content,

@@ -201,6 +201,7 @@ def _write(
         Proof(
             family.folders,
             family.source.rules,
+            family.frozen,
             family.target.layout,
             options.depth,
             digests.get(family.ranks[0].id.family, {}),

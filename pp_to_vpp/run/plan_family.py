@@ -60,6 +60,8 @@ class PlannedFamily:
     """Files of the rank folders that are no part of the checkpoint."""
     fingerprints: Mapping[RankId, str]
     """Those of the rank folders that were read."""
+    frozen: frozenset[str]
+    """Names of the parameters that the run does not train."""
     groups: Mapping[str, str]
     """What tells each param group from its siblings, as a digest, by what it is known by."""
 
@@ -109,6 +111,7 @@ def plan_family(job: PlanJob) -> PlannedFamily:
             rank.files.id: fingerprint.of_rank(rank.files, job.folders.directory)
             for rank in family.ranks.values()
         },
+        frozen=family.frozen,
         groups={repr(kind): digest(told) for kind, told in family.group_identities.items()},
     )
 

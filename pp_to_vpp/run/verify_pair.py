@@ -59,13 +59,13 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         listener.started(sum(sizes))
         digests = digest_source(workers, source, options.depth)
         folders = {key: source.family(key) for key in source.families}
-        rules = dict(zip(folders, workers.map(rules_of, folders.values()), strict=True))
+        found = dict(zip(folders, workers.map(rules_of, folders.values()), strict=True))
         known_by = fingerprint_source(workers, source)
-        layout = told_layout((target.path, target.ranks[0], next(iter(rules.values()))))
+        layout = told_layout((target.path, target.ranks[0], next(iter(found.values()))[0]))
         _check_manifest(options.save_dir, known_by, source.iteration, layout)
         proofs = {
-            key: Proof(folders[key], rules[key], layout, options.depth, digests.get(key, {}))
-            for key in folders
+            key: Proof(folders[key], rules, frozen, layout, options.depth, digests.get(key, {}))
+            for key, (rules, frozen) in found.items()
         }
         jobs = [VerifyJob(proofs[rank.family], target.path, rank) for rank in source.ranks]
         length = 0

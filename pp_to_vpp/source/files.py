@@ -152,6 +152,14 @@ def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
 
 
 @functools.lru_cache(maxsize=2048)
+def _read_optimizer_file(iteration_dir: str, folder: str) -> TorchFile | None:
+    """A folder's ``distrib_optim.pt``, if there is one, decoded once for all families that share
+    the state of dense parameters in it."""
+    path = Path(iteration_dir) / folder / OPTIMIZER_FILE
+    return read_torch_file(path) if os.path.lexists(path) else None
+
+
+@functools.lru_cache(maxsize=2048)
 def _read_dense_states(iteration_dir: str, folder: str) -> Mapping[int, TorchFile]:
     """The states of dense parameters in the layer-wise files of a folder, decoded once for all
     families that share them."""
@@ -181,12 +189,27 @@ class FamilyFolders:
 
     def _read_rank(self, rank: RankId) -> RankFiles:
         files = read_source_rank(self.directory, rank)
-        if not files.layer_wise or self.ep_size == 1:
+        if self.ep_size == 1:
             return files
+        if not files.layer_wise:
+            return with_dense_states(files, self.directory)
         others: dict[int, TorchFile] = {}
         for ep_rank in (number for number in range(self.ep_size) if number != rank.ep_rank):
             others |= _read_dense_states(self.directory, replace(rank, ep_rank=ep_rank).folder)
         return replace(files, layer_wise=LayerWiseFiles(files.layer_wise.own, others))
+
+
+def with_dense_states(files: RankFiles, iteration_dir: str) -> RankFiles:
+    """The files of a rank folder with the optimizer file of the first expert rank, which has the
+    state of the dense parameters for all (FORMAT 1.3).
+
+    Raises:
+        CheckpointError: that is damaged.
+    """
+    if not files.id.ep_rank:
+        return files
+    first = replace(files.id, ep_rank=0)
+    return replace(files, dense=_read_optimizer_file(iteration_dir, first.folder))
 
 
 def other_files(

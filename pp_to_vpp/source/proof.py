@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from ..checkpoint.family import Family, RankFiles, Sample, read_family
 from ..container.extents import Extent
@@ -36,17 +36,22 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
 
 
 def likeliest_family(
-    files: Mapping[int, RankFiles], only: Rules | None = None
+    files: Mapping[int, RankFiles], only: Rules | None = None, frozen: Collection[str] | None = None
 ) -> tuple[Family, str | None, list[Sample]]:
     """The inventory of a family under the first rules that its bytes agree with, or the first that
     explain its structure; and what its samples show (see ``check_samples``).
+
+    Args:
+        files: as ``read_family`` takes them.
+        only: the rules, where they are known.
+        frozen: names of the parameters that are not trained, where they are known.
 
     Raises:
         CheckpointError: no rules explain the structure.
     """
     first: tuple[Family, str | None, list[Sample]] | None = None
     with RangeReader() as reader:
-        for family in read_family(files, SampledAgreement(reader), only):
+        for family in read_family(files, SampledAgreement(reader), only, frozen):
             found = (family, *check_samples(family.samples()))
             if found[1] is not None:
                 return found
@@ -55,17 +60,17 @@ def likeliest_family(
     return first
 
 
-def known_family(files: Mapping[int, RankFiles], rules: Rules) -> Family:
-    """The inventory of a family whose rules were proved before; samples are read only where those
-    leave more than one answer: main parameters may tell other groups.
+def known_family(files: Mapping[int, RankFiles], rules: Rules, frozen: Collection[str]) -> Family:
+    """The inventory of a family whose rules and frozen parameters were proved before; samples are
+    read only where those leave more than one answer: main parameters may tell other groups.
 
     Raises:
         CheckpointError: the rules do not explain the structure.
     """
     with RangeReader() as reader:
-        family = next(read_family(files, SampledAgreement(reader), rules))
+        family = next(read_family(files, SampledAgreement(reader), rules, frozen))
     is_one = family.kind is not OptimizerKind.PLAIN
-    return family if is_one else likeliest_family(files, rules)[0]
+    return family if is_one else likeliest_family(files, rules, frozen)[0]
 
 
 class SampledAgreement:

@@ -46,6 +46,8 @@ class Proof:
     source: FamilyFolders
     rules: Rules
     """Of the version that wrote the source."""
+    frozen: frozenset[str]
+    """Names of the parameters that the run does not train."""
     layout: PipelineLayout
     """That all folders of the target must tell."""
     depth: Depth
@@ -99,13 +101,15 @@ def prepare(depth: Depth) -> None:
             ) from None
 
 
-def rules_of(source: FamilyFolders) -> Rules:
-    """The rules that explain a family, its bytes included.
+def rules_of(source: FamilyFolders) -> tuple[Rules, frozenset[str]]:
+    """The rules that explain a family, its bytes included, and the names of the parameters that
+    the run does not train.
 
     Raises:
-        CheckpointError: none do.
+        CheckpointError: no rules do.
     """
-    return proven_family(source.read(source.ranks))[0].megatron.rules
+    family, _ = proven_family(source.read(source.ranks))
+    return family.megatron.rules, family.frozen
 
 
 def verify_folder(job: VerifyJob) -> int:
@@ -118,7 +122,7 @@ def verify_folder(job: VerifyJob) -> int:
     proof, pp_rank = job.proof, job.rank.pp_rank
     try:
         files = read_rank(job.directory, job.rank, job.folder)
-        target, way, differing = likeliest_family({pp_rank: files}, proof.rules)
+        target, way, differing = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
     source = _source_of(proof, target, pp_rank)
@@ -153,7 +157,8 @@ def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
     """The source ranks that hold what a target rank must hold, and the same rank."""
     (own,) = proof.source.read([pp_rank]).values()
     needed = layout_of(own, proof.rules).sources_of(target.layout, pp_rank)
-    return known_family(proof.source.read({pp_rank, *needed}), proof.rules)
+    files = proof.source.read({pp_rank, *needed})
+    return known_family(files, proof.rules, proof.frozen)
 
 
 def _compare_items(

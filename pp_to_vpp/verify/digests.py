@@ -12,7 +12,7 @@ from ..container.extents import Extent
 from ..container.tensors import FLOAT_BYTES, item_bytes
 from ..megatron import rounding
 from ..megatron.ranks import RankId
-from ..source.files import RangeReader, read_rank
+from ..source.files import RangeReader, read_rank, with_dense_states
 from ..source.proof import likeliest_family
 
 _COMPARED = 1 << 20
@@ -68,9 +68,8 @@ def digest_folder(job: tuple[str, RankId]) -> Digests:
     Raises:
         CheckpointError: the files cannot be read or understood.
     """
-    files = read_rank(*job)
-    family, _, _ = likeliest_family({files.id.pp_rank: files})
-    return digest_rank(files, family)
+    files = with_dense_states(read_rank(*job), job[0])
+    return digest_rank(files, likeliest_family({files.id.pp_rank: files})[0])
 
 
 def _is_inside(extent: Extent, whole: Extent) -> bool:

@@ -60,7 +60,9 @@ def copied(
     target = target_like(target_of(name, opposite(side)))
     job = PlanJob(folders, survey.told, tuple(folders.ranks), target, needs_contents=True)
     planned = plan_family(job)
-    proof = Proof(planned.folders, planned.source.rules, planned.target.layout, depth)
+    proof = Proof(
+        planned.folders, planned.source.rules, planned.frozen, planned.target.layout, depth
+    )
     context = FinishContext(proof, planned.sources)
     family = FamilyCopy(planned.ranks, planned.derivations, context)
 

@@ -1,0 +1,126 @@
+"""Which parameters are trained, as files tell it: all that tells, and what does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pp_to_vpp.checkpoint.chunks import ChunkContents
+from pp_to_vpp.checkpoint.flat_states import Unexplained
+from pp_to_vpp.checkpoint.trained import answers, marked
+from pp_to_vpp.container.pickling import as_mapping
+from pp_to_vpp.container.tensors import TensorRef
+from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.source.proof import likeliest_family
+
+from ..families import families, family, read_family
+from ..pairs import DENSE, FROZEN_MOST, FROZEN_PLAIN, LONE, PLAIN
+
+PROJECTION = "decoder.layers.{}.self_attention.linear_proj.weight"
+
+
+def never(_weight: TensorRef, _main: TensorRef) -> bool:
+    return False
+
+
+def trained(contents: tuple[ChunkContents, ...]) -> list[str]:
+    return [item.name for content in contents for item in content.parameters]
+
+
+@pytest.mark.parametrize("side", ["source", "truth"])
+def test_all_families_tell_the_same_of_dense_parameters(side: str) -> None:
+    """Also those without dense states, where a weight is a buffer by itself."""
+    for of in families(FROZEN_MOST, side):
+        dense = {item.name for item in of.items() if item.is_trained and "expert" not in item.name}
+        assert dense == {PROJECTION.format(2), PROJECTION.format(3)}
+
+
+def test_without_the_dense_states_nothing_tells() -> None:
+    of = families(FROZEN_MOST, "truth")[1]
+    files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
+    assert all(rank_files.dense is not None for rank_files in files.values())
+    alone = {pp_rank: replace(rank_files, dense=None) for pp_rank, rank_files in files.items()}
+    with pytest.raises(CheckpointError, match=r"no file at hand tells whether .* is frozen"):
+        list(read_family(alone))
+
+
+def test_dense_states_of_another_size_are_not_explained() -> None:
+    """Those of another folder are held to the layout like its own."""
+    of = families(FROZEN_MOST, "truth")[1]
+    other = families(FROZEN_MOST, "source")[1].ranks[1].files.dense
+    files = {1: replace(of.ranks[1].files, dense=other)}
+    with pytest.raises(CheckpointError, match="no known layout of Megatron's buffers"):
+        list(read_family(files))
+
+
+def test_a_rank_without_an_optimizer_trains_nothing() -> None:
+    """Up to 0.13, and if no weight is a view of a buffer."""
+    of = family(FROZEN_MOST, "source")
+    assert not any(of.ranks[0].parameters)
+    assert any(of.ranks[1].parameters)
+    truth = family(FROZEN_MOST, "truth")
+    files = {pp_rank: rank.files for pp_rank, rank in truth.ranks.items()}
+    root = dict(as_mapping(files[1].model.root) or {})
+    del root["optimizer"]
+    files[1] = replace(files[1], model=replace(files[1].model, root=root), optimizer=None)
+    with pytest.raises(CheckpointError, match="its siblings hold distributed optimizer"):
+        list(read_family(files))
+
+
+def test_a_missing_entry_of_a_newer_version_is_missing() -> None:
+    """By nothing but the version's signs, without the distributed optimizer."""
+    of = family(PLAIN, "source")
+    files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
+    root = dict(as_mapping(files[0].model.root) or {})
+    del root["optimizer"]
+    files[0] = replace(files[0], model=replace(files[0].model, root=root))
+    with pytest.raises(CheckpointError, match="its siblings hold non-distributed optimizer"):
+        list(read_family(files))
+
+
+@pytest.mark.parametrize("name", [LONE, FROZEN_MOST, FROZEN_PLAIN])
+def test_known_answers_are_held_to_the_files(name: str) -> None:
+    of = family(name, "truth")
+    files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
+    same, way, _ = likeliest_family(files, of.megatron.rules, of.frozen)
+    assert (same.frozen, way) == (of.frozen, "rounded")
+    one = next(item.name for item in of.items() if item.is_trained)
+    with pytest.raises(CheckpointError, match="no known layout of Megatron's buffers"):
+        likeliest_family(files, of.megatron.rules, of.frozen | {one})
+
+
+@pytest.mark.parametrize("name", [LONE, FROZEN_MOST])
+def test_a_frozen_weight_called_trained_is_not_explained(name: str) -> None:
+    of = family(name, "truth")
+    files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
+    for one in sorted(of.frozen):
+        with pytest.raises(CheckpointError):
+            likeliest_family(files, of.megatron.rules, of.frozen - {one})
+
+
+@pytest.mark.parametrize("optimizers", [None, [[None, {}]]])
+def test_a_weight_alone_of_its_kind_is_trained(optimizers: list[object] | None) -> None:
+    """As an embedding that has a chunk for itself, where no file at hand has its state."""
+    lone, shared = (family(name, "truth") for name in (FROZEN_MOST, DENSE))
+    first = lone.ranks[0].contents[0]
+    alone = replace(first, items=(replace(first.items[0], is_frozen=False),))
+    both = (alone, shared.ranks[0].contents[1])
+    (found,) = answers(both, optimizers, lone.megatron, never)
+    assert trained(found) == trained(both)
+
+
+def test_weights_alone_with_storages_of_their_own_are_frozen_beside_buffers() -> None:
+    lone, shared = (family(name, "truth") for name in (FROZEN_MOST, DENSE))
+    first = lone.ranks[0].contents[0]
+    items = tuple(replace(item, is_frozen=False) for item in first.items)
+    both = (replace(first, items=items), shared.ranks[0].contents[1])
+    (found,) = answers(both, None, lone.megatron, never)
+    assert trained(found) == trained(both[1:])
+    with pytest.raises(Unexplained, match="no file at hand tells"):
+        list(answers(both, [], lone.megatron, never))
+
+
+def test_marking_nothing_changes_nothing() -> None:
+    contents = family(LONE, "truth").ranks[0].contents
+    assert trained(marked(contents, ())) == trained(contents)
