@@ -1,12 +1,14 @@
-"""The command line: the only module that prints."""
+"""The command line: prints what is done; ``progress`` shows it while it is."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,12 +18,12 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from . import __version__, outputs
 from .errors import ConversionError, CopyError, UsageError
 from .options import Depth, Options
+from .progress import Progress, is_watched, size
+from .run.share import default_workers, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
-
-    from tqdm import tqdm
 
     from .run.convert import Outcome, Prepared
     from .run.verify_pair import Verified
@@ -33,17 +35,39 @@ INTERRUPTED = 130
 _LISTED_FOLDERS = 64
 _BASE_MEGABYTES, _WORKER_MEGABYTES = 50, 30
 """Resident memory, measured: it does not grow with the checkpoint."""
+_SHORT_USAGE = """\
+usage: pp_to_vpp --load-iteration-dir DIR --save-iteration-dir DIR
+                 --target-virtual-pipeline-model-parallel-size V [options]; see --help"""
 _EPILOG = """\
 exit status: 0 done, 1 unexpected error, 2 wrong call, 3 impossible layout, 4 unreadable or
 unsupported checkpoint, 5 copying failed, 6 verification failed, 130 interrupted.
 Without a target layout, an existing --save-iteration-dir is verified against the source."""
 
 
+def _number(text: str) -> int:
+    if re.fullmatch(r"-?[0-9]{1,9}", text) is None:
+        listed = " (numbers of a list stand apart: 0 1 2)" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"{text} is no number{listed}")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()  # as in --option=~/folder, which shells leave alone
+
+
+def _share(text: str) -> str:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +79,14 @@ class _Parser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError(message)
+        raise UsageError(message + self._meant(message))
+
+    def _meant(self, message: str) -> str:
+        """The options that look like those that are unknown."""
+        known = list(self._option_string_actions)
+        wrong = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        near = [name for text in wrong for name in difflib.get_close_matches(text, known, 1, 0.5)]
+        return f"; did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
 
 
 def _parser() -> _Parser:
@@ -73,7 +104,7 @@ def _parser() -> _Parser:
     add(
         "--load-iteration-dir",
         dest="load_dir",
-        type=Path,
+        type=_folder,
         required=True,
         metavar="DIR",
         help="iteration folder of the source, e.g. ckpt/iter_0001000",
@@ -86,7 +117,7 @@ def _parser() -> _Parser:
     add(
         "--save-iteration-dir",
         dest="save_dir",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="iteration folder of the target; not needed for --dry-run",
     )
@@ -111,7 +142,7 @@ def _parser() -> _Parser:
         add(
             f"--target-{end}-virtual-pipeline-num-layers-split",
             dest=f"{end}_split",
-            type=int,
+            type=_number,
             nargs="+",
             metavar="n",
             help=f"layers of each virtual stage of the {end} pipeline stage (Microsoft's fork); "
@@ -141,12 +172,18 @@ def _parser() -> _Parser:
         dest="processes",
         type=_positive,
         metavar="N",
-        help="worker processes [default: 8]",
+        help="worker processes [default: as many as this process has cores, up to 8]",
+    )
+    add(
+        "--share",
+        type=_share,
+        metavar="I/N",
+        help="do share I (from 0) of N of the rank folders; auto: as torchrun, srun or mpirun say",
     )
     add(
         "--pipeline-ranks-to-process",
         dest="pp_ranks",
-        type=int,
+        type=_number,
         nargs="+",
         metavar="r",
         help="only these target pipeline ranks, when several nodes share the work",
@@ -184,9 +221,12 @@ def main(arguments: Sequence[str]) -> int:
         given = parser.parse_args(arguments, Options(Path()))
         _check(given)
     except UsageError as error:
-        parser.print_usage(sys.stderr)
-        return _refuse(error, _report_of_wrong_call(arguments))
-    signal.signal(signal.SIGTERM, _interrupt)
+        status = _refuse(error, _report_of_wrong_call(arguments))
+        print(_SHORT_USAGE, file=sys.stderr)
+        return status
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, _interrupt)
     try:
         with _log_and_plan(given):
             return _guarded_run(given)
@@ -308,7 +348,7 @@ def _logging(log: TextIO | None) -> Iterator[None]:
     logger.propagate = False
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = []
-    if not _is_watched():
+    if not is_watched():
         console = logging.StreamHandler(sys.stderr)
         console.addFilter(lambda record: record.levelno == logging.INFO)
         handlers.append(console)
@@ -330,62 +370,29 @@ def _run(given: Options) -> dict[str, object]:
     # numpy would start a thread for each core, for nothing, and forking wants a single thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from . import report  # --help must not wait for numpy
-    from .run.convert import Listener, convert
+    from .run.convert import convert
+    from .run.listener import Listener
     from .run.verify_pair import verify_existing
 
-    with _Bar() as bar:
-        listener = Listener(_print_plan, bar.start, bar.advance)
+    with Progress() as progress:
+        listener = progress.listen(Listener())
+
+        def planned(prepared: Prepared) -> None:
+            progress.close()
+            _print_plan(prepared)
+
+        listener.planned = planned
         if given.verifies_only:
             verified = verify_existing(given, listener)
+            progress.close()
             _print_verified(verified)
             return report.of_verification(verified)
         prepared, outcome = convert(given, listener)
     if outcome is None:
-        _print_dry_run(prepared, given.processes)
+        _print_dry_run(prepared, given.processes or default_workers())
         return report.of_plan(prepared)
     _print_outcome(prepared, outcome)
     return report.of_conversion(prepared, outcome)
-
-
-class _Bar:
-    """A progress bar over bytes; quiet when standard error is no terminal."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[NoReturn] | None = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def start(self, total: int) -> None:
-        """Show the bar."""
-        if _is_watched():
-            from tqdm import tqdm  # nobody else must wait for it
-
-            tqdm.monitor_interval = 0  # no thread: workers are forked
-            self._bar = tqdm(total=total, unit="B", unit_scale=True)
-
-    def advance(self, count: int) -> None:
-        """So many more bytes."""
-        if self._bar is not None:
-            self._bar.update(count)
-
-
-def _is_watched() -> bool:
-    """Whether standard error is a terminal; it is None where a caller has closed it."""
-    return bool(sys.stderr and sys.stderr.isatty())
-
-
-def _size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _say(text: str) -> None:
@@ -412,7 +419,13 @@ def _print_plan(prepared: Prepared) -> None:
     _say("target layers (E embedding, M multi-token prediction, L loss):")
     _say(_indented(target.layout.table()))
     files = sum(len(rank.files) for rank in prepared.ranks)
-    _say(f"to write: {len(prepared.ranks)} rank folders, {files} files, {_size(prepared.length)}")
+    _say(f"to write: {len(prepared.ranks)} rank folders, {files} files, {size(prepared.length)}")
+    if prepared.part is not None:
+        part = prepared.part
+        _say(
+            f"share {part.share}: {len(part.ranks)} rank folders, {size(part.length)}; the largest "
+            f"share is {part.largest_over_mean:.2f} x the mean"
+        )
     for note in prepared.notes:
         _say(f"note: {note}")
 
@@ -421,11 +434,11 @@ def _print_dry_run(prepared: Prepared, processes: int) -> None:
     """What only a dry run tells: each folder, memory and disk."""
     width = max(len(rank.id.folder) for rank in prepared.ranks)
     for rank in prepared.ranks if len(prepared.ranks) <= _LISTED_FOLDERS else ():
-        files = ", ".join(f"{file.name} {_size(file.length)}" for file in rank.files)
+        files = ", ".join(f"{file.name} {size(file.length)}" for file in rank.files)
         _say(f"  {rank.id.folder:<{width}}  {files}")
     memory = _BASE_MEGABYTES + _WORKER_MEGABYTES * processes
     _say(f"memory: about {memory} MB with {processes} workers")
-    _say(f"disk: {prepared.length} bytes ({_size(prepared.length)})")
+    _say(f"disk: {prepared.length} bytes ({size(prepared.length)})")
     _say(f"launch Megatron with: {prepared.launch_flags}")
     _say("dry run: nothing was written")
 
@@ -433,9 +446,9 @@ def _print_dry_run(prepared: Prepared, processes: int) -> None:
 def _print_outcome(prepared: Prepared, outcome: Outcome) -> None:
     """What was done, and how to go on."""
     kept = sum(rank.was_kept for rank in outcome.ranks)
-    rate = _size(outcome.written / max(outcome.seconds, 1e-3))
+    rate = size(outcome.written / max(outcome.seconds, 1e-3))
     _say(
-        f"wrote {len(outcome.ranks) - kept} rank folders, {_size(outcome.written)} in "
+        f"wrote {len(outcome.ranks) - kept} rank folders, {size(outcome.written)} in "
         f"{outcome.seconds:.1f} s ({rate}/s)"
         + (f"; kept {kept} from an earlier run" if kept else "")
     )
@@ -448,7 +461,7 @@ def _print_verified(verified: Verified) -> None:
     _say(_indented(verified.layout.table()))
     _say(
         f"verified ({verified.depth.value}): {verified.ranks} rank folders, "
-        f"{_size(verified.length)} in {verified.seconds:.1f} s; every tensor is where it must be"
+        f"{size(verified.length)} in {verified.seconds:.1f} s; every tensor is where it must be"
     )
 
 

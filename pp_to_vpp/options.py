@@ -40,9 +40,12 @@ class Options:
     """hybrid_layer_pattern of the target."""
     overlaps: bool = False
     """overlap_param_gather_with_optimizer_step of the target."""
-    processes: int = 8
+    processes: int | None = None
+    """Worker processes; None for as many as this process has cores, up to 8."""
     pp_ranks: Sequence[int] | None = None
     """Target pipeline ranks to be written; None for all."""
+    share: str | None = None
+    """Which of how many processes that share the work this is: I/N, or auto."""
     is_dry_run: bool = False
     depth: Depth = Depth.STRUCTURE
     resume: bool = False

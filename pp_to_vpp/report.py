@@ -9,7 +9,7 @@ from .errors import ConversionError
 
 if TYPE_CHECKING:
     from .megatron.pipeline import PipelineLayout
-    from .run.convert import Outcome, Prepared
+    from .run.convert import Outcome, Part, Prepared
     from .run.verify_pair import Verified
 
 SCHEMA = 1
@@ -94,6 +94,22 @@ def _sides(prepared: Prepared) -> dict[str, object]:
         },
         "notes": list(prepared.notes),
         "bytes": prepared.length,
+        **_share(prepared.part),
+    }
+
+
+def _share(part: Part | None) -> dict[str, object]:
+    """What this process does of a conversion that several share."""
+    if part is None:
+        return {}
+    return {
+        "share": {
+            "index": part.share.index,
+            "count": part.share.count,
+            "folders": len(part.ranks),
+            "bytes": part.length,
+            "largest_over_mean": round(part.largest_over_mean, 4),
+        }
     }
 
 

@@ -12,14 +12,16 @@ import pytest
 from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Listed, Placement
 from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.run import convert
+from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.run.workers import Workers
 
 
 class Inline(Workers):
     """Does each task at once, in this process."""
 
-    def __init__(self, count: int = 2) -> None:
+    def __init__(self, count: int = 2, looked: Callable[[], None] = lambda: None) -> None:
         self.count = count
+        self._looked = looked
         self.killed = False
         self._dead_thread = None
 
@@ -62,4 +64,4 @@ def run(source: Path, target: Path, wanted: Placement, depth: Depth = Depth.NONE
     options.save_dir, options.depth, options.processes = target, depth, 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "Workers", Inline)
-        convert.convert(options, convert.Listener())
+        convert.convert(options, Listener())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from ..target import request
 from ..target.plan import RankPlan
 from ..verify.compare import Proof, prepare
 from ..verify.digests import digest_folder
-from . import manifest, target_folder
+from . import folders, manifest, signs, target_folder
 from .finishing import FinishContext, KeptJob, RankDone, check_kept, finish_rank
+from .listener import Listener, Phase
 from .plan_family import (
     PlanJob,
     PlannedFamily,
@@ -31,9 +32,26 @@ from .plan_family import (
     plan_family,
 )
 from .schedule import Copier, FamilyCopy
+from .share import Share, deal, default_workers, wanted_share
 from .workers import Workers
 
 log = logging.getLogger("pp_to_vpp")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one of several processes does."""
+
+    share: Share
+    ranks: frozenset[RankId]
+    """The rank folders that it writes."""
+    length: int
+    """Their bytes."""
+    largest_over_mean: float
+    """Of the bytes of all processes: 1 if they share evenly."""
+
+    def __str__(self) -> str:
+        return str(self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +72,32 @@ class Prepared:
     """What the source was found to be."""
     notes: tuple[str, ...]
     """What the user should know."""
+    part: Part | None = None
+    """What this process does, if several share the work."""
 
     @property
     def length(self) -> int:
         """Bytes of the target."""
         return sum(rank.length for rank in self.ranks)
+
+    @property
+    def own(self) -> tuple[RankPlan, ...]:
+        """What this process writes."""
+        part = self.part
+        return tuple(rank for rank in self.ranks if part is None or rank.id in part.ranks)
+
+    @property
+    def awaited(self) -> tuple[RankPlan, ...]:
+        """What others write and this process waits for."""
+        part = self.part
+        if part is None or not self.writes_tracker:
+            return ()
+        return tuple(rank for rank in self.ranks if rank.id not in part.ranks)
+
+    @property
+    def writes_tracker(self) -> bool:
+        """Whether this process waits for the others, and ends the conversion."""
+        return self.part is None or self.part.share.index == 0
 
     @property
     def launch_flags(self) -> str:
@@ -86,18 +125,6 @@ class Outcome:
         return sum(rank.length for rank in self.ranks if not rank.was_kept)
 
 
-@dataclass(slots=True)
-class Listener:
-    """Who wants to hear of a run; the functions do nothing unless replaced."""
-
-    planned: Callable[[Prepared], None] = field(default=lambda _: None)
-    """The plan stands, and no byte has been written."""
-    started: Callable[[int], None] = field(default=lambda _: None)
-    """So many bytes will be written."""
-    advanced: Callable[[int], None] = field(default=lambda _: None)
-    """So many more are."""
-
-
 def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | None]:
     """Convert a checkpoint; the plan and what was done (None after a dry run).
 
@@ -105,35 +132,69 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         ConversionError: whatever prevents it. Nothing that is not whole has been published.
     """
     began = time.monotonic()
+    share = wanted_share(options.share, shares_by_hand=options.pp_ranks is not None)
     survey = take_survey(str(options.load_dir), follow_links=options.follow_links)
     pp_ranks = request.wanted_ranks(options, survey.arguments)
     if options.save_dir is not None:
         target_folder.check_place(options.load_dir, options.save_dir)
     target = request.wanted_target(options, survey.arguments)
     prepare(options.depth)
-    with Workers(options.processes) as workers:
+    with Workers(options.processes or default_workers(), listener.looked) as workers:
+        needs_contents = not options.is_dry_run and share is None
         jobs = [
-            PlanJob(survey.family(key), survey.told, pp_ranks, target, not options.is_dry_run)
+            PlanJob(survey.family(key), survey.told, pp_ranks, target, needs_contents)
             for key in survey.families
         ]
-        families = list(workers.map(plan_family, jobs))
-        check_families(families, survey.path)
-        known = [family.fingerprints for family in families]
-        source = fingerprint_source(workers, survey, dict(i for f in known for i in f.items()))
-        prepared = _prepare(options, survey, families, source)
+        families = _plan(workers, survey, jobs, listener)
+        prepared = _prepare(options, survey, families, _fingerprint(workers, survey, families))
+        if share is not None:
+            prepared = replace(prepared, part=_part_of(share, prepared.ranks))
         listener.planned(prepared)
+        run = _Run(workers, options, prepared, listener)
         if options.is_dry_run or options.save_dir is None:
+            if options.save_dir is not None:
+                run.check_target(options.save_dir)
             return prepared, None
-        done = _write(workers, options, options.save_dir, prepared, families, listener)
+        if prepared.part is not None:
+            own = prepared.part.ranks
+            jobs = [job.narrowed_to(own) for job in jobs if job.ranks & own]
+            families = list(workers.map(plan_family, jobs))
+        done = run.write(options.save_dir, families)
     if target_folder.is_whole(options.save_dir, survey.ranks):
         manifest.finish(options.save_dir, prepared.manifest, options.depth)
     outcome = Outcome(
         ranks=tuple(sorted(done, key=lambda rank: rank.id)),
         seconds=time.monotonic() - began,
         depth=options.depth,
-        tracker=target_folder.write_tracker(options.save_dir, survey.ranks),
+        tracker=target_folder.write_tracker(options.save_dir, survey.ranks)
+        if prepared.writes_tracker
+        else "left to the first process",
     )
     return prepared, outcome
+
+
+def _plan(
+    workers: Workers, survey: Survey, jobs: Sequence[PlanJob], listener: Listener
+) -> list[PlannedFamily]:
+    """The plans of all families, held to each other."""
+    listener.began(Phase.PLAN, len(survey.ranks))
+    families = []
+    for family in workers.map(plan_family, jobs):
+        families.append(family)
+        listener.advanced(len(family.folders.ranks))
+    check_families(families, survey.path)
+    return families
+
+
+def _fingerprint(workers: Workers, survey: Survey, families: Sequence[PlannedFamily]) -> str:
+    known = {rank: text for family in families for rank, text in family.fingerprints.items()}
+    return fingerprint_source(workers, survey, known)
+
+
+def _part_of(share: Share, ranks: Sequence[RankPlan]) -> Part:
+    dealt = deal({rank.id: rank.length for rank in ranks}, share.count)
+    own = dealt.hands[share.index]
+    return Part(share, own, dealt.lengths[share.index], dealt.largest_over_mean)
 
 
 def _prepare(
@@ -171,64 +232,105 @@ def _prepare(
     )
 
 
-def _write(
-    workers: Workers,
-    options: Options,
-    save_dir: Path,
-    prepared: Prepared,
-    families: Sequence[PlannedFamily],
-    listener: Listener,
-) -> list[RankDone]:
-    """Keep what is there, copy what is missing."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run whose plan stands, at its target."""
 
-    def check_others() -> None:
+    workers: Workers
+    options: Options
+    prepared: Prepared
+    listener: Listener
+
+    def check_target(self, save_dir: Path) -> set[RankId]:
+        """Hold what is there to this conversion, and the room to what is missing; the own rank
+        folders that are there. A dry run only looks.
+
+        Raises:
+            UsageError: another conversion has the target, or it exists.
+            CopyError: there is too little room.
+        """
+        resume = self.options.resume
+        manifest.check(save_dir, self.prepared.manifest)
+        self._check_others(save_dir)
+        own = self.prepared.own
+        if self.options.is_dry_run:
+            there = target_folder.filled(save_dir, own, resume=resume)
+        else:
+            there = target_folder.existing(save_dir, own, self.listener, resume=resume)
+        missing = sum(plan.length for plan in own if plan.id not in there)
+        target_folder.check_space(save_dir, missing)
+        return there
+
+    def _check_others(self, save_dir: Path) -> None:
+        prepared = self.prepared
         target_folder.check_others(
-            workers,
+            self.workers,
             save_dir,
             prepared.survey.ranks,
-            prepared.ranks,
+            prepared.own,
             prepared.target.layout,
             prepared.source.rules,
         )
 
-    manifest.check(save_dir, prepared.manifest)
-    check_others()
-    there = target_folder.existing(save_dir, prepared.ranks, resume=options.resume)
-    missing = [plan for plan in prepared.ranks if plan.id not in there]
-    target_folder.check_space(save_dir, sum(plan.length for plan in missing))
-    digests = digest_source(workers, prepared.survey, options.depth)
-    proofs = [
-        Proof(
-            family.folders,
-            family.source.rules,
-            family.frozen,
-            family.target.layout,
-            options.depth,
-            digests.get(family.ranks[0].id.family, {}),
-        )
-        for family in families
-    ]
-    kept = [
-        KeptJob(save_dir, plan, proof)
-        for family, proof in zip(families, proofs, strict=True)
-        for plan in family.ranks
-        if plan.id in there
-    ]
-    done = list(workers.map(check_kept, kept))
-    listener.started(sum(plan.length for plan in missing))
-    copier = Copier(workers, save_dir, finish_rank, listener.advanced)
-    is_first = manifest.claim(save_dir, prepared.manifest)
-    try:
+    def write(self, save_dir: Path, families: Sequence[PlannedFamily]) -> list[RankDone]:
+        """Keep what is there, copy what is missing.
+
+        Args:
+            save_dir: the target.
+            families: with the contents of the own rank folders.
+        """
+        there = self.check_target(save_dir)
+        is_first = manifest.claim(save_dir, self.prepared.manifest)
+        try:
+            with signs.Heartbeat(save_dir), folders.shown_at_work(save_dir, self.prepared.part):
+                done = self._copy(save_dir, families, there)
+        except BaseException:
+            if is_first:
+                manifest.withdraw(save_dir)
+            raise
+        manifest.claim(save_dir, self.prepared.manifest)  # it is there still, and ours
+        self._check_others(save_dir)
+        return done
+
+    def _copy(
+        self, save_dir: Path, families: Sequence[PlannedFamily], there: set[RankId]
+    ) -> list[RankDone]:
+        depth, listener = self.options.depth, self.listener
+        digests = digest_source(self.workers, self.prepared.survey, depth)
+        proofs = [
+            Proof(
+                family.folders,
+                family.source.rules,
+                family.frozen,
+                family.target.layout,
+                depth,
+                digests.get(family.ranks[0].id.family, {}),
+            )
+            for family in families
+        ]
+        kept = [
+            KeptJob(save_dir, plan, proof)
+            for family, proof in zip(families, proofs, strict=True)
+            for plan in family.ranks
+            if plan.id in there
+        ]
+        if kept:
+            listener.began(Phase.CHECK, sum(job.plan.length for job in kept))
+        done = []
+        for rank in self.workers.map(check_kept, kept):
+            listener.advanced(rank.length)
+            done.append(rank)
+        others = target_folder.Others(save_dir, self.prepared.awaited, listener)
+        awaited = sum(plan.length for plan in (*self.prepared.own, *self.prepared.awaited))
+        listener.began(Phase.COPY, awaited - sum(rank.length for rank in done))
+        copier = Copier(self.workers, save_dir, finish_rank, listener.advanced)
         for rank in copier.run(_copies(zip(families, proofs, strict=True), there)):
+            listener.finished(rank.id.folder)
             log.info("%s: %d bytes written", rank.id.folder, rank.length)
             done.append(rank)
-    except BaseException:
-        if is_first:
-            manifest.withdraw(save_dir)
-        raise
-    manifest.claim(save_dir, prepared.manifest)  # it is there still, and ours
-    check_others()
-    return done
+            others.look()
+        others.wait()
+        return done
 
 
 def _copies(

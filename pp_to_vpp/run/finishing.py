@@ -74,7 +74,8 @@ def finish_rank(
         files.append(WrittenFile(file.name, file.length, crc32))
     _check_unchanged(context.sources, plan.source_paths())
     _verify(context.proof, folder.path.parent, plan.id, folder.path.name)
-    folders.publish(folder)
+    if not folders.publish(folder):
+        return check_kept(KeptJob(folder.path.parent, plan, context.proof))
     return RankDone(plan.id, tuple(files), time.monotonic() - folder.began)
 
 

@@ -1,28 +1,25 @@
 """Rank folders and small files that appear only when they are whole.
 
-A rank folder is written under a temporary name and renamed at the end. The name tells which process
-of which host writes it, so that what an interrupted run left can be told from what is alive.
+A rank folder is written under a temporary name and renamed at the end. The name carries the mark
+of the run that writes it (see ``signs``): what an interrupted one left can be told from what lives.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import glob
+import math
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CopyError, UsageError
+from ..errors import CopyError
 from ..target.plan import RankPlan
-
-_FRESH_SECONDS = 15 * 60
-"""A temporary folder of another host that changed within this time is taken to be alive."""
-_PREFIX = ".writing-"
+from . import signs
+from .signs import SHARING, WRITING, Writer, own_mark
 
 
 def copy_error(path: str | Path, what: str, error: OSError) -> CopyError:
@@ -48,63 +45,58 @@ class TemporaryFolder:
         return str(self.path / name)
 
 
-def _own_mark() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}-{_start_time(os.getpid())}"
-
-
-def _start_time(pid: int) -> str:
-    """When a process began, in the kernel's ticks: tells it from a later one with its number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return "0"
-
-
-def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> None:
-    """Remove what interrupted runs left of these rank folders.
+def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> list[Writer]:
+    """Remove what interrupted runs left of these rank folders; who is writing the others.
 
     A folder is renamed before it is emptied: a run that is still alive can then no longer publish
     it, so removing it by mistake ends that run with an error and can do no other harm.
 
     Raises:
-        UsageError: another run is writing one of them now.
         CopyError: they cannot be removed.
     """
-    if not save_dir.is_dir():
-        return
-    wanted = set(folders)
+    wanted, others = set(folders), []
     try:
-        names = [name for name in os.listdir(save_dir) if name.startswith(_PREFIX)]
-        for name in names:
-            folder, _, mark = name.removeprefix(_PREFIX).partition(".")
-            if folder not in wanted:
+        for writer in _writers(save_dir):
+            folder = folder_of(writer.path)
+            if folder is not None and folder not in wanted:
                 continue
-            if mark != "dead" and _is_alive(save_dir / name, mark):
-                raise UsageError.of(
-                    save_dir / name,
-                    "another run is writing this rank folder now",
-                    cure="wait for it, or end it; give each run other --pipeline-ranks-to-process",
-                )
-            dead = save_dir / f"{_PREFIX}{folder}.dead"
-            with contextlib.suppress(FileNotFoundError):  # removed by a run that does the same
-                if name != dead.name:
-                    shutil.rmtree(dead, ignore_errors=True)
-                    (save_dir / name).rename(dead)
-                shutil.rmtree(dead)
+            if not writer.is_dead:
+                others += [writer] if folder is not None else []
+            elif folder is None:
+                writer.path.unlink(missing_ok=True)
+            else:
+                _remove(writer.path, save_dir / f"{WRITING}{folder}.{signs.DEAD}")
     except OSError as error:
         raise copy_error(save_dir, "leftovers of an earlier run cannot be removed", error) from None
+    return others
 
 
-def _is_alive(path: Path, mark: str) -> bool:
-    """Whether the run that writes a temporary folder still exists."""
-    host, pid, start = ["", "", *mark.rsplit("-", 2)][-3:]
-    if host == socket.gethostname():
-        return pid.isdigit() and _start_time(int(pid)) == start and int(pid) != os.getpid()
-    try:
-        newest = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
-    except OSError:
-        return False
-    return time.time() - newest < _FRESH_SECONDS
+def newest_sign(save_dir: Path) -> float:
+    """Seconds since another run last gave a sign of life; endless if there is no other."""
+    return min((w.silent for w in _writers(save_dir) if not w.is_dead), default=math.inf)
+
+
+def _writers(save_dir: Path) -> list[Writer]:
+    """Who has something unpublished in a target, this process's earlier attempts among them."""
+    if not save_dir.is_dir():
+        return []
+    names = [n for n in sorted(os.listdir(save_dir)) if n.startswith((WRITING, SHARING))]
+    now = signs.server_time(save_dir) if names else 0.0
+    return [signs.writer_of(save_dir / n, n[1:].partition(".")[2], now) for n in names]
+
+
+def folder_of(path: Path) -> str | None:
+    """The rank folder that a temporary one will be; None for other signs."""
+    name = path.name
+    return name.removeprefix(WRITING).partition(".")[0] if name.startswith(WRITING) else None
+
+
+def _remove(path: Path, dead: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # removed by a run that does the same
+        if path != dead:
+            shutil.rmtree(dead, ignore_errors=True)
+            path.rename(dead)
+        shutil.rmtree(dead)
 
 
 def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
@@ -115,7 +107,7 @@ def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
     """
     name = plan.id.folder
     folder = TemporaryFolder(
-        save_dir / f"{_PREFIX}{name}.{_own_mark()}", save_dir / name, time.monotonic()
+        save_dir / f"{WRITING}{name}.{own_mark()}", save_dir / name, time.monotonic()
     )
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -130,8 +122,9 @@ def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
 
 def remove_own(save_dir: Path) -> None:
     """Remove what this process has not published."""
-    for path in save_dir.glob(f"{_PREFIX}*.{glob.escape(_own_mark())}"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in signs.own_names(save_dir):
+        if folder_of(path) is not None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -146,18 +139,54 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(folder: TemporaryFolder) -> None:
-    """Give a whole folder its name.
+def publish(folder: TemporaryFolder) -> bool:
+    """Give a whole folder its name; False if another run has published one meanwhile, and this one
+    is gone.
 
     Raises:
-        CopyError: the name is taken, or the file system refuses.
+        CopyError: the file system refuses.
     """
     try:
         sync_folder(folder.path)
-        folder.path.rename(folder.target)
+        try:
+            folder.path.rename(folder.target)
+        except OSError:
+            if not is_filled(folder.target):
+                raise
+            shutil.rmtree(folder.path, ignore_errors=True)
+            return False
         sync_folder(folder.target.parent)
     except OSError as error:
         raise copy_error(folder.target, "cannot be given its name", error) from None
+    return True
+
+
+def is_filled(path: Path) -> bool:
+    """Whether something is there that is more than an empty folder."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+@contextlib.contextmanager
+def shown_at_work(save_dir: Path, share: object | None) -> Iterator[None]:
+    """Let the processes that share the work, if any, see that this one has begun, and lives.
+
+    Raises:
+        CopyError: the target cannot be written.
+    """
+    if share is None:
+        yield
+        return
+    name = f"{SHARING}{share}.{own_mark()}"
+    path = save_dir / name.replace("/", "-of-")
+    try:
+        path.touch()
+    except OSError as error:
+        raise copy_error(save_dir, "cannot be written", error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -195,7 +224,7 @@ def write_first(path: Path, text: str) -> bool:
 @contextlib.contextmanager
 def _written(path: Path, text: str) -> Iterator[Path]:
     """A text on disk under a private name beside ``path``, which is removed afterwards."""
-    temporary = path.with_name(f".{path.name}.{_own_mark()}")
+    temporary = path.with_name(f".{path.name}.{own_mark()}")
     try:
         with temporary.open("w") as file:
             file.write(text)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from ..checkpoint import one_save
 from ..checkpoint.family import Family, RankFiles
@@ -34,6 +34,16 @@ class PlanJob:
     target: Target
     needs_contents: bool
     """Whether the plans are to be carried out; else only their sizes are returned."""
+
+    @property
+    def ranks(self) -> frozenset[RankId]:
+        """The target ranks wanted."""
+        return frozenset(self.folders.ranks[pp_rank] for pp_rank in self.pp_ranks)
+
+    def narrowed_to(self, own: Collection[RankId]) -> PlanJob:
+        """The part of it that is to be carried out."""
+        pp_ranks = tuple(p for p in self.pp_ranks if self.folders.ranks[p] in own)
+        return replace(self, pp_ranks=pp_ranks, needs_contents=True)
 
 
 @dataclass(frozen=True, slots=True)

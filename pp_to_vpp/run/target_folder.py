@@ -2,31 +2,64 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import CopyError, UsageError
+from ..errors import CopyError, UsageError, show
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..target.plan import RankPlan
 from ..verify.compare import told_layout
 from . import folders
+from .folders import is_filled
+from .listener import Listener
+from .signs import SILENT_SECONDS, Writer
 from .workers import Workers
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron finds the optimizer file through it, even with --ckpt-step (FORMAT 1.2)."""
-_ITERATION = re.compile(r"iter_([0-9]{7,})|(release)")
+_ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})|(release)")
+_LOOK_SECONDS = 2.0
+"""How often what other runs do is looked at: each look is a listing of the target."""
+_SAY_SECONDS = 60.0
+_PATIENCE_SECONDS = 15 * 60.0
+"""A process that shares the work and has begun touches the target far more often; one that has not
+begins by planning, which takes minutes for the largest checkpoints."""
 
 
 def check_place(load_dir: Path, save_dir: Path) -> None:
-    """The source is never written.
+    """The target can be where it is asked for, and Megatron could find it there.
 
     Raises:
-        UsageError: the target lies in it.
+        UsageError: it lies in the source, which is never written, or has a name like that of an
+            iteration which no iteration has.
+        CopyError: nothing can be written there.
     """
+    name = Path(os.path.abspath(save_dir)).name
+    if name.startswith("iter_") and _ITERATION.fullmatch(name) is None:
+        number = name.removeprefix("iter_")
+        is_number = re.fullmatch("[0-9]{1,18}", number) is not None
+        raise UsageError.of(
+            save_dir,
+            "Megatron looks for no such folder",
+            expected=f"iter_{int(number):07d}" if is_number else "iter_ and seven digits",
+            found=name,
+            cure="name the target as Megatron names iterations",
+        )
+    place = _first_existing(save_dir)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise CopyError.of(
+            place,
+            "the target cannot be written",
+            found="no folder" if not place.is_dir() else "no permission to write",
+            cure="choose another --save-iteration-dir",
+        )
     target = save_dir.resolve()
     sources = {path.resolve() for path in (load_dir, *load_dir.glob("mp_rank_*"))}
     if sources & {target, *target.parents}:
@@ -74,11 +107,11 @@ def check_others(
             )
 
 
-def existing(save_dir: Path, plans: Sequence[RankPlan], *, resume: bool) -> set[RankId]:
-    """The rank folders that are there, after clearing away what is half done.
+def filled(save_dir: Path, plans: Sequence[RankPlan], *, resume: bool) -> set[RankId]:
+    """The rank folders that are there.
 
     Raises:
-        UsageError: there are some, and ``--resume`` was not given; or another run is writing now.
+        UsageError: there are some, and ``--resume`` was not given.
     """
     there = [plan.id for plan in plans if is_filled(save_dir / plan.id.folder)]
     if there and not resume:
@@ -88,13 +121,98 @@ def existing(save_dir: Path, plans: Sequence[RankPlan], *, resume: bool) -> set[
             cure="use --resume to keep what an earlier run of this conversion finished, or "
             "remove it",
         )
-    folders.clear_leftovers(save_dir, [plan.id.folder for plan in plans])
     return set(there)
 
 
-def is_filled(path: Path) -> bool:
-    """Whether something is there that is more than an empty folder."""
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+def existing(
+    save_dir: Path, plans: Sequence[RankPlan], listener: Listener, *, resume: bool
+) -> set[RankId]:
+    """The rank folders that are there, after clearing away what is half done. Where another run is
+    at it, wait until it ends or is dead.
+
+    Args:
+        save_dir: the target.
+        plans: of the rank folders that are wanted.
+        listener: hears what is waited for.
+        resume: whether to wait.
+
+    Raises:
+        UsageError: there are some, or another run is writing now, and ``--resume`` was not given.
+        CopyError: what is left cannot be removed.
+    """
+    filled(save_dir, plans, resume=resume)  # nothing is touched where this refuses
+    said = -math.inf
+    while writers := folders.clear_leftovers(save_dir, [plan.id.folder for plan in plans]):
+        if not resume:
+            raise UsageError.of(
+                save_dir,
+                f"another run is writing rank folders of this target now ({writers[0]})",
+                cure="wait for it, or end it; --resume waits, and several processes share one "
+                "conversion with --share",
+            )
+        if time.monotonic() - said >= _SAY_SECONDS:
+            said = time.monotonic()
+            listener.waits("; ".join(map(_waits_for, writers[:4])))
+        listener.looked()
+        time.sleep(_LOOK_SECONDS)
+    return filled(save_dir, plans, resume=resume)
+
+
+def _waits_for(writer: Writer) -> str:
+    folder = folders.folder_of(writer.path)
+    until = "until it ends"
+    if not writer.is_seen:
+        then = time.localtime(time.time() + SILENT_SECONDS - writer.silent)
+        until = f"it is taken over after {time.strftime('%H:%M:%S', then)} unless it gives one"
+    return f"{folder}: another run is writing it ({writer}), {until}"
+
+
+class Others:
+    """The rank folders that other processes of the same conversion write."""
+
+    def __init__(self, save_dir: Path, plans: Iterable[RankPlan], listener: Listener) -> None:
+        self._save_dir = save_dir
+        self._listener = listener
+        self._left = {plan.id: plan.length for plan in plans}
+        self._looked = time.monotonic()
+        self._seen = self._looked
+        """When a folder was last found to be new."""
+
+    def look(self) -> None:
+        """Tell the listener what they have published since, unless that was just done."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for rank in [r for r in self._left if (self._save_dir / r.folder).is_dir()]:
+            self._listener.advanced(self._left.pop(rank))
+            self._listener.finished(rank.folder)
+            self._seen = self._looked
+
+    def wait(self) -> None:
+        """Wait until all are there.
+
+        Raises:
+            CopyError: nobody has given a sign of life for a quarter of an hour.
+        """
+        self._seen, said = time.monotonic(), -math.inf
+        self._looked = -math.inf
+        self.look()
+        while self._left:
+            silent = min(time.monotonic() - self._seen, folders.newest_sign(self._save_dir))
+            missing = f"{len(self._left)} rank folders of other processes are still to come"
+            if silent > _PATIENCE_SECONDS:
+                raise CopyError.of(
+                    self._save_dir,
+                    f"{missing} ({min(self._left).folder}), and no process has given a sign of "
+                    f"life for {_PATIENCE_SECONDS / 60:.0f} minutes",
+                    cure="see what the other processes say, then run again with --resume",
+                )
+            if time.monotonic() - said >= _SAY_SECONDS:
+                said = time.monotonic()
+                self._listener.waits(f"{missing}; last sign of life {silent:.0f} s ago")
+            self._listener.looked()
+            time.sleep(_LOOK_SECONDS)
+            self.look()
 
 
 def check_space(save_dir: Path, needed: int) -> None:
@@ -103,10 +221,7 @@ def check_space(save_dir: Path, needed: int) -> None:
     Raises:
         CopyError: the file system of the target has too little room.
     """
-    place = save_dir.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_first_existing(save_dir)).free
     if free < needed:
         raise CopyError.of(
             save_dir,
@@ -117,6 +232,14 @@ def check_space(save_dir: Path, needed: int) -> None:
         )
 
 
+def _first_existing(path: Path) -> Path:
+    """A folder, or the one above it that will hold it."""
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
 def is_whole(save_dir: Path, ranks: Iterable[RankId]) -> bool:
     """Whether every rank folder is there."""
     return all((save_dir / rank.folder).is_dir() for rank in ranks)
@@ -125,8 +248,9 @@ def is_whole(save_dir: Path, ranks: Iterable[RankId]) -> bool:
 def write_tracker(save_dir: Path, ranks: Sequence[RankId]) -> str:
     """Name the iteration in the tracker file once every rank folder is there; what became of it."""
     missing = [rank for rank in ranks if not (save_dir / rank.folder).is_dir()]
-    match = _ITERATION.fullmatch(save_dir.resolve().name)
-    path = save_dir.resolve().parent / TRACKER
+    named = Path(os.path.abspath(save_dir))  # as --load will name it, whatever it links to
+    match = _ITERATION.fullmatch(named.name)
+    path = named.parent / TRACKER
     if missing:
         return f"not written: {len(missing)} rank folders are still to come ({missing[0].folder})"
     if match is None:
@@ -137,6 +261,8 @@ def write_tracker(save_dir: Path, ranks: Sequence[RankId]) -> str:
     except (OSError, UnicodeDecodeError):
         there = "?"
     if there is not None and there.strip() != text:
+        if re.fullmatch(r"[0-9]+|release", there.strip()) is None:
+            return f"left alone: {path} holds {show(there)}, which Megatron cannot read: correct it"
         return f"left alone: {path} names {there.strip()[:40]}, Megatron loads that one"
     if there is None:
         folders.write_whole(path, text)

@@ -14,7 +14,9 @@ from ..source.survey import Survey, take_survey
 from ..target import request
 from ..verify.compare import Proof, VerifyJob, prepare, rules_of, told_layout, verify_folder
 from . import manifest
-from .convert import Listener, digest_source, fingerprint_source
+from .convert import digest_source, fingerprint_source
+from .listener import Listener, Phase
+from .share import deal, default_workers, wanted_share
 from .target_folder import check_place
 from .workers import Workers
 
@@ -42,6 +44,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         CheckpointError: the source cannot be read, or is damaged itself.
     """
     began = time.monotonic()
+    share = wanted_share(options.share, shares_by_hand=options.pp_ranks is not None)
     if options.save_dir is None or not options.save_dir.exists():
         raise UsageError.of(
             options.save_dir,
@@ -54,9 +57,9 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     check_place(options.load_dir, options.save_dir)
     target = _survey_target(options.save_dir, source)
     prepare(options.depth)
-    with Workers(options.processes) as workers:
-        sizes = [_size(options.save_dir / rank.folder) for rank in target.ranks]
-        listener.started(sum(sizes))
+    with Workers(options.processes or default_workers(), listener.looked) as workers:
+        sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
+        own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
         digests = digest_source(workers, source, options.depth)
         folders = {key: source.family(key) for key in source.families}
         found = dict(zip(folders, workers.map(rules_of, folders.values()), strict=True))
@@ -67,17 +70,20 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             key: Proof(folders[key], rules, frozen, layout, options.depth, digests.get(key, {}))
             for key, (rules, frozen) in found.items()
         }
-        jobs = [VerifyJob(proofs[rank.family], target.path, rank) for rank in source.ranks]
+        listener.began(Phase.VERIFY, sum(sizes[rank] for rank in own))
+        ranks = sorted(own)
+        jobs = [VerifyJob(proofs[rank.family], target.path, rank) for rank in ranks]
         length = 0
-        for size, count in zip(sizes, workers.map(verify_folder, jobs), strict=True):
+        for rank, count in zip(ranks, workers.map(verify_folder, jobs), strict=True):
             length += count
-            listener.advanced(size)
+            listener.advanced(sizes[rank])
+            listener.finished(rank.folder)
     return Verified(
         source=source.path,
         target=target.path,
         layout=layout,
         depth=options.depth,
-        ranks=len(target.ranks),
+        ranks=len(own),
         length=length,
         seconds=time.monotonic() - began,
     )

@@ -53,13 +53,18 @@ def _end_with(parent: Any) -> None:
 class Workers:
     """A pool of worker processes; a context manager that leaves none behind."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, looked: Callable[[], None] = lambda: None) -> None:
         """Make the pool; its processes start with the first task.
+
+        Args:
+            count: of processes.
+            looked: called about once a second while the pool is waited for.
 
         Raises:
             CopyError: the system gives no more of something.
         """
         self.count = count
+        self._looked = looked
         self._dead_thread: str | None = None
         """Why a thread of this process died: one of the pool's own, on which all waiting hangs."""
         self._old_hook = threading.excepthook
@@ -70,7 +75,7 @@ class Workers:
                 count, multiprocessing.get_context(method), initializer=_start_worker
             )
         except OSError as error:
-            raise _no_more(error) from None
+            raise no_more(error) from None
         threading.excepthook = self._note_death
 
     def _note_death(self, death: threading.ExceptHookArgs) -> None:
@@ -115,7 +120,7 @@ class Workers:
         except BrokenProcessPool:
             raise _worker_died() from None
         except (OSError, RuntimeError) as error:  # no process, no thread
-            raise _no_more(error) from None
+            raise no_more(error) from None
 
     def wait(self, futures: Collection[Future[Any]]) -> None:
         """Wait until one of some tasks is done.
@@ -126,8 +131,9 @@ class Workers:
         """
         was_lost = False
         while not wait(futures, _LOOK_SECONDS, FIRST_COMPLETED).done:
+            self._looked()
             if self._dead_thread is not None:
-                raise _no_more(self._dead_thread)
+                raise no_more(self._dead_thread)
             if was_lost:  # and the pool, waiting for the rest of a result, has not seen it
                 raise _worker_died()
             was_lost = self._has_lost_a_worker()
@@ -160,7 +166,8 @@ class Workers:
             yield self.result_of(pending.pop(0))
 
 
-def _no_more(reason: object) -> CopyError:
+def no_more(reason: object) -> CopyError:
+    """The system's refusal of a process or thread."""
     return CopyError.of(
         "worker processes",
         f"the system gives this program no more processes, threads or memory ({reason})",

@@ -7,22 +7,22 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pp_to_vpp.errors import CopyError
 from pp_to_vpp.megatron.ranks import RankId
-from pp_to_vpp.run import copying, folders, schedule, target_folder
+from pp_to_vpp.run import copying, schedule, signs, target_folder
 
 from ..edit import copy_of, rewrite
 from ..pairs import MOE, pair
 from ..runs import Program, command, environment, run_process
 from .test_convert import files_of
+from .test_signs import mark
 
 KILLS = int(os.environ.get("PP_TO_VPP_KILLS", "6"))
 """The long suite raises this (see the README)."""
@@ -276,12 +276,11 @@ def _leftover(target: Path, mark: str) -> Path:
 
 def test_leftovers_of_dead_runs_are_cleared(program: Program, tmp_path: Path) -> None:
     target = tmp_path / "iter_0000001"
-    host = socket.gethostname()
     process = subprocess.Popen(["true"])
     process.wait()
     dead = [
-        _leftover(target, f"{host}-{process.pid}-123"),
-        _leftover(target, f"{host}-1-0"),  # the number lives on, the process does not
+        _leftover(target, mark(process.pid, "123")),
+        _leftover(target, mark(1, "0")),  # the number lives on, the process does not
         _leftover(target, "dead"),
     ]
     elsewhere = _leftover(target, "another-host-5-77")
@@ -295,15 +294,14 @@ def test_a_second_run_at_the_same_time_is_refused(program: Program, tmp_path: Pa
     target = tmp_path / "iter_0000001"
     sleeper = subprocess.Popen(["sleep", "60"])
     try:
-        start_time = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
-        here = _leftover(target, f"{socket.gethostname()}-{sleeper.pid}-{start_time}")
+        here = _leftover(target, mark(sleeper.pid))
         run = program.convert(pair(MOE).source, target, pair(MOE).options)
-        program.refuses(2, run, "another run is writing this rank folder now")
+        program.refuses(2, run, "another run is writing rank folders of this target now", "--share")
         assert here.exists()
         shutil.rmtree(here)
         there = _leftover(target, "another-host-5-77")
-        run = program.convert(pair(MOE).source, target, pair(MOE).options, "--resume")
-        program.refuses(2, run, "another run is writing this rank folder now")
+        run = program.convert(pair(MOE).source, target, pair(MOE).options)
+        program.refuses(2, run, "another run is writing rank folders of this target now")
         assert there.exists()
     finally:
         sleeper.kill()
@@ -324,11 +322,35 @@ def test_two_runs_that_start_together_do_no_harm(
     assert files_of(target) == undisturbed
 
 
-def test_publishing_over_a_filled_folder_fails(tmp_path: Path) -> None:
-    source, taken = tmp_path / ".writing-a", tmp_path / "a"
-    for path in (source, taken):
-        path.mkdir()
-        (path / "file").write_text(path.name)
-    with pytest.raises(CopyError, match="cannot be given its name"):
-        folders.publish(folders.TemporaryFolder(source, taken, 0.0))
-    assert (taken / "file").read_text() == "a"
+def test_a_resumed_run_waits_for_a_live_one(
+    program: Program, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """On this host until its process is gone; what that leaves is taken over at once."""
+    target = tmp_path / "iter_0000001"
+    with subprocess.Popen(["sleep", "3"]) as other:
+        _leftover(target, mark(other.pid))
+        began = time.monotonic()
+        reaper = threading.Thread(target=other.wait)  # else it stays, dead, in the list
+        reaper.start()
+        run = program.convert(pair(MOE).source, target, pair(MOE).options, "--resume")
+        reaper.join()
+    assert run.status == 0, run
+    assert time.monotonic() - began > 2
+    assert f"waiting: mp_rank_00_000_000: another run is writing it (process {other.pid} of " in (
+        run.errors
+    )
+    assert "until it ends" in run.errors
+    assert files_of(target) == undisturbed
+
+
+def test_a_resumed_run_takes_over_from_a_silent_host(
+    program: Program, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "iter_0000001"
+    _leftover(target, mark(host="another"))
+    monkeypatch.setattr(signs, "SILENT_SECONDS", 3.0)
+    run = program.convert(pair(MOE).source, target, pair(MOE).options, "--resume")
+    assert run.status == 0, run
+    assert "of another, last sign of life" in run.errors
+    assert "it is taken over after" in run.errors
+    assert files_of(target) == undisturbed

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pp_to_vpp.container.extents import Literal, Zeros
-from pp_to_vpp.errors import CopyError, UsageError
+from pp_to_vpp.errors import CopyError
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.run import folders
 from pp_to_vpp.run.folders import TemporaryFolder
+from pp_to_vpp.run.signs import own_mark
 from pp_to_vpp.target.plan import FilePlan, RankPlan
+
+from .test_signs import mark, sleeper
+
+__all__ = ["sleeper"]  # a fixture
 
 RANK = RankId(0, 3, 1)
 PLAN = RankPlan(
     RANK, (FilePlan("a.pt", 5, ((Literal(b"hello"),),), None), FilePlan("b", 1 << 20, (), None))
 )
 NAME = "mp_rank_00_003_001"
-
-
-def start_of(pid: int) -> str:
-    """When a process began, as the kernel tells."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-
-
-@pytest.fixture
-def sleeper() -> Iterator[int]:
-    """The number of another process that is alive."""
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
-        yield process.pid
-        process.kill()
 
 
 def leftover(folder: Path, mark: str, name: str = NAME) -> Path:
@@ -62,8 +51,7 @@ def test_files_begin_as_holes_of_their_final_size(tmp_path: Path) -> None:
 
 def test_the_name_tells_who_writes(tmp_path: Path) -> None:
     folder = folders.create_folder(tmp_path, PLAN)
-    mark = folder.path.name.removeprefix(f".writing-{NAME}.")
-    assert mark == f"{socket.gethostname()}-{os.getpid()}-{start_of(os.getpid())}"
+    assert folder.path.name == f".writing-{NAME}.{own_mark()}"
 
 
 def test_nobody_writes_into_a_folder_twice(tmp_path: Path) -> None:
@@ -74,11 +62,10 @@ def test_nobody_writes_into_a_folder_twice(tmp_path: Path) -> None:
 
 def test_own_folders_are_removed_and_no_others(tmp_path: Path, sleeper: int) -> None:
     own = folders.create_folder(tmp_path, PLAN)
-    host = socket.gethostname()
     others = [
-        leftover(tmp_path, f"{host}-{sleeper}-{start_of(sleeper)}"),
-        leftover(tmp_path, f"{host}-{os.getpid()}-1"),
-        leftover(tmp_path, f"elsewhere-{os.getpid()}-{start_of(os.getpid())}"),
+        leftover(tmp_path, mark(sleeper)),
+        leftover(tmp_path, mark(os.getpid(), "1")),
+        leftover(tmp_path, mark(host="elsewhere")),
     ]
     (tmp_path / NAME).mkdir()
     folders.remove_own(tmp_path)
@@ -88,69 +75,40 @@ def test_own_folders_are_removed_and_no_others(tmp_path: Path, sleeper: int) -> 
     folders.remove_own(tmp_path / "missing")
 
 
-def test_what_a_live_process_writes_is_left_alone(tmp_path: Path, sleeper: int) -> None:
-    path = leftover(tmp_path, f"{socket.gethostname()}-{sleeper}-{start_of(sleeper)}")
-    with pytest.raises(UsageError, match="another run is writing this rank folder now"):
-        folders.clear_leftovers(tmp_path, [NAME])
+def test_what_lives_is_left_alone_and_told(tmp_path: Path, sleeper: int) -> None:
+    path = leftover(tmp_path, mark(sleeper))
+    (found,) = folders.clear_leftovers(tmp_path, [NAME])
+    assert (found.path, found.pid) == (path, str(sleeper))
+    assert f"process {sleeper} of " in str(found)
+    assert folders.folder_of(path) == NAME
     assert (path / "a.pt").read_text() == "half"
+    assert 0 <= folders.newest_sign(tmp_path) < 60
 
 
-def test_what_dead_processes_left_is_removed(tmp_path: Path, sleeper: int) -> None:
-    host = socket.gethostname()
-    marks = [
-        f"{host}-4194305-77",  # beyond the largest number
-        f"{host}-{sleeper}-{int(start_of(sleeper)) - 1}",  # its number was another's before
-        f"{host}-{os.getpid()}-{start_of(os.getpid())}",  # this process begins anew
-        "dead",  # an earlier run was interrupted while it removed it
-        f"{host}-what-ever",
-    ]
-    for mark in marks:
-        leftover(tmp_path, mark)
-    folders.clear_leftovers(tmp_path, [NAME])
+def test_what_is_dead_is_removed(tmp_path: Path) -> None:
+    for text in (mark("4194305", "77"), own_mark(), "dead"):
+        leftover(tmp_path, text)
+    (tmp_path / f".sharing-1-of-4.{mark('4194305', '77')}").touch()
+    assert folders.newest_sign(tmp_path) == math.inf
+    assert folders.clear_leftovers(tmp_path, [NAME]) == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mark", ["", "bak", "a-b"])
-def test_folders_of_unknown_marks_end_no_run(mark: str, tmp_path: Path) -> None:
-    """Somebody may have renamed or copied one: its age tells, as for other hosts."""
-    path = leftover(tmp_path, mark)
-    for entry in (path / "a.pt", path):
-        os.utime(entry, (1, 1))
-    folders.clear_leftovers(tmp_path, [NAME])
-    assert not path.exists()
-
-
-@pytest.mark.parametrize(("age", "is_alive"), [(60, True), (14 * 60, True), (16 * 60, False)])
-def test_folders_of_other_hosts_are_judged_by_their_age(
-    age: int, is_alive: bool, tmp_path: Path
-) -> None:
-    """Their newest file counts."""
-    path = leftover(tmp_path, "other-host-name-17-4242")
-    stamp = time.time() - age
-    os.utime(path, (1, 1))
-    os.utime(path / "a.pt", (stamp, stamp))
-    if is_alive:
-        with pytest.raises(UsageError, match="another run"):
-            folders.clear_leftovers(tmp_path, [NAME])
-    else:
-        folders.clear_leftovers(tmp_path, [NAME])
-    assert path.exists() == is_alive
-
-
-def test_host_names_may_have_hyphens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mark is read from its end."""
-    monkeypatch.setattr(socket, "gethostname", lambda: "node-7-rack-2")
-    own = folders.create_folder(tmp_path, PLAN)
-    folders.clear_leftovers(tmp_path, [NAME])
-    assert not own.path.exists(), "of this process, so nobody else can be writing it"
-    leftover(tmp_path, "node-7-rack-3-1-1")
-    with pytest.raises(UsageError, match="another run"):
-        folders.clear_leftovers(tmp_path, [NAME])
+def test_processes_that_share_show_that_they_are_at_work(tmp_path: Path) -> None:
+    with folders.shown_at_work(tmp_path, "3/16"):
+        assert [p.name for p in tmp_path.iterdir()] == [f".sharing-3-of-16.{own_mark()}"]
+    with folders.shown_at_work(tmp_path, None):
+        assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(CopyError, match="cannot be written"),
+        folders.shown_at_work(tmp_path / "missing", "0/2"),
+    ):
+        pass
 
 
 def test_only_the_wanted_folders_are_cleared(tmp_path: Path) -> None:
     """Others may be those of nodes that share the work."""
-    dead = f"{socket.gethostname()}-4194305-77"
+    dead = mark("4194305", "77")
     mine, other = leftover(tmp_path, dead), leftover(tmp_path, dead, "mp_rank_00_002_001")
     finished = tmp_path / NAME
     finished.mkdir()
@@ -178,10 +136,20 @@ def test_publishing_is_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", renamed)
-    folders.publish(folder)
+    assert folders.publish(folder)
     assert done == [f"sync {folder.path.name}", "rename", f"sync {tmp_path.name}"]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     assert folder.target.stat().st_ino == inode
+
+
+def test_who_comes_second_takes_it_as_done(tmp_path: Path) -> None:
+    """Another run of the conversion has published the folder: its own is not needed."""
+    folder = folders.create_folder(tmp_path, PLAN)
+    folder.target.mkdir()
+    (folder.target / "a.pt").write_text("theirs")
+    assert not folders.publish(folder)
+    assert not folder.path.exists()
+    assert (folder.target / "a.pt").read_text() == "theirs"
 
 
 def test_an_empty_folder_of_that_name_is_no_hindrance(tmp_path: Path) -> None:

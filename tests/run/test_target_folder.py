@@ -10,13 +10,14 @@ import pytest
 
 from pp_to_vpp.errors import CopyError, UsageError, VerificationError
 from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.run.folders import is_filled
+from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.run.target_folder import (
     TRACKER,
     check_others,
     check_place,
     check_space,
     existing,
-    is_filled,
     write_tracker,
 )
 from pp_to_vpp.target.plan import RankPlan
@@ -83,16 +84,16 @@ def test_empty_folders_are_as_good_as_none(tmp_path: Path) -> None:
 
 def test_what_is_there_is_kept_if_it_is_asked_for(tmp_path: Path) -> None:
     """What an interrupted run left of the others is cleared away, and nothing before that."""
-    assert existing(tmp_path / "missing", PLANS, resume=False) == set()
+    assert existing(tmp_path / "missing", PLANS, Listener(), resume=False) == set()
     (tmp_path / RANKS[0].folder / "x").mkdir(parents=True)
     leftover = tmp_path / f".writing-{RANKS[1].folder}.dead"
     leftover.mkdir()
     with pytest.raises(UsageError, match=r"mp_rank_00_000: the target exists already \(1 of 2"):
-        existing(tmp_path, PLANS, resume=False)
+        existing(tmp_path, PLANS, Listener(), resume=False)
     assert leftover.exists()
-    assert existing(tmp_path, PLANS[1:], resume=False) == set()
+    assert existing(tmp_path, PLANS[1:], Listener(), resume=False) == set()
     assert not leftover.exists()
-    assert existing(tmp_path, PLANS, resume=True) == {RANKS[0]}
+    assert existing(tmp_path, PLANS, Listener(), resume=True) == {RANKS[0]}
 
 
 def test_folders_of_other_runs_are_held_to_the_layout(tmp_path: Path) -> None:

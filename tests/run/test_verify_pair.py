@@ -10,7 +10,7 @@ import pytest
 from pp_to_vpp.errors import CheckpointError, UsageError, VerificationError
 from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.run import verify_pair
-from pp_to_vpp.run.convert import Listener
+from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.run.verify_pair import Verified, verify_existing
 
 from ..edit import copy_of
@@ -23,7 +23,7 @@ from ..runs import Program
 def verified(source: Path, target: Path | None, *, depth: Depth = Depth.STRUCTURE) -> Verified:
     """Verify in this process; what is heard of it must add up."""
     heard: list[int] = []
-    listener = Listener(started=heard.append, advanced=heard.append)
+    listener = Listener(began=lambda _, total: heard.append(total), advanced=heard.append)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify_pair, "Workers", Inline)
         found = verify_existing(Options(source, target, depth=depth), listener)

@@ -1,0 +1,45 @@
+"""Who wants to hear of a run."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .convert import Prepared
+
+
+class Phase(enum.Enum):
+    """What a run is doing; in words, and what its progress is counted in."""
+
+    PLAN = "plan", "folders"
+    """Source folders are read and proved."""
+    CHECK = "check", "B"
+    """What is there already is verified: the source for full verification, kept folders."""
+    COPY = "copy", "B"
+    """The target is written; each folder is verified before it gets its name."""
+    VERIFY = "verify", "B"
+    """A target that is there is verified."""
+
+    def __init__(self, word: str, unit: str) -> None:
+        self.word, self.unit = word, unit
+
+
+@dataclass(slots=True)
+class Listener:
+    """The functions do nothing unless replaced. All are called in the process that called."""
+
+    planned: Callable[[Prepared], None] = field(default=lambda _: None)
+    """The plan stands, and no byte has been written."""
+    began: Callable[[Phase, int], None] = field(default=lambda _phase, _total: None)
+    """A phase begins; how much there is to do."""
+    advanced: Callable[[int], None] = field(default=lambda _: None)
+    """So much more of it is done."""
+    finished: Callable[[str], None] = field(default=lambda _: None)
+    """A folder is done."""
+    waits: Callable[[str], None] = field(default=lambda _: None)
+    """The run waits for another one; for whom, and until when."""
+    looked: Callable[[], None] = field(default=lambda: None)
+    """Nothing new, about once a second: time may be shown."""
