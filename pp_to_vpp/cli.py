@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import json
 import logging
 import os
@@ -217,6 +218,9 @@ def _parser() -> _Parser:
 def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     parser = _parser()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that it has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         given = parser.parse_args(arguments, Options(Path()))
         _check(given)
@@ -340,6 +344,22 @@ def _why_unwritable(path: Path | None, given: Options) -> str | None:
     return None if path is None else outputs.why_unwritable(path, folders)
 
 
+class _LogFile(logging.StreamHandler[TextIO]):
+    """A log file. A full disk ends the log, and is told when the run is over."""
+
+    failure: OSError | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Write to nobody from now on."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and self.failure is None:
+            self.failure = error
+            with open(os.devnull, "w") as nobody:
+                os.dup2(nobody.fileno(), self.stream.fileno())
+        elif self.failure is None:
+            super().handleError(record)
+
+
 @contextlib.contextmanager
 def _logging(log: TextIO | None) -> Iterator[None]:
     """Log to standard error, when nobody watches a bar there, and to a file if one is named."""
@@ -353,7 +373,7 @@ def _logging(log: TextIO | None) -> Iterator[None]:
         console.addFilter(lambda record: record.levelno == logging.INFO)
         handlers.append(console)
     if log is not None:
-        handlers.append(logging.StreamHandler(log))
+        handlers.append(_LogFile(log))
     for handler in handlers:
         handler.setFormatter(form)
         logger.addHandler(handler)
@@ -363,6 +383,13 @@ def _logging(log: TextIO | None) -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+    for handler in handlers:
+        if isinstance(handler, _LogFile) and handler.failure is not None:
+            raise CopyError.of(
+                f"--log-file {handler.stream.name}",
+                f"cannot be written ({handler.failure.strerror}); the run went on without it",
+                cure="see what it printed",
+            )
 
 
 def _run(given: Options) -> dict[str, object]:

@@ -226,6 +226,7 @@ def _prepare(
         facts=tuple(facts),
         notes=(
             *request.notes(first.source, first.target),
+            *target_folder.notes(options.save_dir, survey.iteration),
             *(f"{name} is unknown, alike in all files, and copied" for name in odd),
             *(f"not copied, no part of a checkpoint: {name}" for name in left),
         ),

@@ -70,6 +70,20 @@ def check_place(load_dir: Path, save_dir: Path) -> None:
         )
 
 
+def notes(save_dir: Path | None, iteration: int | None) -> list[str]:
+    """What the user should know about where the target will be.
+
+    Args:
+        save_dir: the target; None if none is named.
+        iteration: that of training which the source tells.
+    """
+    name = "" if save_dir is None else Path(os.path.abspath(save_dir)).name
+    match = _ITERATION.fullmatch(name)
+    if iteration is None or match is None or not match[1] or int(match[1]) == iteration:
+        return []
+    return [f"the target is called {name}, and the checkpoint is of iteration {iteration}"]
+
+
 def check_others(
     workers: Workers,
     save_dir: Path,
