@@ -263,7 +263,7 @@ def _log_and_plan(given: Options) -> Iterator[None]:
         log: TextIO | None = None
         if given.log_file is not None:
             log = stack.enter_context(outputs.open_output(given.log_file, append=True))
-        stack.enter_context(_logging(log))
+        stack.enter_context(_logging(log, str(given.log_file)))
         yield
 
 
@@ -361,7 +361,7 @@ class _LogFile(logging.StreamHandler[TextIO]):
 
 
 @contextlib.contextmanager
-def _logging(log: TextIO | None) -> Iterator[None]:
+def _logging(log: TextIO | None, name: str) -> Iterator[None]:
     """Log to standard error, when nobody watches a bar there, and to a file if one is named."""
     logger = logging.getLogger("pp_to_vpp")
     logger.setLevel(logging.INFO)
@@ -374,6 +374,7 @@ def _logging(log: TextIO | None) -> Iterator[None]:
         handlers.append(console)
     if log is not None:
         handlers.append(_LogFile(log))
+        handlers[-1].set_name(name)
     for handler in handlers:
         handler.setFormatter(form)
         logger.addHandler(handler)
@@ -386,7 +387,7 @@ def _logging(log: TextIO | None) -> Iterator[None]:
     for handler in handlers:
         if isinstance(handler, _LogFile) and handler.failure is not None:
             raise CopyError.of(
-                f"--log-file {handler.stream.name}",
+                f"--log-file {handler.name}",
                 f"cannot be written ({handler.failure.strerror}); the run went on without it",
                 cure="see what it printed",
             )
