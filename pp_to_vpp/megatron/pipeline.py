@@ -297,8 +297,8 @@ def _check_stages(text: str, stages: int, shape: Shape) -> None:
     if stages != shape.chunks:
         raise LayoutError(
             f"{text}: {stages} stages do not make {shape.vp_size} virtual stages on "
-            f"{shape.pp_size} pipeline ranks; give a multiple of {shape.pp_size}, as many for "
-            "each virtual stage (empty ones count, each | begins a new one)"
+            f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages, or another multiple of "
+            f"{shape.pp_size} (empty ones count, each | begins a new one)"
         )
 
 
