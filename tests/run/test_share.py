@@ -179,17 +179,21 @@ def test_torchrun_shares(count: int, undisturbed: dict[str, bytes], tmp_path: Pa
     _check(target, undisturbed)
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun", "by hand"])
-def test_processes_share(launcher: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "count"), [("srun", 4), ("mpirun", 3), ("by hand", 2), ("by hand", 16)]
+)
+def test_processes_share(
+    launcher: str, count: int, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     target = tmp_path / "iter_0000001"
     processes = []
-    for index in range(4):
+    for index in range(count):
         variables = {
-            "srun": {"SLURM_PROCID": str(index), "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"},
-            "mpirun": {"OMPI_COMM_WORLD_RANK": str(index), "OMPI_COMM_WORLD_SIZE": "4"},
+            "srun": {"SLURM_PROCID": str(index), "SLURM_NTASKS": str(count)},
+            "mpirun": {"OMPI_COMM_WORLD_RANK": str(index), "OMPI_COMM_WORLD_SIZE": str(count)},
             "by hand": {},
         }[launcher]
-        option = f"{index}/4" if launcher == "by hand" else "auto"
+        option = f"{index}/{count}" if launcher == "by hand" else "auto"
         processes.append(_start(target, variables, "--share", option))
     outputs = _end(processes)
     assert "names 1" in outputs[0]
