@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ..errors import FormatError
+from .extents import Extent
 
 ALIGNMENT = 64
 """Bytes; newer files state their own in the record ``.storage_alignment``."""
@@ -61,6 +62,10 @@ class Record:
     def has_checksum(self) -> bool:
         """torch.save writes 0 when it is told to compute none."""
         return self.crc32 != 0 or self.length == 0
+
+    def extent(self, path: str) -> Extent:
+        """Its bytes in the file of that path."""
+        return Extent(path, self.offset, self.length)
 
 
 def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:

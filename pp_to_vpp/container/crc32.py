@@ -7,8 +7,10 @@ are reflected as in zlib: the most significant bit of an int is the coefficient 
 from __future__ import annotations
 
 import bisect
+import functools
+import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .extents import Extent, Literal, Piece, Zeros
@@ -43,6 +45,7 @@ def _squares() -> tuple[int, ...]:
 _SQUARES = _squares()
 
 
+@functools.lru_cache(maxsize=4096)  # few lengths are many tensors
 def _power_of_x(exponent: int) -> int:
     """x^exponent; negative exponents divide."""
     exponent %= _ORDER
@@ -177,6 +180,11 @@ class Ledger:
             if isinstance(piece, Extent) and crc32 is not None:
                 self._segments[piece] = crc32
 
+    def known(self, extents: Iterable[Extent]) -> dict[Extent, int]:
+        """Those of the segments of some ranges that have been copied."""
+        segments = (s for extent in extents for s in extent.segments(self._segment_bytes))
+        return {s: self._segments[s] for s in segments if s in self._segments}
+
     def of(self, pieces: Iterable[Piece]) -> int:
         """The checksum of pieces whose bytes have all been copied, one after the other."""
         joined = 0
@@ -197,3 +205,44 @@ class Ledger:
 
     def _of_extent(self, extent: Extent) -> int:
         return _join(tuple(extent.segments(self._segment_bytes)), self._segments.__getitem__)
+
+
+class Checksums:
+    """CRC-32 of ranges that were read."""
+
+    def __init__(self, found: Mapping[Extent, int]) -> None:
+        self.found = found
+        self._by_path: dict[str, list[Extent]] = {}
+        for extent in sorted(found, key=lambda extent: (extent.offset, extent.length)):
+            if extent.length:
+                self._by_path.setdefault(extent.path, []).append(extent)
+
+    @property
+    def paths(self) -> Iterable[str]:
+        """Of the files that the ranges lie in."""
+        return self._by_path.keys()
+
+    def inside(self, whole: Extent) -> Iterator[Extent]:
+        """Those within a range, in order; of those that overlap, the first."""
+        extents = self._by_path.get(whole.path, [])
+        position, end = whole.offset, whole.offset + whole.length
+        start = bisect.bisect_left(extents, position, key=lambda extent: extent.offset)
+        for extent in itertools.islice(extents, start, None):
+            if extent.offset >= end:
+                return
+            if extent.offset >= position and extent.offset + extent.length <= end:
+                yield extent
+                position = extent.offset + extent.length
+
+    def of(self, whole: Extent, read: Callable[[Extent], int]) -> int:
+        """The checksum of a range, from those within it; ``read`` finds those of the gaps."""
+        if whole in self.found:
+            return self.found[whole]
+        joined, position = 0, whole.offset
+        for part in (*self.inside(whole), Extent(whole.path, whole.offset + whole.length, 0)):
+            if part.offset > position:
+                gap = Extent(whole.path, position, part.offset - position)
+                joined = concatenate(joined, read(gap), gap.length)
+            joined = concatenate(joined, self.found.get(part, 0), part.length)
+            position = part.offset + part.length
+        return joined

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -64,3 +66,18 @@ def join_pieces(pieces: list[Piece]) -> tuple[Piece, ...]:
         elif piece.length:
             joined.append(piece)
     return tuple(joined)
+
+
+def cut_pieces(pieces: Iterable[Piece], borders: Mapping[str, Sequence[int]]) -> tuple[Piece, ...]:
+    """The same bytes with no piece across a border: sorted offsets in each file."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if not isinstance(piece, Extent):
+            found.append(piece)
+            continue
+        own = borders.get(piece.path, ())
+        first = bisect.bisect_right(own, piece.offset)
+        last = bisect.bisect_left(own, piece.offset + piece.length)
+        cuts = (piece.offset, *own[first:last], piece.offset + piece.length)
+        found += (Extent(piece.path, a, b - a) for a, b in itertools.pairwise(cuts))
+    return tuple(found)

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import FormatError
 from . import archive, pickling
 from .archive import ArchivePlan, Record
-from .extents import Extent, Literal, Piece, join_pieces
+from .extents import Literal, Piece, join_pieces
 from .pickling import Global, Storage
 from .tensors import storage_item_bytes
 
@@ -77,7 +77,7 @@ def decode(
             raise FormatError(
                 f"record 'data/{key[:40]}' has {record.length} bytes, not those of {numel} elements"
             )
-        return Storage(kind, location, numel, (Extent(path, record.offset, record.length),))
+        return Storage(kind, location, numel, (record.extent(path),))
 
     root = pickling.load(small.pop(_PICKLE), make_storage)
     return TorchFile(path, root, stem, records, small)

@@ -24,6 +24,11 @@ def dp_rank_of(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def is_rank_file(name: str) -> bool:
+    """Whether it is the name of a file with what layers take along."""
+    return name in (MODEL_FILE, OPTIMIZER_FILE) or dp_rank_of(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class RankId:
     """The model-parallel coordinates that name a rank folder (checkpointing.py, 0.6 to 0.19)."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -60,35 +60,49 @@ class Explanation:
     """How weights follow from main parameters."""
 
     ways: frozenset[str]
-    """The ways that explain every element."""
+    """The ways, of those asked about, that explain every element."""
     differing: tuple[int, ...]
     """Indices of the pairs that the likeliest way does not explain."""
 
 
-def explain(dtype: str, weights: Sequence[bytes], mains: Sequence[bytes]) -> Explanation:
+def explain(
+    dtype: str, weights: Sequence[bytes], mains: Sequence[bytes], ways: Collection[str] = WAYS
+) -> Explanation:
     """Compare weights with the main parameters they come from.
 
     Args:
         dtype: of the weights; ``float32`` must be equal, unknown ones are not compared.
         weights: raw elements, little-endian, one entry per parameter.
         mains: the fp32 elements of the same parameters.
+        ways: those that are possible still.
     """
     if dtype == "float32":
         differing = [i for i, (w, m) in enumerate(zip(weights, mains, strict=True)) if w != m]
-        return Explanation(frozenset(() if differing else WAYS), tuple(differing))
+        return Explanation(frozenset(() if differing else ways), tuple(differing))
     if dtype not in _CONVERSIONS:
-        return Explanation(frozenset(WAYS), ())
+        return Explanation(frozenset(ways), ())
     sizes = [len(weight) // 2 for weight in weights]
     found = np.frombuffer(b"".join(weights), dtype="<u2")
     bits = np.frombuffer(b"".join(mains), dtype="<u4")
     wrong = {
-        way: (convert(bits) != found) & ~_is_nan(bits)
+        way: _wrong(convert, bits, found)
         for way, convert in _CONVERSIONS[dtype].items()
+        if way in ways
     }
-    ways = frozenset(way for way, where in wrong.items() if not where.any())
+    right = frozenset(way for way, where in wrong.items() if not where.any())
+    if right or not wrong:
+        return Explanation(right, () if right else tuple(range(len(sizes))))
     likeliest = min(wrong.values(), key=lambda where: int(where.sum()))
     owners = np.repeat(np.arange(len(sizes)), sizes)
-    return Explanation(ways, () if ways else tuple(np.unique(owners[likeliest]).tolist()))
+    return Explanation(right, tuple(np.unique(owners[likeliest]).tolist()))
+
+
+def _wrong(
+    convert: Callable[[_Bits], NDArray[np.uint16]], bits: _Bits, found: NDArray[np.uint16]
+) -> NDArray[np.bool_]:
+    """Where weights are others than a way makes of main parameters that are numbers."""
+    where: NDArray[np.bool_] = convert(bits) != found
+    return where & ~_is_nan(bits) if where.any() else where
 
 
 def _is_nan(bits: _Bits) -> NDArray[np.bool_]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.family import TensorName
-from ..errors import ANOTHER_COPY, CheckpointError, problem
+from ..container.extents import Extent
 from ..megatron.megatron import Megatron
 from ..megatron.ranks import RankId
 from ..options import Depth, Options
@@ -19,9 +18,8 @@ from ..source.survey import Survey, take_survey
 from ..target import request
 from ..target.plan import RankPlan
 from ..verify.compare import Proof, prepare
-from ..verify.digests import digest_folder
 from . import folders, manifest, signs, target_folder
-from .finishing import FinishContext, KeptJob, RankDone, check_kept, finish_rank
+from .finishing import FinishContext, KeptJob, RankDone, check_copied, check_kept, finish_rank
 from .listener import Listener, Phase
 from .plan_family import (
     PlanJob,
@@ -142,7 +140,14 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
     with Workers(options.processes or default_workers(), listener.looked) as workers:
         needs_contents = not options.is_dry_run and share is None
         jobs = [
-            PlanJob(survey.family(key), survey.told, pp_ranks, target, needs_contents)
+            PlanJob(
+                survey.family(key),
+                survey.told,
+                pp_ranks,
+                target,
+                needs_contents,
+                options.depth is Depth.FULL,
+            )
             for key in survey.families
         ]
         families = _plan(workers, survey, jobs, listener)
@@ -297,16 +302,8 @@ class _Run:
         self, save_dir: Path, families: Sequence[PlannedFamily], there: set[RankId]
     ) -> list[RankDone]:
         depth, listener = self.options.depth, self.listener
-        digests = digest_source(self.workers, self.prepared.survey, depth)
         proofs = [
-            Proof(
-                family.folders,
-                family.source.rules,
-                family.frozen,
-                family.target.layout,
-                depth,
-                digests.get(family.ranks[0].id.family, {}),
-            )
+            Proof(family.folders, family.source.rules, family.frozen, family.target.layout, depth)
             for family in families
         ]
         kept = [
@@ -318,14 +315,16 @@ class _Run:
         if kept:
             listener.began(Phase.CHECK, sum(job.plan.length for job in kept))
         done = []
-        for rank in self.workers.map(check_kept, kept):
+        known: dict[tuple[int, int], dict[Extent, int]] = {}
+        for rank, found in self.workers.map(check_kept, kept):
             listener.advanced(rank.length)
             done.append(rank)
+            known.setdefault(rank.id.family, {}).update(found)
         others = target_folder.Others(save_dir, self.prepared.awaited, listener)
         awaited = sum(plan.length for plan in (*self.prepared.own, *self.prepared.awaited))
         listener.began(Phase.COPY, awaited - sum(rank.length for rank in done))
-        copier = Copier(self.workers, save_dir, finish_rank, listener.advanced)
-        for rank in copier.run(_copies(zip(families, proofs, strict=True), there)):
+        copier = Copier(self.workers, save_dir, finish_rank, listener.advanced, check_copied)
+        for rank in copier.run(_copies(zip(families, proofs, strict=True), there, known)):
             listener.finished(rank.id.folder)
             log.info("%s: %d bytes written", rank.id.folder, rank.length)
             done.append(rank)
@@ -335,13 +334,16 @@ class _Run:
 
 
 def _copies(
-    families: Iterable[tuple[PlannedFamily, Proof]], kept: set[RankId]
+    families: Iterable[tuple[PlannedFamily, Proof]],
+    kept: set[RankId],
+    known: Mapping[tuple[int, int], Mapping[Extent, int]],
 ) -> Iterator[FamilyCopy]:
-    """What is left to copy, family by family."""
+    """What is left to copy, family by family, given what was read of the source already."""
     for family, proof in families:
         plans = tuple(rank for rank in family.ranks if rank.id not in kept)
         derivations = {} if kept else family.derivations
-        yield FamilyCopy(plans, derivations, FinishContext(proof, family.sources))
+        context = FinishContext(proof, family.sources, known.get(family.ranks[0].id.family, {}))
+        yield FamilyCopy(plans, derivations, context, proof.depth is Depth.FULL)
 
 
 def fingerprint_source(
@@ -362,33 +364,3 @@ def fingerprint_source(
     jobs = [RankJob(survey.path, rank, survey.told) for rank in rest]
     found.update(zip(rest, workers.map(fingerprint_rank, jobs), strict=True))
     return fingerprint.of_checkpoint(found)
-
-
-def digest_source(
-    workers: Workers, survey: Survey, depth: Depth
-) -> Mapping[tuple[int, int], Mapping[TensorName, bytes]]:
-    """For full verification: read the source once, and hold it to its checksums; the digests of
-    each family.
-
-    Raises:
-        CheckpointError: records of the source are damaged.
-    """
-    if depth is not Depth.FULL:
-        return {}
-    found: dict[tuple[int, int], dict[TensorName, bytes]] = {}
-    damaged: list[str] = []
-    is_layer_wise = False
-    jobs = [(survey.path, rank) for rank in survey.ranks]
-    for (_, rank), digests in zip(jobs, workers.map(digest_folder, jobs), strict=True):
-        found.setdefault(rank.family, {}).update(digests.by_name)
-        is_layer_wise |= digests.is_layer_wise
-        damaged += (problem(path, text, cure=ANOTHER_COPY) for path, text in digests.damaged)
-    if damaged:
-        raise CheckpointError(*damaged)
-    if not is_layer_wise:
-        return found
-    # The states of dense parameters may lie in the folders of other expert ranks.
-    together: dict[int, dict[TensorName, bytes]] = {}
-    for (tp_rank, _), digests_of in found.items():
-        together.setdefault(tp_rank, {}).update(digests_of)
-    return {family: {**together[family[0]], **own} for family, own in found.items()}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..container import archive
-from ..container.extents import Literal
+from ..container.extents import Extent, Literal
 from ..errors import AT_REST, CopyError, FormatError, UsageError
 from ..megatron.ranks import RankId
 from ..options import Depth
 from ..source.files import SourceFile, check_links, open_source, source_files
 from ..target.plan import FilePlan, RankPlan
 from ..verify.compare import Proof, VerifyJob, verify_folder
+from ..verify.in_full import check_source
 from . import copying, folders
 from .folders import TemporaryFolder
 
@@ -54,6 +55,17 @@ class FinishContext:
     proof: Proof
     sources: tuple[SourceFile, ...]
     """The files of the source as they were planned."""
+    known: Mapping[Extent, int] = field(default_factory=dict)
+    """CRC-32 of what was read of the source to verify the folders that are kept."""
+
+
+def check_copied(context: FinishContext, found: Mapping[Extent, int]) -> None:
+    """Hold the source of a family to its checksums, given those of what copying has read.
+
+    Raises:
+        CheckpointError: records of the source are damaged.
+    """
+    check_source(context.proof.source_job({**context.known, **found}))
 
 
 def finish_rank(
@@ -61,8 +73,16 @@ def finish_rank(
     plan: RankPlan,
     folder: TemporaryFolder,
     crc32s: tuple[tuple[int, ...], ...],
+    known: Mapping[Extent, int] | None = None,
 ) -> RankDone:
     """Complete, verify and publish a rank folder whose records have been copied.
+
+    Args:
+        context: of its family.
+        plan: of the folder.
+        folder: with its bytes.
+        crc32s: of each record of each file.
+        known: those of the ranges of the source, for full verification.
 
     Raises:
         CopyError: writing failed, or the source changed meanwhile.
@@ -73,9 +93,10 @@ def finish_rank(
         crc32 = copying.complete_file(folder.file(file.name), file, records)
         files.append(WrittenFile(file.name, file.length, crc32))
     _check_unchanged(context.sources, plan.source_paths())
-    _verify(context.proof, folder.path.parent, plan.id, folder.path.name)
+    job = VerifyJob(context.proof, str(folder.path.parent), plan.id, folder.path.name, known)
+    _verify(job)
     if not folders.publish(folder):
-        return check_kept(KeptJob(folder.path.parent, plan, context.proof))
+        return check_kept(KeptJob(folder.path.parent, plan, context.proof))[0]
     return RankDone(plan.id, tuple(files), time.monotonic() - folder.began)
 
 
@@ -97,10 +118,13 @@ def _check_unchanged(sources: Iterable[SourceFile], paths: Sequence[str]) -> Non
             )
 
 
-def _verify(proof: Proof, save_dir: Path, rank: RankId, folder: str | None = None) -> None:
-    """Verify a rank folder, under its temporary name if it has one."""
-    if proof.depth is not Depth.NONE:
-        verify_folder(VerifyJob(proof, str(save_dir), rank, folder))
+def _verify(job: VerifyJob) -> Mapping[Extent, int]:
+    """Verify a rank folder; the CRC-32 of what was read of the source for it."""
+    if job.proof.depth is Depth.NONE:
+        return {}
+    verdict = verify_folder(job)
+    verdict.check()
+    return verdict.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +136,9 @@ class KeptJob:
     proof: Proof
 
 
-def check_kept(job: KeptJob) -> RankDone:
-    """Hold a folder to the plan that would write it.
+def check_kept(job: KeptJob) -> tuple[RankDone, Mapping[Extent, int]]:
+    """Hold a folder to the plan that would write it; and the CRC-32 of what was read of the source
+    for that.
 
     Raises:
         UsageError: another conversion wrote it, or it is damaged.
@@ -134,9 +159,9 @@ def check_kept(job: KeptJob) -> RankDone:
             f"it is not what this conversion writes ({differing})",
             cure="remove the folder, then run again with --resume",
         )
-    _verify(job.proof, job.save_dir, job.plan.id)
+    found = _verify(VerifyJob(job.proof, str(job.save_dir), job.plan.id))
     files = tuple(WrittenFile(file.name, file.length, None) for file in job.plan.files)
-    return RankDone(job.plan.id, files, time.monotonic() - began, was_kept=True)
+    return RankDone(job.plan.id, files, time.monotonic() - began, was_kept=True), found
 
 
 def _is_as_planned(path: Path, plan: FilePlan) -> bool:

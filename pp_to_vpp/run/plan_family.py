@@ -34,6 +34,8 @@ class PlanJob:
     target: Target
     needs_contents: bool
     """Whether the plans are to be carried out; else only their sizes are returned."""
+    is_verified_in_full: bool = False
+    """Whether copying must find the checksum of each tensor, and derive none."""
 
     @property
     def ranks(self) -> frozenset[RankId]:
@@ -97,6 +99,8 @@ def plan_family(job: PlanJob) -> PlannedFamily:
             f"two objects of the checkpoint share its bytes at {offset}",
             cure="Megatron saves no such file: use another copy of it",
         )
+    if job.is_verified_in_full:
+        plans = [plan.cut(_borders(family)) for plan in plans]
     sources = source_files(sorted({path for rank in plans for path in rank.source_paths()}))
     errors = check.check(
         plans,
@@ -112,7 +116,9 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         target=target,
         ranks=tuple(plans if job.needs_contents else map(_without_contents, plans)),
         sources=sources if job.needs_contents else (),
-        derivations=_derivations(plans, family) if job.needs_contents else {},
+        derivations=_derivations(plans, family)
+        if job.needs_contents and not job.is_verified_in_full
+        else {},
         kind=family.kind,
         rounding=rounding,
         optimizer_states=_optimizer_states(family),
@@ -181,13 +187,21 @@ def _optimizer_states(family: Family) -> dict[str, bool]:
     return found
 
 
+def _borders(family: Family) -> dict[str, list[int]]:
+    """Where tensors begin and end in each file."""
+    found: dict[str, set[int]] = {}
+    for extent in (tensor.extent for tensor in family.manifest().values()):
+        ends = {extent.offset, extent.offset + extent.length}
+        found.setdefault(extent.path, set()).update(ends)
+    return {path: sorted(borders) for path, borders in found.items()}
+
+
 def _derivations(plans: Iterable[RankPlan], family: Family) -> Mapping[Extent, Derivation]:
     """What can be derived of what is copied, given the checksums of the source's records."""
     wanted = [extent for plan in plans for extent in plan.extents()]
     records = {
         file.path: tuple(
-            (Extent(file.path, record.offset, record.length), record.crc32)
-            for record in file.records.values()
+            (record.extent(file.path), record.crc32) for record in file.records.values()
         )
         for rank in family.ranks.values()
         for file in rank.files.all

@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -31,7 +31,14 @@ class FamilyCopy:
     derivations: Mapping[Extent, Derivation]
     """Ranges whose checksums follow from others (see ``crc32.derivable``)."""
     context: Any
-    """Handed on to ``finish``."""
+    """Handed on to ``finish`` and ``check``."""
+    is_checked: bool = False
+    """Whether the source is held to what was read of it before any folder is finished."""
+
+    @property
+    def extents(self) -> Iterator[Extent]:
+        """All that is copied."""
+        return (extent for plan in self.plans for extent in plan.extents())
 
 
 def _tasks(
@@ -73,38 +80,74 @@ def _moves(file: FilePlan, derivations: Mapping[Extent, Derivation]) -> Iterator
 
 
 @dataclass(eq=False, slots=True)
+class _FamilyInWork:
+    """A family from the first task of its first rank on."""
+
+    copy: FamilyCopy
+    ledger: Ledger
+    ranks: list[_RankInWork] = field(default_factory=list)
+    is_checking: bool = False
+    is_checked: bool = False
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether all bytes of all its ranks are there."""
+        are_all = len(self.ranks) == len(self.copy.plans)
+        return are_all and all(rank.is_copied for rank in self.ranks)
+
+
+@dataclass(eq=False, slots=True)
 class _RankInWork:
     """A rank folder between its first task and its publication."""
 
     plan: RankPlan
     folder: TemporaryFolder
-    ledger: Ledger
-    context: Any
+    family: _FamilyInWork
     tasks_open: int = 0
     is_submitted: bool = False
     """All its tasks are with the workers."""
     is_finishing: bool = False
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether all its bytes are there."""
+        return self.is_submitted and not self.tasks_open
+
+    def checksums(self) -> tuple[tuple[int, ...], ...]:
+        """Of each record of each file."""
+        ledger = self.family.ledger
+        return tuple(tuple(map(ledger.of, file.contents)) for file in self.plan.files)
+
+    def known(self) -> Mapping[Extent, int] | None:
+        """Those of the ranges of the source, where it was held to them."""
+        copy, ledger = self.family.copy, self.family.ledger
+        return ledger.known(self.plan.extents()) if copy.is_checked else None
 
 
 class Copier(Generic[Result]):
     """Copies planned rank folders with a pool of workers.
 
     ``finish`` runs in a worker when all bytes of a rank are there: it gets the family's context,
-    the plan, the temporary folder, and the CRC-32 of each record of each file, and publishes the
-    folder.
+    the plan, the temporary folder, the CRC-32 of each record of each file, and for a checked family
+    that of each range of the source; and publishes the folder. ``check`` runs before, when all
+    bytes of a checked family are there: it gets the context, and the CRC-32 of each range.
     """
 
     def __init__(
         self,
         workers: Workers,
         save_dir: Path,
-        finish: Callable[[Any, RankPlan, TemporaryFolder, tuple[tuple[int, ...], ...]], Result],
+        finish: Callable[..., Result],
         advance: Callable[[int], None],
+        check: Callable[[Any, Mapping[Extent, int]], None] = lambda _context, _found: None,
     ) -> None:
         self._workers = workers
         self._save_dir = save_dir
         self._finish = finish
         self._advance = advance
+        self._check = check
+        self._families: list[_FamilyInWork] = []
+        """Those that have begun and are to be checked still."""
         self._in_work: list[_RankInWork] = []
         """Folders that exist under a temporary name, in order of their first task."""
 
@@ -123,6 +166,7 @@ class Copier(Generic[Result]):
 
     def _run(self, families: Iterable[FamilyCopy]) -> Iterator[Result]:
         copying: dict[Future[tuple[int | None, ...]], tuple[_RankInWork, CopyTask]] = {}
+        checking: dict[Future[None], _FamilyInWork] = {}
         finishing: dict[Future[Result], _RankInWork] = {}
         work = self._work(families)
         is_over = False
@@ -133,20 +177,27 @@ class Copier(Generic[Result]):
                     is_over = True
                 else:
                     copying[self._workers.submit(copy, task)] = (rank, task)
+            for family in self._unchecked():
+                found = family.ledger.known(family.copy.extents)
+                checking[self._workers.submit(self._check, family.copy.context, found)] = family
             for rank in self._finished():
-                files = rank.plan.files
-                crc32s = tuple(tuple(map(rank.ledger.of, file.contents)) for file in files)
-                arguments = (rank.context, rank.plan, rank.folder, crc32s)
+                context = rank.family.copy.context
+                arguments = (context, rank.plan, rank.folder, rank.checksums(), rank.known())
                 finishing[self._workers.submit(self._finish, *arguments)] = rank
-            if not copying and not finishing:
+            if not copying and not checking and not finishing:
                 return
-            self._workers.wait([*copying, *finishing])
+            self._workers.wait([*copying, *checking, *finishing])
             for copied in [future for future in copying if future.done()]:
                 rank, task = copying.pop(copied)
-                found = self._workers.result_of(copied)
-                rank.ledger.enter((move.piece for move in task.moves), found)
+                crc32s = self._workers.result_of(copied)
+                rank.family.ledger.enter((move.piece for move in task.moves), crc32s)
                 rank.tasks_open -= 1
                 self._advance(task.length)
+            for checked in [future for future in checking if future.done()]:
+                self._workers.result_of(checked)
+                family = checking.pop(checked)
+                family.is_checked = True
+                self._families.remove(family)
             for finished in [future for future in finishing if future.done()]:
                 result = self._workers.result_of(finished)
                 self._in_work.remove(finishing.pop(finished))
@@ -170,27 +221,38 @@ class Copier(Generic[Result]):
         self, families: Iterable[FamilyCopy]
     ) -> Iterator[Iterator[tuple[_RankInWork, CopyTask]]]:
         """The tasks of each rank, in order of planning."""
-        for family in families:
-            ledger = Ledger(family.derivations, _TASK_BYTES)
-            for plan in family.plans:
-                yield self._tasks_of(family, plan, ledger)
+        for copy_of in families:
+            family = _FamilyInWork(copy_of, Ledger(copy_of.derivations, _TASK_BYTES))
+            if copy_of.is_checked:
+                self._families.append(family)
+            for plan in copy_of.plans:
+                yield self._tasks_of(family, plan)
 
     def _tasks_of(
-        self, family: FamilyCopy, plan: RankPlan, ledger: Ledger
+        self, family: _FamilyInWork, plan: RankPlan
     ) -> Iterator[tuple[_RankInWork, CopyTask]]:
         """Make a rank's folder; its tasks."""
         folder = create_folder(self._save_dir, plan)
-        rank = _RankInWork(plan, folder, ledger, family.context)
+        rank = _RankInWork(plan, folder, family)
+        family.ranks.append(rank)
         self._in_work.append(rank)
-        for task in _tasks(plan, folder, family.derivations):
+        for task in _tasks(plan, folder, family.copy.derivations):
             rank.tasks_open += 1
             yield rank, task
         rank.is_submitted = True
 
+    def _unchecked(self) -> Iterator[_FamilyInWork]:
+        """Families whose bytes are all there."""
+        for family in self._families:
+            if family.is_copied and not family.is_checking:
+                family.is_checking = True
+                yield family
+
     def _finished(self) -> Iterator[_RankInWork]:
         """Ranks whose bytes are all there, in order: a checksum may follow from earlier ranks."""
         for rank in self._in_work:
-            if rank.tasks_open or not rank.is_submitted:
+            family = rank.family
+            if not rank.is_copied or family.is_checked != family.copy.is_checked:
                 return
             if not rank.is_finishing:
                 rank.is_finishing = True

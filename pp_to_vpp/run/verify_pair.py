@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..container.extents import Extent
 from ..errors import CheckpointError, UsageError, VerificationError
 from ..megatron.pipeline import PipelineLayout
+from ..megatron.ranks import RankId
 from ..options import Depth, Options
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..verify.compare import Proof, VerifyJob, prepare, rules_of, told_layout, verify_folder
+from ..verify.in_full import check_source
 from . import manifest
-from .convert import digest_source, fingerprint_source
+from .convert import fingerprint_source
 from .listener import Listener, Phase
 from .share import deal, default_workers, wanted_share
 from .target_folder import check_place
@@ -60,21 +66,19 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     with Workers(options.processes or default_workers(), listener.looked) as workers:
         sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
-        digests = digest_source(workers, source, options.depth)
         folders = {key: source.family(key) for key in source.families}
         found = dict(zip(folders, workers.map(rules_of, folders.values()), strict=True))
         known_by = fingerprint_source(workers, source)
         layout = told_layout((target.path, target.ranks[0], next(iter(found.values()))[0]))
         _check_manifest(options.save_dir, known_by, source.iteration, layout)
         proofs = {
-            key: Proof(folders[key], rules, frozen, layout, options.depth, digests.get(key, {}))
+            key: Proof(folders[key], rules, frozen, layout, options.depth)
             for key, (rules, frozen) in found.items()
         }
         listener.began(Phase.VERIFY, sum(sizes[rank] for rank in own))
-        ranks = sorted(own)
-        jobs = [VerifyJob(proofs[rank.family], target.path, rank) for rank in ranks]
+        verified = _verify(workers, target.path, sorted(own), proofs)
         length = 0
-        for rank, count in zip(ranks, workers.map(verify_folder, jobs), strict=True):
+        for rank, count in verified:
             length += count
             listener.advanced(sizes[rank])
             listener.finished(rank.folder)
@@ -87,6 +91,41 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         length=length,
         seconds=time.monotonic() - began,
     )
+
+
+def _verify(
+    workers: Workers,
+    directory: str,
+    ranks: Iterable[RankId],
+    proofs: Mapping[tuple[int, int], Proof],
+) -> Iterator[tuple[RankId, int]]:
+    """Hold the rank folders of a target to their sources, family by family, and what was read of a
+    family's source to its checksums; the bytes of each folder's records.
+
+    Raises:
+        CheckpointError: the source is damaged. That is told before what it made of the target.
+        VerificationError: a folder does not hold what it must.
+    """
+    by_family = sorted(ranks, key=lambda rank: (rank.family, rank))
+    jobs = [VerifyJob(proofs[rank.family], directory, rank) for rank in by_family]
+    verdicts = zip(by_family, workers.map(verify_folder, jobs), strict=True)
+    checks: list[Future[None]] = []
+    problems: list[str] = []
+    for family, own in itertools.groupby(verdicts, key=lambda verdict: verdict[0].family):
+        found: dict[Extent, int] = {}
+        for rank, verdict in own:
+            yield rank, verdict.length
+            found |= verdict.source
+            problems += verdict.problems
+        checks.append(workers.submit(check_source, proofs[family].source_job(found)))
+        if problems:
+            break
+        for check in (check for check in checks if check.done()):
+            workers.result_of(check)
+    for check in checks:
+        workers.result_of(check)
+    if problems:
+        raise VerificationError(*problems)
 
 
 def _size(folder: Path) -> int:

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from ..errors import (
     located,
     problem,
 )
-from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of
+from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of, is_rank_file
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
 _REFUSED_FILES = re.compile(r"optim\.pt|model_rng\.pt")
@@ -135,6 +136,16 @@ def read_torch_file(path: Path) -> TorchFile:
             ) from None
 
 
+def read_directory(path: Path) -> list[Record]:
+    """The records of a ``.pt`` file, by its directory alone.
+
+    Raises:
+        CheckpointError: unreadable, or not written by torch.save.
+    """
+    with open_source(path) as file, located(path, cure=ANOTHER_COPY):
+        return list(archive.read_records(file)[1].values())
+
+
 def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> RankFiles:
     """Decode the files of one rank folder (``folder`` where it has a temporary name).
 
@@ -238,7 +249,7 @@ def other_files(
     kept: list[tuple[str, Extent]] = []
     left: list[str] = []
     for name in sorted(os.listdir(path)):
-        if name in (MODEL_FILE, OPTIMIZER_FILE) or dp_rank_of(name) is not None:
+        if is_rank_file(name):
             continue
         if _REFUSED_FILES.fullmatch(name):
             raise CheckpointError.of(
@@ -314,3 +325,10 @@ class RangeReader:
     def chunks(self, extent: Extent) -> Iterator[bytes]:
         """The bytes of an extent, some megabytes at a time."""
         return map(self.read, extent.segments(_READ_BYTES))
+
+    def crc32(self, extent: Extent) -> int:
+        """The checksum of a range."""
+        found = 0
+        for data in self.chunks(extent):
+            found = zlib.crc32(data, found)
+        return found

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Mapping
 
 from ..checkpoint.family import RankFiles
-from ..container.extents import Extent
 from ..megatron.ranks import RankId
 from .files import RangeReader, other_files
 
@@ -30,7 +29,7 @@ def of_rank(files: RankFiles, directory: str) -> str:
                 line = f"{name} {record.name} {record.length} {record.crc32}\n"
                 found.update(line.encode("utf-8", "surrogatepass"))
                 if not record.has_checksum:
-                    found.update(reader.ends(Extent(file.path, record.offset, record.length)))
+                    found.update(reader.ends(record.extent(file.path)))
         for name, extent in other_files(directory, files.id)[0]:
             found.update(f"{name} {extent.length}\n".encode())
             found.update(reader.ends(extent))

@@ -6,13 +6,13 @@ file is tiled, every source byte exists, no source byte is used twice and no ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..checkpoint.family import Family
 from ..container import torch_file
 from ..container.archive import ArchivePlan
-from ..container.extents import Extent, Piece
+from ..container.extents import Extent, Piece, cut_pieces
 from ..container.torch_file import TorchFile
 from ..errors import ASK_FOR_SUPPORT, located
 from ..megatron import naming
@@ -63,6 +63,14 @@ class RankPlan:
     def extents(self) -> Iterator[Extent]:
         """The ranges of source files that it is made of, in order."""
         return (extent for file in self.files for extent in file.extents())
+
+    def cut(self, borders: Mapping[str, Sequence[int]]) -> RankPlan:
+        """The same plan with no range across a border: sorted offsets in each source file."""
+        files = tuple(
+            replace(file, contents=tuple(cut_pieces(pieces, borders) for pieces in file.contents))
+            for file in self.files
+        )
+        return replace(self, files=files)
 
     def source_paths(self) -> tuple[str, ...]:
         """The source files that its bytes come from."""

@@ -1,9 +1,9 @@
 """Proof that rank folders hold what their source holds, by code that knows no plan.
 
 Each side's files are read back and every tensor is named globally on its own side; then names,
-shapes and bytes are compared. ``structure`` samples bytes, ``full`` compares all of them by digest,
-holds source records to their CRC-32, every 16-bit weight to its main parameter, and opens each file
-with ``torch.load`` itself.
+shapes and bytes are compared. ``structure`` samples bytes, ``full`` compares all of them, holds
+records to their CRC-32, every 16-bit weight to its main parameter, and opens each file with
+``torch.load`` itself.
 
 What this shares with the writer are Megatron's rules: placement, buffers, groups, chain. They were
 proved on the source's bytes; an error in them that shows in the target's layout alone (buckets, a
@@ -12,12 +12,13 @@ shared embedding on another rank) would be repeated here. Megatron's own files c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.family import Family, TensorName, layout_of
 from ..checkpoint.optimizer_entries import OPTIMIZER
+from ..container.crc32 import Checksums
 from ..container.extents import Extent
 from ..container.pickling import is_same
 from ..errors import ConversionError, UsageError, VerificationError, problem, show
@@ -32,9 +33,8 @@ from ..options import Depth
 from ..source.files import FamilyFolders, RangeReader, check_links, other_files, read_rank
 from ..source.proof import known_family, likeliest_family, proven_family, unlike_copies
 from . import framing, torch_loading
-from .digests import Digests, digest_rank, unlike_their_mains
+from .in_full import UNLIKE_MAIN, Pair, SourceJob, read_in_full
 
-_UNLIKE_MAIN = "{} is not its main parameter rounded to 16 bits"
 _CURE = "do not train from it: remove the folder and convert again"
 _SHOWN = 8
 
@@ -51,8 +51,10 @@ class Proof:
     layout: PipelineLayout
     """That all folders of the target must tell."""
     depth: Depth
-    digests: Mapping[TensorName, bytes] = field(default_factory=dict)
-    """Of everything in the source family (see ``digest_rank``), for full verification."""
+
+    def source_job(self, found: Mapping[Extent, int]) -> SourceJob:
+        """The source to be held to the CRC-32 of its records, given those of what was read."""
+        return SourceJob(self.source, self.rules, self.frozen, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,27 @@ class VerifyJob:
     rank: RankId
     folder: str | None = None
     """Name of the rank folder while it is a temporary one."""
+    known: Mapping[Extent, int] | None = None
+    """CRC-32 of what copying has read of the source, which full verification then does not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verifying a rank folder has shown."""
+
+    problems: tuple[str, ...]
+    """Lines to be printed; none if it holds what it must."""
+    length: int
+    """Bytes of its records."""
+    source: Mapping[Extent, int]
+    """CRC-32 of the source's ranges that were read in full."""
+
+    def check(self) -> None:
+        """Raises:
+        VerificationError: there are problems.
+        """
+        if self.problems:
+            raise VerificationError(*self.problems)
 
 
 def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
@@ -112,11 +135,11 @@ def rules_of(source: FamilyFolders) -> tuple[Rules, frozenset[str]]:
     return family.megatron.rules, family.frozen
 
 
-def verify_folder(job: VerifyJob) -> int:
-    """Verify one target rank folder; the bytes of its records.
+def verify_folder(job: VerifyJob) -> Verdict:
+    """Verify one target rank folder.
 
     Raises:
-        VerificationError: it differs from its source or is damaged, with a line for each problem.
+        VerificationError: it cannot be read or understood.
         CheckpointError: the source cannot be read.
     """
     proof, pp_rank = job.proof, job.rank.pp_rank
@@ -126,31 +149,33 @@ def verify_folder(job: VerifyJob) -> int:
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
     source = _source_of(proof, target, pp_rank)
-    digests = digest_rank(files, target) if proof.depth is Depth.FULL else None
-    texts = [] if way is not None else [_UNLIKE_MAIN.format(differing[0].name)]
+    twins = _twins(source, target, pp_rank)
+    texts = [] if way is not None else [UNLIKE_MAIN.format(differing[0].name)]
     if target.layout != proof.layout:
         told = f"({target.layout}) than the target's ({proof.layout})"
         texts.append(f"its arguments tell another layout {told}")
     texts += [*_compare_rest(source, target, pp_rank), *_check_groups(target, pp_rank)]
-    texts += _compare_items(source, target, pp_rank, proof, digests)
-    texts += _compare_others(job)
+    texts += [*twins.problems, *_compare_others(job)]
     located = [(files.model.path, text) for text in texts]
-    located += unlike_copies(target, in_full=digests is not None)
-    if digests is not None:
-        located += digests.damaged
-        located += (
-            (sample.main.path, _UNLIKE_MAIN.format(sample.name))
-            for sample in unlike_their_mains(target.samples())
-        )
+    found: Mapping[Extent, int] = {}
+    if proof.depth is Depth.FULL:
+        known = None if job.known is None else Checksums(job.known)
+        in_full = read_in_full(files, target, twins.extents.values(), known)
+        located += ((files.model.path, text) for text in twins.differences(in_full.differing))
+        located += in_full.problems
         for file in files.all:
             located += ((file.path, text) for text in framing.differences(file))
             located += ((file.path, text) for text in torch_loading.differences(file, _read))
-    if located:
-        lines = [problem(path, text, cure=_CURE) for path, text in located[:_SHOWN]]
-        if len(located) > _SHOWN:
-            lines.append(f"{files.model.path}: {len(located) - _SHOWN} more differences")
-        raise VerificationError(*lines)
-    return sum(record.length for file in files.all for record in file.records.values())
+        found = in_full.source
+    else:
+        sampled = _differing_ends(twins.extents.values())
+        located += ((files.model.path, text) for text in twins.differences(sampled))
+        located += unlike_copies(target)
+    lines = [problem(path, text, cure=_CURE) for path, text in located[:_SHOWN]]
+    if len(located) > _SHOWN:
+        lines.append(f"{files.model.path}: {len(located) - _SHOWN} more differences")
+    length = sum(record.length for file in files.all for record in file.records.values())
+    return Verdict(tuple(lines), length, found)
 
 
 def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
@@ -161,38 +186,54 @@ def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
     return known_family(files, proof.rules, proof.frozen)
 
 
-def _compare_items(
-    source: Family, target: Family, pp_rank: int, proof: Proof, digests: Digests | None
-) -> Iterator[str]:
-    """Differences between a target rank's tensors and those of the same names in the source."""
+@dataclass(frozen=True, slots=True)
+class _Twins:
+    """A target rank's tensors beside those of the same names in the source."""
+
+    problems: tuple[str, ...]
+    """What differs but for bytes."""
+    extents: Mapping[TensorName, Pair]
+    """Those of one form."""
+
+    def differences(self, differing: Collection[Pair]) -> Iterator[str]:
+        """What is said of those whose bytes differ."""
+        names = (name for name, pair in self.extents.items() if pair in differing)
+        yield from (f"{name} differs from its source" for name in names)
+
+
+def _twins(source: Family, target: Family, pp_rank: int) -> _Twins:
+    """Names, forms and numbers compared; bytes are not read."""
     wanted = {item.name: item for item in source.items_in(target.layout, pp_rank)}
     found = {item.name: item for item in target.items()}
-    yield from (f"{name} is missing" for name in wanted if name not in found)
-    yield from (f"{name} does not belong here" for name in found if name not in wanted)
+    texts = [f"{name} is missing" for name in wanted if name not in found]
+    texts += (f"{name} does not belong here" for name in found if name not in wanted)
     common = [name for name in wanted if name in found]
     for name in (name for name in common if name not in target.elsewhere):
         if not is_same(source.values(wanted[name]), target.values(found[name])):
-            yield f"{name} or a number of its optimizer state differs from its source"
+            texts.append(f"{name} or a number of its optimizer state differs from its source")
     ours = target.manifest(found[name] for name in common)
     theirs = {
         label: tensor
         for label, tensor in source.manifest(wanted[name] for name in common).items()
         if not (label.kind and label.parameter in target.elsewhere)
     }
-    yield from (f"{name} is missing" for name in theirs if name not in ours)
-    yield from (f"{name} is not in its source" for name in ours if name not in theirs)
+    texts += (f"{name} is missing" for name in theirs if name not in ours)
+    texts += (f"{name} is not in its source" for name in ours if name not in theirs)
+    extents: dict[TensorName, Pair] = {}
+    for label in (name for name in ours if name in theirs):
+        one, other = ours[label], theirs[label]
+        if one.form == other.form:
+            extents[label] = one.extent, other.extent
+        else:
+            shown = (f"{t.dtype} {t.shape}, strides {t.stride}" for t in (one, other))
+            texts.append(f"{label} is {' instead of '.join(shown)}")
+    return _Twins(tuple(texts), extents)
+
+
+def _differing_ends(pairs: Iterable[Pair]) -> set[Pair]:
+    """Those whose first or last bytes differ."""
     with RangeReader() as reader:
-        for label in (name for name in ours if name in theirs):
-            one, other = ours[label], theirs[label]
-            if one.form != other.form:
-                shown = (f"{t.dtype} {t.shape}, strides {t.stride}" for t in (one, other))
-                yield f"{label} is {' instead of '.join(shown)}"
-            if digests is not None:
-                is_equal = digests.by_name.get(label) == proof.digests.get(label)
-            else:
-                is_equal = reader.ends(one.extent) == reader.ends(other.extent)
-            if not is_equal:
-                yield f"{label} differs from its source"
+        return {pair for pair in pairs if len({reader.ends(extent) for extent in pair}) > 1}
 
 
 def _read(extent: Extent) -> bytes:

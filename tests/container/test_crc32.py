@@ -8,7 +8,14 @@ import zlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.container.crc32 import Ledger, concatenate, derivable, missing_part, of_zeros
+from pp_to_vpp.container.crc32 import (
+    Checksums,
+    Ledger,
+    concatenate,
+    derivable,
+    missing_part,
+    of_zeros,
+)
 from pp_to_vpp.container.extents import Extent, Literal, Zeros
 
 _data = st.binary(max_size=300)
@@ -122,3 +129,32 @@ def test_nothing_is_derived_from_what_is_not_known() -> None:
     assert not derivable(half, {"f": [(record, 123)]}), "half of the record is not copied"
     assert not derivable([record], {"f": [(record, 0)]}), "no checksum was stored"
     assert not derivable([record], {}), "not a record"
+
+
+@given(
+    st.binary(min_size=1, max_size=60),
+    st.lists(st.tuples(st.integers(0, 59), st.integers(0, 60)), max_size=6),
+    st.tuples(st.integers(0, 59), st.integers(0, 60)),
+)
+def test_a_checksum_comes_from_what_was_read_and_the_rest_is_read(
+    data: bytes, ranges: list[tuple[int, int]], wanted: tuple[int, int]
+) -> None:
+    """Whatever overlaps what."""
+
+    def extent(start: int, length: int) -> Extent:
+        start = min(start, len(data))
+        return Extent("f", start, min(length, len(data) - start))
+
+    def read(part: Extent) -> int:
+        gaps.append(part)
+        return zlib.crc32(data[part.offset : part.offset + part.length])
+
+    gaps: list[Extent] = []
+    extents = [extent(*given) for given in ranges]
+    known = Checksums({e: read(e) for e in extents})
+    gaps.clear()
+    whole = extent(*wanted)
+    assert known.of(whole, read) == zlib.crc32(data[whole.offset :][: whole.length])
+    if whole not in extents:
+        parts = [*known.inside(whole), *gaps]
+        assert sum(part.length for part in parts) == whole.length, "nothing is read twice"

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.container.extents import Extent, Literal, Piece, Zeros, join_pieces
+from pp_to_vpp.container.extents import Extent, Literal, Piece, Zeros, cut_pieces, join_pieces
 
 _SOURCE = bytes(range(256)) * 4
 
@@ -64,3 +64,17 @@ def test_joining_pieces_keeps_their_bytes_and_joins_neighbours(pieces: list[Piec
         if isinstance(left, Extent) and isinstance(right, Extent):
             assert left.path != right.path or left.offset + left.length != right.offset
         assert not (isinstance(left, Zeros) and isinstance(right, Zeros))
+
+
+@given(_pieces, st.dictionaries(st.sampled_from("ab"), st.sets(st.integers(0, 440))))
+def test_cutting_pieces_keeps_their_bytes_and_no_piece_across_a_border(
+    pieces: list[Piece], borders: dict[str, set[int]]
+) -> None:
+    joined = join_pieces(pieces)
+    cut = cut_pieces(joined, {path: sorted(own) for path, own in borders.items()})
+    assert content(cut) == content(joined)
+    assert join_pieces(list(cut)) == joined
+    for piece in cut:
+        if isinstance(piece, Extent):
+            inner = range(piece.offset + 1, piece.offset + piece.length)
+            assert not borders.get(piece.path, set()).intersection(inner)

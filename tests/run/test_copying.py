@@ -7,6 +7,7 @@ import itertools
 import os
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from ..examples import examples
 
 Crcs = tuple[tuple[int, ...], ...]
 """Of each record of each file of a rank."""
+Known = Mapping[Extent, int] | None
+"""Of what was read of the source."""
 
 
 def placed(piece: Piece, folder: Path) -> Piece:

@@ -12,25 +12,29 @@ from typing import Any
 
 import pytest
 
-from pp_to_vpp.checkpoint.family import TensorName
-from pp_to_vpp.errors import CopyError, UsageError, VerificationError
-from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.errors import CheckpointError, CopyError, UsageError, VerificationError
 from pp_to_vpp.options import Depth
-from pp_to_vpp.run.finishing import FinishContext, KeptJob, RankDone, check_kept, finish_rank
+from pp_to_vpp.run.finishing import (
+    FinishContext,
+    KeptJob,
+    RankDone,
+    check_copied,
+    check_kept,
+    finish_rank,
+)
 from pp_to_vpp.run.folders import TemporaryFolder
 from pp_to_vpp.run.plan_family import PlanJob, plan_family
 from pp_to_vpp.run.schedule import Copier, FamilyCopy
 from pp_to_vpp.source.survey import take_survey
 from pp_to_vpp.target.plan import RankPlan
 from pp_to_vpp.verify.compare import Proof
-from pp_to_vpp.verify.digests import digest_folder
 
 from ..compare import differences
 from ..edit import copy_of, flip_byte
 from ..families import SIDES, iteration, opposite, surveyed, target_of
 from ..inline import Inline
 from ..pairs import DENSE, pair
-from .test_copying import Crcs
+from .test_copying import Crcs, Known
 from .test_plan_family import target_like
 
 
@@ -42,13 +46,14 @@ class Copied:
     plan: RankPlan
     folder: TemporaryFolder
     crc32s: Crcs
+    known: Known
 
     def finish(self) -> RankDone:
-        return finish_rank(self.context, self.plan, self.folder, self.crc32s)
+        return finish_rank(self.context, self.plan, self.folder, self.crc32s, self.known)
 
     def kept(self) -> RankDone:
         """Hold the published folder to the plan."""
-        return check_kept(KeptJob(self.folder.target.parent, self.plan, self.context.proof))
+        return check_kept(KeptJob(self.folder.target.parent, self.plan, self.context.proof))[0]
 
 
 def copied(
@@ -58,16 +63,19 @@ def copied(
     survey = take_survey(str(source))
     folders = survey.family((0, 0))
     target = target_like(target_of(name, opposite(side)))
-    job = PlanJob(folders, survey.told, tuple(folders.ranks), target, needs_contents=True)
+    is_full = depth is Depth.FULL
+    job = PlanJob(folders, survey.told, tuple(folders.ranks), target, True, is_full)
     planned = plan_family(job)
     proof = Proof(
         planned.folders, planned.source.rules, planned.frozen, planned.target.layout, depth
     )
     context = FinishContext(proof, planned.sources)
-    family = FamilyCopy(planned.ranks, planned.derivations, context)
+    family = FamilyCopy(planned.ranks, planned.derivations, context, is_full)
 
-    def take(given: Any, plan: RankPlan, folder: TemporaryFolder, crc32s: Crcs) -> Copied:
-        return Copied(given, plan, folder, crc32s)
+    def take(
+        given: Any, plan: RankPlan, folder: TemporaryFolder, crc32s: Crcs, known: Known
+    ) -> Copied:
+        return Copied(given, plan, folder, crc32s, known)
 
     return list(Copier(Inline(), save_dir, take, lambda _: None).run([family]))
 
@@ -195,17 +203,11 @@ def test_kept_folders_are_verified(tmp_path: Path) -> None:
     assert rank.kept().was_kept
 
 
-def test_full_verification_compares_the_digests_of_the_source(tmp_path: Path) -> None:
-    """A byte that no sample sees: in the middle of the largest moment."""
-    source = pair(DENSE).source
-    (rank, other) = copied(source, DENSE, tmp_path / "out", depth=Depth.FULL)
-    digests: dict[TensorName, bytes] = {}
-    for source_rank in (RankId(0, 0, None), RankId(0, 1, None)):
-        found = digest_folder((str(source), source_rank))
-        assert not found.damaged
-        digests |= found.by_name
-    context = replace(rank.context, proof=replace(rank.context.proof, digests=digests))
-    other.context = rank.context = context
+def test_full_verification_sees_what_no_sample_does(tmp_path: Path) -> None:
+    """A byte in the middle of the largest moment, by the checksums of what copying has read."""
+    (rank, other) = copied(pair(DENSE).source, DENSE, tmp_path / "out", depth=Depth.FULL)
+    assert rank.known is not None
+    check_copied(rank.context, {**rank.known, **(other.known or {})})
     other.finish()
     layout = rank.plan.files[1].archive
     assert layout is not None
@@ -213,3 +215,11 @@ def test_full_verification_compares_the_digests_of_the_source(tmp_path: Path) ->
     flip_byte(Path(rank.folder.file("distrib_optim.pt")), record.offset + 4 * (record.length // 9))
     with pytest.raises(VerificationError):
         rank.finish()
+
+
+def test_what_copying_has_read_is_held_to_the_records_of_the_source(tmp_path: Path) -> None:
+    (rank, other) = copied(pair(DENSE).source, DENSE, tmp_path / "out", depth=Depth.FULL)
+    known = {**(rank.known or {}), **(other.known or {})}
+    extent = max(known, key=lambda extent: extent.length)
+    with pytest.raises(CheckpointError, match=r"record 'data/\d' is damaged"):
+        check_copied(rank.context, {**known, extent: known[extent] ^ 1})

@@ -27,7 +27,7 @@ from pp_to_vpp.target.plan import FilePlan, RankPlan
 
 from ..examples import examples
 from ..inline import Inline
-from .test_copying import Crcs, concatenated, file_plan, whole_file, write_sources
+from .test_copying import Crcs, Known, concatenated, file_plan, whole_file, write_sources
 
 
 @contextmanager
@@ -91,8 +91,13 @@ class Finished:
     files: dict[str, int] = field(default_factory=dict)
     order: list[RankId] = field(default_factory=list)
 
-    def __call__(self, _: Any, plan: RankPlan, folder: TemporaryFolder, crc32s: Crcs) -> RankId:
+    known: dict[RankId, Known] = field(default_factory=dict)
+
+    def __call__(
+        self, _: Any, plan: RankPlan, folder: TemporaryFolder, crc32s: Crcs, known: Known
+    ) -> RankId:
         self.crc32s[plan.id] = crc32s
+        self.known[plan.id] = known
         for file, records in zip(plan.files, crc32s, strict=True):
             path = folder.file(file.name)
             self.files[f"{plan.id.folder}/{file.name}"] = copying.complete_file(path, file, records)
@@ -192,7 +197,9 @@ def test_leaving_in_the_middle_cleans_up(tmp_path: Path) -> None:
     assert done <= left <= {plan.id.folder for plan in plans}
 
 
-def finish_by_renaming(context: str, plan: RankPlan, folder: TemporaryFolder, crcs: Crcs) -> str:
+def finish_by_renaming(
+    context: str, plan: RankPlan, folder: TemporaryFolder, crcs: Crcs, _: Known
+) -> str:
     """Runs in a worker process."""
     folder.path.rename(folder.target)
     return f"{context} {plan.id.folder} {crcs}"
@@ -213,3 +220,37 @@ def test_worker_processes_copy_the_same(tmp_path: Path) -> None:
         for word, rank, crc32 in (("one", 0, a), ("one", 1, b), ("two", 2, b))
     )
     assert (tmp_path / "out" / "mp_rank_00_002" / "f").read_bytes() == b"xyz"
+
+
+def test_a_family_is_checked_when_all_is_copied_and_before_anything_is_finished(
+    tmp_path: Path,
+) -> None:
+    write_sources({"a": b"abc", "b": b"xyz"}, tmp_path)
+    plans = (one_rank(tmp_path, "a", 0), one_rank(tmp_path, "b", 1))
+    families = [FamilyCopy(plans, {}, "one", True), FamilyCopy((), {}, "none left", True)]
+    finished, checked = Finished(), dict[str, Known]()
+
+    def check(context: str, found: Known) -> None:
+        assert not finished.order
+        checked[context] = found
+
+    copier = Copier(Inline(), tmp_path / "out", finished, lambda _: None, check)
+    assert list(copier.run(families)) == [plan.id for plan in plans]
+    whole = {Extent(str(tmp_path / "a"), 0, 3): zlib.crc32(b"abc")}
+    other = {Extent(str(tmp_path / "b"), 0, 3): zlib.crc32(b"xyz")}
+    assert checked == {"one": whole | other, "none left": {}}
+    assert finished.known == {plans[0].id: whole, plans[1].id: other}
+
+
+def test_what_a_check_refuses_is_not_finished(tmp_path: Path) -> None:
+    write_sources({"a": b"abc"}, tmp_path)
+    finished = Finished()
+
+    def refuse(_context: Any, _found: Known) -> None:
+        raise CopyError("a: damaged")
+
+    copier = Copier(Inline(), tmp_path / "out", finished, lambda _: None, refuse)
+    with pytest.raises(CopyError, match="a: damaged"):
+        list(copier.run([FamilyCopy((one_rank(tmp_path),), {}, None, True)]))
+    assert not finished.order
+    assert list((tmp_path / "out").iterdir()) == []

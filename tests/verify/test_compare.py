@@ -58,12 +58,18 @@ def test_a_right_target_passes(
     assert f"verified ({depth})" in run.output
 
 
-def test_full_verification_while_converting(program: Program, tmp_path: Path) -> None:
-    case = pair(MOE)
+@pytest.mark.parametrize("name", _NAMES)
+def test_full_verification_while_converting(name: str, program: Program, tmp_path: Path) -> None:
+    case = pair(name)
     target = tmp_path / "iter_0000001"
     run = program.convert(case.source, target, case.options, "--verify", "full")
     assert run.status == 0, run.errors
     assert "verified: full" in run.output
+    assert differences(target, case.truth, case.source) == []
+    folder = sorted(target.glob("mp_rank_*"))[-1]
+    shutil.rmtree(folder)  # what is kept is read from both sides, what is missing is copied
+    run = program.convert(case.source, target, case.options, "--verify", "full", "--resume")
+    assert run.status == 0, run.errors
     assert differences(target, case.truth, case.source) == []
 
 
@@ -245,6 +251,11 @@ def test_a_damaged_source_is_reported_instead_of_copied(
     run = program.convert(source, target, (), "--verify", "full")
     program.refuses(4, run, str(path), "record 'data/0' is damaged", "parameter decoder.layers.")
     assert not target.exists()
+    # of all files, where only one rank is wanted
+    run = program.convert(
+        source, target, (), "--verify", "full", "--pipeline-ranks-to-process", "0"
+    )
+    program.refuses(4, run, str(path), "record 'data/0' is damaged")
     # without full verification it is copied, but its checksum still tells
     assert program.convert(source, target).status == 0
     assert verify(program, source, target).status == 4
