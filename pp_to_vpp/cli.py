@@ -207,6 +207,8 @@ def _parser() -> _Parser:
         action="store_true",
         help="keep rank folders that an earlier run of the same conversion finished",
     )
+    add("--quiet", dest="is_quiet", action="store_true", help="say nothing but errors")
+    add("--verbose", dest="is_verbose", action="store_true", help="say what each worker has done")
     for option, what in (
         ("--report", "write a JSON report of what was done"),
         ("--log-file", "write the log to a file too"),
@@ -258,12 +260,15 @@ def _report_of_wrong_call(arguments: Sequence[str]) -> Path | None:
 def _log_and_plan(given: Options) -> Iterator[None]:
     """Open the log; where standard output is asked for, the plan goes to standard error."""
     with contextlib.ExitStack() as stack:
-        if outputs.STANDARD_OUTPUT in (given.report, given.log_file):
+        if given.is_quiet:
+            nobody = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nobody))
+        elif outputs.STANDARD_OUTPUT in (given.report, given.log_file):
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         log: TextIO | None = None
         if given.log_file is not None:
             log = stack.enter_context(outputs.open_output(given.log_file, append=True))
-        stack.enter_context(_logging(log, str(given.log_file)))
+        stack.enter_context(_logging(log, given))
         yield
 
 
@@ -361,20 +366,20 @@ class _LogFile(logging.StreamHandler[TextIO]):
 
 
 @contextlib.contextmanager
-def _logging(log: TextIO | None, name: str) -> Iterator[None]:
+def _logging(log: TextIO | None, given: Options) -> Iterator[None]:
     """Log to standard error, when nobody watches a bar there, and to a file if one is named."""
     logger = logging.getLogger("pp_to_vpp")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG if given.is_verbose else logging.INFO)
     logger.propagate = False
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = []
-    if not is_watched():
+    if not given.is_quiet and (given.is_verbose or not is_watched()):
         console = logging.StreamHandler(sys.stderr)
-        console.addFilter(lambda record: record.levelno == logging.INFO)
+        console.addFilter(lambda record: record.levelno <= logging.INFO)
         handlers.append(console)
     if log is not None:
         handlers.append(_LogFile(log))
-        handlers[-1].set_name(name)
+        handlers[-1].set_name(str(given.log_file))
     for handler in handlers:
         handler.setFormatter(form)
         logger.addHandler(handler)
@@ -402,7 +407,7 @@ def _run(given: Options) -> dict[str, object]:
     from .run.listener import Listener
     from .run.verify_pair import verify_existing
 
-    with Progress() as progress:
+    with Progress(is_quiet=given.is_quiet or given.is_verbose) as progress:
         listener = progress.listen(Listener())
 
         def planned(prepared: Prepared) -> None:

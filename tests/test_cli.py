@@ -149,6 +149,32 @@ def test_a_log_on_a_full_disk_is_one_line(program: Program, tmp_path: Path) -> N
     assert len(list(target.glob("mp_rank_*"))) == 2
 
 
+def test_quiet_says_nothing_and_verbose_more(program: Program, tmp_path: Path) -> None:
+    case = pair(DENSE)
+    run = program.convert(case.source, tmp_path / "q" / "iter_0000001", _V2, "--quiet")
+    assert (run.status, run.output, run.errors) == (0, "", "")
+    run = program.convert(case.source, tmp_path / "q" / "iter_0000001", _V2, "--quiet")
+    program.refuses(2, run, "the target exists already")
+    run = program.convert(case.source, tmp_path / "v" / "iter_0000001", _V2, "--verbose")
+    assert "mp_rank_00_000 and its family: planned" in run.errors
+    assert "mp_rank_00_001: " in run.errors
+    assert "s from its first byte" in run.errors
+
+
+def test_the_root_of_a_checkpoint_is_told_with_its_iteration(
+    program: Program, tmp_path: Path
+) -> None:
+    """The one that the tracker names, else the last one."""
+    for name in ("iter_0000001", "iter_0000007", "iter_0000009"):
+        (tmp_path / name).mkdir()
+    call = ("--load-iteration-dir", tmp_path, "--dry-run", *_V2)
+    program.refuses(4, program(*call), "such as iter_0000009")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
+    program.refuses(4, program(*call), "such as iter_0000007")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    program.refuses(4, program(*call), "such as iter_0000009")
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])
 def test_signals_leave_nothing_behind(number: int, tmp_path: Path) -> None:
     """As when the terminal is closed."""

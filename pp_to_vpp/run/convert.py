@@ -187,6 +187,7 @@ def _plan(
     for family in workers.map(plan_family, jobs):
         families.append(family)
         listener.advanced(len(family.folders.ranks))
+        log.debug("%s and its family: planned", family.ranks[0].id.folder)
     check_families(families, survey.path)
     return families
 
@@ -318,6 +319,7 @@ class _Run:
         known: dict[tuple[int, int], dict[Extent, int]] = {}
         for rank, found in self.workers.map(check_kept, kept):
             listener.advanced(rank.length)
+            log.debug("%s: kept, %.1f s", rank.id.folder, rank.seconds)
             done.append(rank)
             known.setdefault(rank.id.family, {}).update(found)
         others = target_folder.Others(save_dir, self.prepared.awaited, listener)
@@ -327,6 +329,7 @@ class _Run:
         for rank in copier.run(_copies(zip(families, proofs, strict=True), there, known)):
             listener.finished(rank.id.folder)
             log.info("%s: %d bytes written", rank.id.folder, rank.length)
+            log.debug("%s: %.1f s from its first byte", rank.id.folder, rank.seconds)
             done.append(rank)
             others.look()
         others.wait()

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pp_to_vpp.errors import UsageError
-from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.megatron.ranks import TRACKER, RankId
 from pp_to_vpp.run import share
 from pp_to_vpp.run.share import Launched, Share, deal, launched, wanted_share
-from pp_to_vpp.run.target_folder import TRACKER
 
 from ..pairs import MOE, pair
 from ..runs import ROOT, Program, command, environment, run_process

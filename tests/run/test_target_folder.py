@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from pp_to_vpp.errors import CopyError, UsageError, VerificationError
-from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.megatron.ranks import TRACKER, RankId
 from pp_to_vpp.run.folders import is_filled
 from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.run.target_folder import (
-    TRACKER,
     check_others,
     check_place,
     check_space,
