@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import json
 import logging
 import os
@@ -212,6 +213,8 @@ def _parser() -> _Parser:
         action="store_true",
         help="keep rank folders that an earlier run of the same conversion finished",
     )
+    add("--quiet", dest="is_quiet", action="store_true", help="say nothing but errors")
+    add("--verbose", dest="is_verbose", action="store_true", help="say what each worker has done")
     for option, what in (
         ("--report", "write a JSON report of what was done"),
         ("--log-file", "write the log to a file too"),
@@ -223,6 +226,9 @@ def _parser() -> _Parser:
 def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     parser = _parser()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that it has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         given = parser.parse_args(arguments, Options(Path()))
         _check(given)
@@ -260,12 +266,15 @@ def _report_of_wrong_call(arguments: Sequence[str]) -> Path | None:
 def _log_and_plan(given: Options) -> Iterator[None]:
     """Open the log; where standard output is asked for, the plan goes to standard error."""
     with contextlib.ExitStack() as stack:
-        if outputs.STANDARD_OUTPUT in (given.report, given.log_file):
+        if given.is_quiet:
+            nobody = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nobody))
+        elif outputs.STANDARD_OUTPUT in (given.report, given.log_file):
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         log: TextIO | None = None
         if given.log_file is not None:
             log = stack.enter_context(outputs.open_output(given.log_file, append=True))
-        stack.enter_context(_logging(log))
+        stack.enter_context(_logging(log, given))
         yield
 
 
@@ -346,20 +355,37 @@ def _why_unwritable(path: Path | None, given: Options) -> str | None:
     return None if path is None else outputs.why_unwritable(path, folders)
 
 
+class _LogFile(logging.StreamHandler[TextIO]):
+    """A log file. A full disk ends the log, and is told when the run is over."""
+
+    failure: OSError | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Write to nobody from now on."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and self.failure is None:
+            self.failure = error
+            with open(os.devnull, "w") as nobody:
+                os.dup2(nobody.fileno(), self.stream.fileno())
+        elif self.failure is None:
+            super().handleError(record)
+
+
 @contextlib.contextmanager
-def _logging(log: TextIO | None) -> Iterator[None]:
+def _logging(log: TextIO | None, given: Options) -> Iterator[None]:
     """Log to standard error, when nobody watches a bar there, and to a file if one is named."""
     logger = logging.getLogger("pp_to_vpp")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG if given.is_verbose else logging.INFO)
     logger.propagate = False
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = []
-    if not is_watched():
+    if not given.is_quiet and (given.is_verbose or not is_watched()):
         console = logging.StreamHandler(sys.stderr)
-        console.addFilter(lambda record: record.levelno == logging.INFO)
+        console.addFilter(lambda record: record.levelno <= logging.INFO)
         handlers.append(console)
     if log is not None:
-        handlers.append(logging.StreamHandler(log))
+        handlers.append(_LogFile(log))
+        handlers[-1].set_name(str(given.log_file))
     for handler in handlers:
         handler.setFormatter(form)
         logger.addHandler(handler)
@@ -369,6 +395,13 @@ def _logging(log: TextIO | None) -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+    for handler in handlers:
+        if isinstance(handler, _LogFile) and handler.failure is not None:
+            raise CopyError.of(
+                f"--log-file {handler.name}",
+                f"cannot be written ({handler.failure.strerror}); the run went on without it",
+                cure="see what it printed",
+            )
 
 
 def _run(given: Options) -> dict[str, object]:
@@ -380,7 +413,7 @@ def _run(given: Options) -> dict[str, object]:
     from .run.listener import Listener
     from .run.verify_pair import verify_existing
 
-    with Progress() as progress:
+    with Progress(is_quiet=given.is_quiet or given.is_verbose) as progress:
         listener = progress.listen(Listener())
 
         def planned(prepared: Prepared) -> None:

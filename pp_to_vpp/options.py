@@ -55,6 +55,9 @@ class Options:
     resume: bool = False
     follow_links: bool = False
     """Files of the source may be links to files elsewhere."""
+    is_quiet: bool = False
+    """Nothing is printed but errors."""
+    is_verbose: bool = False
     report: Path | None = None
     log_file: Path | None = None
 

@@ -62,8 +62,9 @@ def draw_losses(log: str, figure: Figure) -> None:
     (name, whole), *others = read_losses(log).items()
     losses, differences = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     losses.plot(whole.keys(), whole.values(), color="#b3b3b3", linewidth=3, label=name)
-    styles = zip((_COLORS[0], "#009e73", _COLORS[3]), "os^", (4, 4, 3), strict=True)
-    for (title, run), (color, marker, level) in zip(others, styles, strict=True):
+    colors = (_COLORS[0], "#009e73", _COLORS[3], "#e69f00")
+    styles = zip(colors, "os^D", (4, 4, 3, 3), strict=True)
+    for (title, run), (color, marker, level) in zip(others, styles, strict=False):
         style = {"color": color, "marker": marker, "zorder": level}
         losses.plot(run.keys(), run.values(), label=title, **style)
         away = [loss - whole[iteration] for iteration, loss in run.items()]

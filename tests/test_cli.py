@@ -6,9 +6,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,7 +34,7 @@ def test_help_tells_every_option() -> None:
         "--target-pipeline-model-parallel-layout",
         "--target-overlap-param-gather-with-optimizer-step", "--num-max-processing-processes",
         "--pipeline-ranks-to-process", "--dry-run", "--verify", "--resume", "--report",
-        "--log-file", "--follow-links",
+        "--log-file", "--follow-links", "--share",
     ):  # fmt: skip
         assert option in run.output
 
@@ -75,12 +78,119 @@ def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None
         (("--load-iteration-dir", "x", "--dry-run", _V2[0], "0"), "not a positive number"),
         (("--load-iteration-dir", "x", "--dry-run", *_V2, "--verify", "some"), "--verify"),
         (("--load", "x", "--dry-run", *_V2), "--load-iteration-dir"),
+        (("--load-iteration-dir", "x", "--dry-run", _V2[0], "two"), "two is no number"),
+        (
+            ("--load-iteration-dir", "x", *_V2, "--pipeline-ranks-to-process", "0,1"),
+            "0,1 is no number (numbers of a list stand apart: 0 1 2)",
+        ),
+        (
+            ("--load-iteration-dir", "x", "--target-virtual-pipeline-size", "2"),
+            "did you mean --target-virtual-pipeline-model-parallel-size?",
+        ),
     ],
 )
 def test_wrong_calls_end_with_2(arguments: tuple[str, ...], reason: str, program: Program) -> None:
     run = program(*arguments)
     assert run.status == 2
     assert reason in run.errors
+    assert len(run.errors.splitlines()) <= 4
+
+
+def test_folders_may_begin_with_a_tilde(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which shells leave alone after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = copy_of(pair(DENSE).source, tmp_path)
+    run = program(f"--load-iteration-dir=~/{source.relative_to(tmp_path)}", "--dry-run", *_V2)
+    assert run.status == 0, run
+    assert str(source) in run.output
+
+
+def test_a_dry_run_looks_at_the_target(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the run would: what would be refused after hours in a queue is refused now."""
+    case, target = pair(DENSE), tmp_path / "iter_0000001"
+    dry = (case.source, target, _V2, "--dry-run")
+    assert program.convert(*dry).status == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
+    program.refuses(5, program.convert(*dry), "too little free space")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    assert program.convert(case.source, target, _V2).status == 0
+    program.refuses(2, program.convert(*dry), "the target exists already")
+    assert program.convert(*dry, "--resume").status == 0
+    (tmp_path / "file").touch()
+    run = program.convert(case.source, tmp_path / "file" / "iter_0000001", _V2, "--dry-run")
+    program.refuses(5, run, f"{tmp_path / 'file'}: the target cannot be written")
+
+
+def test_paths_print_where_the_output_lacks_their_letters(tmp_path: Path) -> None:
+    source = copy_of(pair(DENSE).source, tmp_path).rename(tmp_path / "é")
+    bare = {**environment(), "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        command("--load-iteration-dir", source, "--dry-run", *_V2),
+        capture_output=True, text=True, env=bare, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert "dry run: nothing was written" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a device that is always full")
+def test_a_log_on_a_full_disk_is_one_line(program: Program, tmp_path: Path) -> None:
+    """After a whole conversion."""
+    case, full = pair(DENSE), tmp_path / "full"
+    os.mknod(full, 0o600 | stat.S_IFCHR, os.makedev(1, 7))
+    target = tmp_path / "t" / "iter_0000001"
+    run = program.convert(case.source, target, _V2, "--log-file", full)
+    program.refuses(5, run, f"--log-file {full}: cannot be written (No space left on device)")
+    assert len(list(target.glob("mp_rank_*"))) == 2
+
+
+def test_quiet_says_nothing_and_verbose_more(program: Program, tmp_path: Path) -> None:
+    case = pair(DENSE)
+    run = program.convert(case.source, tmp_path / "q" / "iter_0000001", _V2, "--quiet")
+    assert (run.status, run.output, run.errors) == (0, "", "")
+    run = program.convert(case.source, tmp_path / "q" / "iter_0000001", _V2, "--quiet")
+    program.refuses(2, run, "the target exists already")
+    run = program.convert(case.source, tmp_path / "v" / "iter_0000001", _V2, "--verbose")
+    assert "mp_rank_00_000 and its family: planned" in run.errors
+    assert "mp_rank_00_001: " in run.errors
+    assert "s from its first byte" in run.errors
+
+
+def test_the_root_of_a_checkpoint_is_told_with_its_iteration(
+    program: Program, tmp_path: Path
+) -> None:
+    """The one that the tracker names, else the last one."""
+    for name in ("iter_0000001", "iter_0000007", "iter_0000009"):
+        (tmp_path / name).mkdir()
+    call = ("--load-iteration-dir", tmp_path, "--dry-run", *_V2)
+    program.refuses(4, program(*call), "such as iter_0000009")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
+    program.refuses(4, program(*call), "such as iter_0000007")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    program.refuses(4, program(*call), "such as iter_0000009")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])
+def test_signals_leave_nothing_behind(number: int, tmp_path: Path) -> None:
+    """As when the terminal is closed."""
+    target = tmp_path / "iter_0000001"
+    process = subprocess.Popen(
+        command("--load-iteration-dir", pair(MOE).source, "--save-iteration-dir", target, *_V2),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd="/",
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()  # the plan stands
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, 0), errors
+    if process.returncode:
+        assert "interrupted; run again with --resume" in errors
+    assert not target.exists() or list(target.glob(".*")) == []
 
 
 def test_disagreeing_sizes_are_refused(program: Program, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pp_to_vpp import __version__, report
 
-from .pairs import DENSE, Pair, names, pair
+from .pairs import DENSE, MOE, Pair, names, pair
 from .runs import ROOT, Program, run_process
 
 _V2 = ("--target-virtual-pipeline-model-parallel-size", "2")
@@ -59,6 +59,12 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
     "refusal": {**_HEAD, "status": int, "problems": [str]},
 }
+_SHAPES["share"] = {
+    **_SHAPES["plan"],
+    "share": {
+        "index": int, "count": int, "folders": int, "bytes": int, "largest_over_mean": _NUMBER,
+    },
+}  # fmt: skip
 """What each kind of report is made of: a type or several, a list of one shape, or fields."""
 
 
@@ -163,6 +169,27 @@ def test_a_dry_run_needs_no_target(program: Program, tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert list(strange(found, _SHAPES["plan"])) == []
     assert found["target"]["path"] is None
+
+
+def test_a_share_is_told(program: Program, tmp_path: Path) -> None:
+    """All of them together are the whole."""
+    case, path = pair(MOE), tmp_path / "plan.json"
+    whole, folders = 0, 0
+    found: dict[str, Any] = {}
+    for index in range(3):
+        run = program(
+            "--load-iteration-dir", case.source, *case.options, "--dry-run", "--report", path,
+            "--share", f"{index}/3",
+        )  # fmt: skip
+        assert run.status == 0, run
+        found = json.loads(path.read_text())
+        assert list(strange(found, _SHAPES["share"])) == []
+        assert (found["share"]["index"], found["share"]["count"]) == (index, 3)
+        assert f"share {index}/3: {found['share']['folders']} rank folders" in run.output
+        assert 1 <= found["share"]["largest_over_mean"] < 2
+        whole += found["share"]["bytes"]
+        folders += found["share"]["folders"]
+    assert (whole, folders) == (found["bytes"], len(found["ranks"]))
 
 
 def test_a_refusal_has_its_report(program: Program, tmp_path: Path) -> None:

@@ -141,6 +141,32 @@ class Cut:
     """What a hybrid's pattern calls each layer of the model; None for other models."""
 
 
+def _instead(slots: int, shape: Shape) -> str:
+    """What to ask for where layers do not divide evenly into chunks."""
+    per_rank, rest = divmod(slots, shape.pp_size)
+    sizes = [size for size in range(2, per_rank + 1) if not per_rank % size] if not rest else []
+    listed = " or ".join(map(str, sizes[:8]))
+    if sizes:
+        return f"choose another VPP size ({listed}), or give a layout string"
+    text = _even_layout_string(shape)
+    option = "--target-pipeline-model-parallel-layout"
+    return f"no VPP size divides them: give {option}" + (f" {text!r}" if text else "")
+
+
+def _even_layout_string(shape: Shape) -> str | None:
+    """A layout string of chunks as even as can be, the first and last the lightest, for they hold
+    embedding and loss too; None where there are fewer layers than chunks."""
+    each, rest = divmod(shape.num_layers, shape.chunks)
+    if not each:
+        return None
+    counts = [each + (1 <= index <= rest) for index in range(shape.chunks)]
+    text = "E"
+    for count, run in itertools.groupby(counts[:-1]):
+        stages = len(list(run))
+        text += f"({'t' * count}|)*{stages}" if stages > 1 else f"{'t' * count}|"
+    return f"{text}{'t' * counts[-1]}{'m' * shape.mtp_num_layers}L"
+
+
 @dataclass(frozen=True, slots=True)
 class Even:
     """The same number of layers for all chunks; embedding and loss may count as a layer each."""
@@ -159,8 +185,7 @@ class Even:
             extra = " (embedding and loss included)" if slots != shape.num_layers else ""
             raise LayoutError(
                 f"layer placement: {slots} layers{extra} do not divide into {shape.pp_size} "
-                f"pipeline ranks x {shape.vp_size} virtual stages; choose another VPP size, or "
-                "give --target-pipeline-model-parallel-layout"
+                f"pipeline ranks x {shape.vp_size} virtual stages; {_instead(slots, shape)}"
             )
         counts = [slots // chunks] * chunks
         counts[0] -= self.counts_embedding
@@ -272,8 +297,8 @@ def _check_stages(text: str, stages: int, shape: Shape) -> None:
     if stages != shape.chunks:
         raise LayoutError(
             f"{text}: {stages} stages do not make {shape.vp_size} virtual stages on "
-            f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages (empty ones "
-            "count, each | begins a new one)"
+            f"{shape.pp_size} pipeline ranks; give {shape.chunks} stages, or another multiple of "
+            f"{shape.pp_size} (empty ones count, each | begins a new one)"
         )
 
 
@@ -587,6 +612,11 @@ def parse_layout(text: str) -> tuple[str, ...]:
             raise LayoutError(f"pipeline layout {show(text)}: absurdly long; check its numbers")
         unrolled = pattern.sub(lambda match: match[1] * int(match[2]), unrolled)
     strange = sorted(set(unrolled) - set("EtmL|"))
+    if strange and strange[0] in "()*0123456789":
+        raise LayoutError(
+            f"pipeline layout {show(text)}: groups are written (...)*n, in whole numbers, and do "
+            "not nest; write the inner ones out"
+        )
     if strange:
         raise LayoutError(
             f"pipeline layout {show(text)}: letter {strange[0]!r} is unknown; use E (embedding), "

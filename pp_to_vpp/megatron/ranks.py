@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 MODEL_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Beside the iteration folders. Megatron finds the optimizer file through it, even with --ckpt-step
+(FORMAT 1.2)."""
 _LAYER_WISE_FILE = re.compile(r"layer_wise_optimizer_(0|[1-9][0-9]{0,8})\.pt")
 
 # Widths are minimums; without the second number the last would be the expert rank (FORMAT 1.1).

@@ -197,6 +197,7 @@ def _plan(
     for family in workers.map(plan_family, jobs):
         families.append(family)
         listener.advanced(len(family.folders.ranks))
+        log.debug("%s and its family: planned", family.ranks[0].id.folder)
     check_families(families, survey.path)
     return families
 
@@ -255,6 +256,7 @@ def _prepare(
         facts=tuple(facts),
         notes=(
             *request.notes(first.source, first.target),
+            *target_folder.notes(options.save_dir, survey.iteration),
             *(f"{name} is unknown, alike in all files, and copied" for name in odd),
             *([f"{shared} bytes are shared with the source, and need no room"] if shared else []),
             *(f"not copied, no part of a checkpoint: {name}" for name in left),
@@ -341,6 +343,7 @@ class _Run:
         known: dict[tuple[int, int], dict[Extent, int]] = {}
         for rank, found in self.workers.map(check_kept, kept):
             listener.advanced(rank.length)
+            log.debug("%s: kept, %.1f s", rank.id.folder, rank.seconds)
             done.append(rank)
             known.setdefault(rank.id.family, {}).update(found)
         others = target_folder.Others(save_dir, self.prepared.awaited, listener)
@@ -356,6 +359,7 @@ class _Run:
         for rank in copier.run(copies):
             listener.finished(rank.id.folder)
             log.info("%s: %d bytes written", rank.id.folder, rank.length)
+            log.debug("%s: %.1f s from its first byte", rank.id.folder, rank.seconds)
             done.append(rank)
             others.look()
         others.wait()

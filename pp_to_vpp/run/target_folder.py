@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import CopyError, UsageError, show
 from ..megatron.pipeline import PipelineLayout
-from ..megatron.ranks import RankId
+from ..megatron.ranks import TRACKER, RankId
 from ..megatron.rules import Rules
 from ..target.plan import RankPlan
 from ..verify.compare import told_layout
@@ -22,8 +22,6 @@ from .listener import Listener
 from .signs import SILENT_SECONDS, Writer
 from .workers import Workers
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron finds the optimizer file through it, even with --ckpt-step (FORMAT 1.2)."""
 _ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})|(release)")
 _LOOK_SECONDS = 2.0
 """How often what other runs do is looked at: each look is a listing of the target."""
@@ -68,6 +66,20 @@ def check_place(load_dir: Path, save_dir: Path) -> None:
             "it lies in the source, which is never written",
             cure="choose another folder",
         )
+
+
+def notes(save_dir: Path | None, iteration: int | None) -> list[str]:
+    """What the user should know about where the target will be.
+
+    Args:
+        save_dir: the target; None if none is named.
+        iteration: that of training which the source tells.
+    """
+    name = "" if save_dir is None else Path(os.path.abspath(save_dir)).name
+    match = _ITERATION.fullmatch(name)
+    if iteration is None or match is None or not match[1] or int(match[1]) == iteration:
+        return []
+    return [f"the target is called {name}, and the checkpoint is of iteration {iteration}"]
 
 
 def check_others(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -19,7 +20,15 @@ from ..container import archive, torch_file
 from ..container.archive import Record
 from ..container.extents import Extent
 from ..container.torch_file import TorchFile
-from ..errors import ANOTHER_COPY, NOT_CONVERTED, PUT_FILE_THERE, CheckpointError, located, problem
+from ..errors import (
+    ANOTHER_COPY,
+    NOT_CONVERTED,
+    PUT_FILE_THERE,
+    CheckpointError,
+    CopyError,
+    located,
+    problem,
+)
 from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of, is_rank_file
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
@@ -67,6 +76,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            cure = "raise the limit (ulimit -a), or use fewer --num-max-processing-processes"
+            raise CopyError.of(path, f"cannot be read ({error.strerror})", cure=cure) from None
         raise CheckpointError.of(
             path, f"cannot be read ({error.strerror})", cure="check the file and its mode"
         ) from None

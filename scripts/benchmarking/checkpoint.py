@@ -17,7 +17,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -190,10 +190,15 @@ def _param_group(*, is_expert: bool, has_decay: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _distributed_entries() -> list[Any]:
-    """What ``model_optim_rng.pt`` holds of the distributed optimizers."""
+def _distributed_entries(entries: Sequence[Entry]) -> list[Any]:
+    """What ``model_optim_rng.pt`` holds of the distributed optimizers: one without a parameter has
+    its groups, and has counted no step."""
     kinds = ((False, True), (False, False)), ((True, True),)
-    groups = ([_param_group(is_expert=e, has_decay=d) for e, d in part] for part in kinds)
+    groups = [[_param_group(is_expert=e, has_decay=d) for e, d in part] for part in kinds]
+    for kind, own in zip((Kind.DENSE, Kind.EXPERT), groups, strict=True):
+        if all(entry.kind is not kind for entry in entries):
+            for group in own:
+                del group["step"]
     return [{"optimizer": {"param_groups": own}} for own in groups]
 
 
@@ -309,7 +314,7 @@ def _make_rank(plan: Plan, folder: Path, stage: int, ep_rank: int, filler: _Fill
         else:
             name = "distrib_optim.pt"
             optimizer, held = _optimizer_state(entries, stage, ep_rank)
-            entry, repeated = _distributed_entries(), []
+            entry, repeated = _distributed_entries(entries), []
         root = {"args": args, "checkpoint_version": 3.0, "iteration": 10, "model": state}
         root |= {"optimizer": entry, **_rest(stage, ep_rank)}
         random_states = [_Content("bytes", stage * 977 + ep_rank * 101 + k) for k in range(5)]

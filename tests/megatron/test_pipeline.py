@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pp_to_vpp.errors import LayoutError
+from pp_to_vpp.megatron import pipeline
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.pipeline import (
     Ends,
@@ -23,6 +24,7 @@ from pp_to_vpp.megatron.pipeline import (
     Order,
     PipelineLayout,
     Placement,
+    Shape,
     parse_layout,
 )
 
@@ -292,9 +294,10 @@ def test_a_hybrid_pattern_is_cut_evenly(vp_size: int) -> None:
     [
         ("Et|tx", "letter 'x'"),
         ("Et| tL", "letter ' '"),
-        ("E(t", r"letter '\('"),
+        ("E(t", r"groups are written \(...\)\*n"),
+        ("E((t|)*2)*3tt|L", "do not nest"),
         ("E" + "t*99999999", "absurdly long"),
-        ("E((t)*9999)*9999|L", "absurdly long|letter"),
+        ("E((t)*9999)*9999|L", "absurdly long|groups"),
     ],
 )
 def test_bad_strings_are_refused_at_once(text: str, reason: str) -> None:
@@ -381,3 +384,28 @@ def test_mtp_layers_may_stand_on_the_first_stage() -> None:
 )  # fmt: skip
 def test_launch_flags(placement: Placement, num_layers: int, flags: str) -> None:
     assert placement.launch_flags(num_layers, 2) == flags
+
+
+def test_sizes_that_divide_are_told() -> None:
+    with pytest.raises(LayoutError, match=r"choose another VPP size \(2 or 4\), or give a layout"):
+        Placement(3).place(8, 2)
+    with pytest.raises(LayoutError, match=r"divides them: give \S+-layout 'Et\|tt\|t\|tL'"):
+        Placement(2).place(5, 2)
+    with pytest.raises(LayoutError, match=r"no VPP size divides them: give \S+-layout$"):
+        Placement(4).place(5, 2)
+
+
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2))
+def test_the_layout_string_that_is_offered_works(
+    pp_size: int, vp_size: int, num_layers: int, mtp_num_layers: int
+) -> None:
+    """It places all layers, as evenly as can be, the ends not more than the others."""
+    shape = Shape(num_layers, pp_size, vp_size, mtp_num_layers, Order.INTERLEAVED)
+    text = pipeline._even_layout_string(shape)
+    if text is None:
+        assert num_layers < shape.chunks
+        return
+    counts = LayoutString(text).cut(shape).counts
+    assert sum(counts) == num_layers
+    assert max(counts) - min(counts) <= 1
+    assert counts[-1] == min(counts) or num_layers % shape.chunks == shape.chunks - 1

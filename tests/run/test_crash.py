@@ -354,3 +354,31 @@ def test_a_resumed_run_takes_over_from_a_silent_host(
     assert "of another, last sign of life" in run.errors
     assert "it is taken over after" in run.errors
     assert files_of(target) == undisturbed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to make namespaces")
+def test_a_run_of_another_host_that_fell_silent_is_taken_over(
+    program: Program, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when that one goes on after all, it does no harm, and takes what is there as done."""
+    target = tmp_path / "iter_0000001"
+    there = subprocess.Popen(
+        ["unshare", "--uts", "sh", "-c", 'hostname other-node; exec "$@"', "sh",
+         *command(*_arguments(pair(MOE).source, target))],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd="/",
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not any(target.glob(".writing-*")) and there.poll() is None:
+        assert time.monotonic() < deadline
+    os.killpg(there.pid, signal.SIGSTOP)
+    names = [path.name for path in target.glob(".writing-*")]
+    monkeypatch.setattr(signs, "SILENT_SECONDS", 3.0)
+    run = program.convert(pair(MOE).source, target, pair(MOE).options, "--resume")
+    os.killpg(there.pid, signal.SIGCONT)
+    _, errors = there.communicate(timeout=60)
+    assert run.status == 0, run
+    assert all("other-node" in name for name in names)
+    assert "of other-node, last sign of life" in run.errors or not names
+    assert there.returncode in (0, 5), errors
+    assert files_of(target) == undisturbed

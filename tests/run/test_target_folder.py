@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from pp_to_vpp.errors import CopyError, UsageError, VerificationError
-from pp_to_vpp.megatron.ranks import RankId
+from pp_to_vpp.megatron.ranks import TRACKER, RankId
 from pp_to_vpp.run.folders import is_filled
 from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.run.target_folder import (
-    TRACKER,
     check_others,
     check_place,
     check_space,
@@ -196,3 +195,48 @@ def test_a_tracker_that_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_bytes(b"\xff")
     assert write_tracker(tmp_path / "iter_0000001", []).startswith("left alone: ")
     assert (tmp_path / TRACKER).read_bytes() == b"\xff"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("iter_00000005", "expected iter_0000005"),
+        ("iter_5", "expected iter_0000005"),
+        ("iter_x", "expected iter_ and seven digits"),
+    ],
+)
+def test_names_that_megatron_does_not_look_for_are_refused(
+    name: str, wanted: str, program: Program, tmp_path: Path
+) -> None:
+    run = program.convert(pair(DENSE).source, tmp_path / name, pair(DENSE).options)
+    program.refuses(2, run, "Megatron looks for no such folder", wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_called_after_another_iteration_is_noted(program: Program, tmp_path: Path) -> None:
+    case = pair(DENSE)
+    for name, is_odd in (("iter_0000001", False), ("iter_0000005", True), ("release", False)):
+        run = program.convert(case.source, tmp_path / name, case.options, "--dry-run")
+        assert ("and the checkpoint is of iteration 1" in run.output) is is_odd
+
+
+def test_a_linked_target_is_known_by_its_own_name(program: Program, tmp_path: Path) -> None:
+    """By which --load will find it: the tracker stands beside the link."""
+    case = pair(DENSE)
+    (tmp_path / "fast" / "any").mkdir(parents=True)
+    (tmp_path / "ckpt").mkdir()
+    link = tmp_path / "ckpt" / "iter_0000001"
+    link.symlink_to(tmp_path / "fast" / "any")
+    run = program.convert(case.source, link, case.options)
+    assert run.status == 0, run
+    assert (tmp_path / "ckpt" / TRACKER).read_text() == "1"
+    assert not (tmp_path / "fast" / TRACKER).exists()
+
+
+def test_a_tracker_that_megatron_cannot_read_is_told(tmp_path: Path) -> None:
+    target = tmp_path / "iter_0000001"
+    (target / RANKS[0].folder).mkdir(parents=True)
+    (tmp_path / TRACKER).write_text("hello")
+    said = write_tracker(target, RANKS[:1])
+    assert "holds 'hello', which Megatron cannot read" in said
+    assert (tmp_path / TRACKER).read_text() == "hello"

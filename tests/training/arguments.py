@@ -27,6 +27,7 @@ _SINCE = {
     "mtp_standalone": (0, 16),
     "apply_wd_to_qk_layernorm": (0, 16),
     "hybrid_context_parallel": (0, 16),
+    "hybrid_layer_pattern": (0, 17),
 }
 _UNTIL = {"use_custom_fsdp": (0, 13)}
 """First and last releases whose saved arguments have the name; the others always do."""
@@ -85,7 +86,7 @@ def _placement(run: Run) -> dict[str, Any]:
     is_virtual = run.vpp > 1
     uneven = run.first_layers is not None or run.last_layers is not None
     slots = run.model.layers + run.account_for_embedding + run.account_for_loss
-    by_flag = is_virtual and run.layout is None
+    by_flag = is_virtual and run.layout is None and run.pattern is None
     return {
         "virtual_pipeline_model_parallel_size": run.vpp if is_virtual else None,
         "num_layers_per_virtual_pipeline_stage": (
@@ -93,6 +94,7 @@ def _placement(run: Run) -> dict[str, Any]:
         ),
         "num_virtual_stages_per_pipeline_rank": run.vpp if by_flag and uneven else None,
         "pipeline_model_parallel_layout": run.layout,
+        "hybrid_layer_pattern": run.pattern,
         "microbatch_group_size_per_vp_stage": None,
         "overlap_p2p_comm": is_virtual,
         "align_param_gather": is_virtual,
@@ -106,7 +108,7 @@ def _placement(run: Run) -> dict[str, Any]:
 
 
 def _model(model: Model) -> dict[str, Any]:
-    is_moe = model.kind in ("moe", "deepseek")
+    is_moe = model.kind in ("moe", "deepseek", "hybrid")
     values = {
         "model_type": ModelType.encoder_or_decoder,
         "attention_backend": AttnBackend.auto,
@@ -153,6 +155,13 @@ def _model(model: Model) -> dict[str, Any]:
             "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": False,
         }
+    if model.kind == "hybrid":
+        values |= {
+            "is_hybrid_model": True,
+            "mamba_state_dim": 8,
+            "mamba_head_dim": 16,
+            "mamba_num_groups": 2,
+        }
     if model.kind == "deepseek":
         moe_layers = model.layers - model.leading_dense
         values |= {
@@ -165,8 +174,8 @@ def _model(model: Model) -> dict[str, Any]:
             "moe_layer_freq": [0] * model.leading_dense + [1] * moe_layers,
             "moe_ffn_hidden_size": 48,
             "moe_shared_expert_intermediate_size": 48,
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
+            "moe_router_score_function": "sigmoid" if model.expert_bias else "softmax",
+            "moe_router_enable_expert_bias": model.expert_bias,
             "moe_router_bias_update_rate": 1e-3,
         }
     return values
@@ -174,7 +183,7 @@ def _model(model: Model) -> dict[str, Any]:
 
 def _training(run: Run) -> dict[str, Any]:
     return {
-        "optimizer": "adam",
+        "optimizer": run.optimizer,
         "lr": 1e-2,
         "min_lr": 1e-3,
         "decoupled_lr": run.decoupled_lr,
@@ -193,7 +202,7 @@ def _training(run: Run) -> dict[str, Any]:
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "ckpt_format": "torch",
-        "use_distributed_optimizer": True,
+        "use_distributed_optimizer": run.optimizer == "adam",
         "accumulate_allreduce_grads_in_fp32": True,
         "overlap_grad_reduce": (
             run.bucket_size is not None or run.num_buckets is not None or run.overlap_step

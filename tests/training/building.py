@@ -130,7 +130,16 @@ def _chunk(args: Namespace, config: Any, stage: int) -> Any:
         # Where layers are counted, 0.12 and 0.13 ask for this; later versions for vp_stage.
         parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    ends = {
+        "pre_process": pp_rank == 0 and stage == 0,
+        "post_process": pp_rank == args.pipeline_model_parallel_size - 1
+        and stage == (vp_size or 1) - 1,
+    }
     options = {"use_transformer_engine": False, "vp_stage": stage if vp_size else None}
+    if args.is_hybrid_model:
+        from .hybrid import hybrid_chunk  # which earlier versions have not
+
+        return hybrid_chunk(args, config, **ends, vp_stage=options["vp_stage"])
     layer = get_gpt_layer_local_spec(
         num_experts=args.num_experts,
         moe_grouped_gemm=False,
@@ -150,9 +159,7 @@ def _chunk(args: Namespace, config: Any, stage: int) -> Any:
         transformer_layer_spec=block,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
-        pre_process=pp_rank == 0 and stage == 0,
-        post_process=pp_rank == args.pipeline_model_parallel_size - 1
-        and stage == (vp_size or 1) - 1,
+        **ends,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         mtp_block_spec=mtp,
@@ -182,8 +189,14 @@ def _ddp_config(args: Namespace, num_parameters: int) -> Any:
 
 def _optimizer(args: Namespace, chunks: list[Any]) -> Any:
     config = OptimizerConfig(**_fields(OptimizerConfig, args))
-    options = known(get_megatron_optimizer, **_group_options(args, config))
-    return get_megatron_optimizer(config, chunks, **options)
+    make: Any = get_megatron_optimizer
+    options = _group_options(args, config)
+    if "muon" in args.optimizer:
+        from megatron.core.optimizer.muon import get_megatron_muon_optimizer  # since 0.16
+
+        make = get_megatron_muon_optimizer
+        options["layer_wise_distributed_optimizer"] = args.optimizer.startswith("dist_")
+    return make(config, chunks, **known(make, **options))
 
 
 def _group_options(args: Namespace, config: Any) -> dict[str, Any]:

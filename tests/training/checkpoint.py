@@ -38,7 +38,10 @@ def save(trainee: Trainee, root: Path, iteration: int) -> None:
     """As ``save_checkpoint``."""
     folder = _rank_folder(root, iteration)
     folder.mkdir(parents=True, exist_ok=True)
-    trainee.optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
+    if trainee.args.use_distributed_optimizer:
+        trainee.optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
+    if _is_layer_wise(trainee):
+        trainee.optimizer.save_state_dict_to_file(str(folder / _layer_wise_name()))
     if parallel_state.get_expert_data_parallel_rank() == 0:
         torch.save(_state_dict(trainee, iteration), folder / "model_optim_rng.pt")
     torch.distributed.barrier()
@@ -75,8 +78,19 @@ def _state_dict(trainee: Trainee, iteration: int) -> dict[str, Any]:
     return state
 
 
-def load(trainee: Trainee, root: Path) -> int:
+def _is_layer_wise(trainee: Trainee) -> bool:
+    return str(trainee.args.optimizer).startswith("dist_")
+
+
+def _layer_wise_name() -> str:
+    return f"layer_wise_optimizer_{parallel_state.get_data_parallel_rank()}.pt"
+
+
+def load(trainee: Trainee, root: Path, *, with_optimizer: bool = True) -> int:
     """As ``load_checkpoint``, but never content with less than all keys.
+
+    Args:
+        with_optimizer: not so is ``--no-load-optim``.
 
     Returns:
         the iteration.
@@ -87,15 +101,26 @@ def load(trainee: Trainee, root: Path) -> int:
     for index, chunk in enumerate(trainee.chunks):
         key = "model" if len(trainee.chunks) == 1 else f"model{index}"
         chunk.load_state_dict(state[key], strict=True)
-    trainee.optimizer.load_state_dict(state["optimizer"])
-    trainee.optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
-    trainee.scheduler.load_state_dict(state["opt_param_scheduler"])
+    if with_optimizer:
+        _load_optimizer(trainee, folder, state)
+    else:
+        trainee.optimizer.reload_model_params()
     rng = state["rng_state"][0]
     random.setstate(rng["random_rng_state"])
     np.random.set_state(rng["np_rng_state"])
     torch.set_rng_state(rng["torch_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(rng["rng_tracker_states"])
     return iteration
+
+
+def _load_optimizer(trainee: Trainee, folder: Path, state: dict[str, Any]) -> None:
+    if _is_layer_wise(trainee):
+        trainee.optimizer.load_state_dict_from_file(str(folder / _layer_wise_name()))
+    else:
+        trainee.optimizer.load_state_dict(state["optimizer"])
+    if trainee.args.use_distributed_optimizer:
+        trainee.optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
+    trainee.scheduler.load_state_dict(state["opt_param_scheduler"])
 
 
 def _read(path: Path) -> Any:

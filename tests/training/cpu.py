@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib.machinery
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import torch._dynamo.trace_rules
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from . import mamba
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -100,6 +105,9 @@ def install() -> None:
     _replace_random_numbers()
     _keep_sent_tensors()
     _list_split_sizes()
+    _gather_any_sizes()
+    _allow_triton()
+    mamba.install()
     # Kernels are compiled when first called, by a compiler that a test machine may not have.
     torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
     # Only this submodule: were Transformer Engine importable, Megatron would want its layers.
@@ -163,6 +171,27 @@ def _list_split_sizes() -> None:
         return exchange(output, given, *map(listed, sizes), **named)
 
     dist.all_to_all_single = exchange_with_lists  # type: ignore[assignment]
+
+
+def _gather_any_sizes() -> None:
+    """The layer-wise optimizer gathers tensors of several sizes, as NCCL can; gloo sends each."""
+
+    def gather(outputs: list[torch.Tensor], given: torch.Tensor, group: Any = None) -> None:
+        outputs[dist.get_rank(group)].copy_(given)
+        for rank, output in enumerate(outputs):
+            dist.broadcast(output, group=group, group_src=rank)
+
+    dist.all_gather = gather  # type: ignore[assignment]
+
+
+def _allow_triton() -> None:
+    """Kernels are defined when their modules are imported, and none is called here."""
+    if importlib.util.find_spec("triton") is None:
+        for name in ("triton", "triton.language"):
+            stub = MagicMock(name=name)
+            stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            stub.__version__ = "3.5"
+            sys.modules[name] = stub
 
 
 def patch_megatron() -> None:

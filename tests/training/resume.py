@@ -12,9 +12,11 @@ import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .agreement import release
 from .command import command, convert
 from .launch import megatron
 from .spec import Model, Run
@@ -26,10 +28,25 @@ if TYPE_CHECKING:
 
 STEPS = 3
 """Between two conversions, at least: the first step after loading shows no optimizer error."""
+_DENSE = Run(Model(hidden=40, ffn=88), dp=2)
+_MOE = Run(Model("moe", tied=False), ep=2, dp=2)
+_V2 = Run(Model("deepseek", tied=False, leading_dense=2, expert_bias=False), ep=2, dp=2)
+_V3 = Run(Model("deepseek", tied=False, mtp_layers=1), ep=2, dp=2)
+_UNEVEN = Run(Model(layers=9), layout="Etttt|tttttL")
+_MUON = replace(_DENSE, optimizer="muon")
+_LAYER_WISE = replace(_MOE, optimizer="dist_muon")
+_HYBRID = Run(Model("hybrid", tied=False), ep=2, dp=2, pattern="M*M-|ME*E")
 RUNS = {
-    "dense": Run(Model(hidden=40, ffn=88), dp=2),
-    "moe": Run(Model("moe", tied=False), ep=2, dp=2),
+    "dense": (_DENSE, replace(_DENSE, vpp=2)),
+    "moe": (_MOE, replace(_MOE, vpp=2)),
+    "deepseek_v2": (_V2, replace(_V2, vpp=2)),
+    "deepseek_v3": (_V3, replace(_V3, vpp=2)),
+    "uneven": (_UNEVEN, replace(_UNEVEN, vpp=2, layout="Ettt|tt|t|tttL")),
+    "muon": (_MUON, replace(_MUON, vpp=2)),
+    "dist_muon": (_LAYER_WISE, replace(_LAYER_WISE, vpp=2)),
+    "hybrid": (_HYBRID, replace(_HYBRID, vpp=2, pattern="M*|M-M|E|*E")),
 }
+"""Models and optimizers, under PP and under VPP."""
 Losses = dict[int, str]
 """Exact, by iteration."""
 
@@ -45,7 +62,9 @@ class Experiment:
     back: Losses
     """Resumed under PP, from the checkpoint of ``virtual`` converted back."""
     control: Losses
-    """As ``virtual``, with Adam's first moments of one chunk in reverse order."""
+    """As ``virtual``, with the first moments of one rank in reverse order."""
+    without: Losses
+    """As ``virtual``, with ``--no-load-optim``."""
     steps: int
     """Between two conversions."""
 
@@ -62,13 +81,28 @@ class Experiment:
         ):
             if losses != {i: self.plain[i] for i in range(first, first + self.steps)}:
                 yield f"{name} is not bit for bit what the uninterrupted run is"
-        if self.control == self.virtual:
+        if self.virtual in (self.control, self.without):
             yield "the losses do not depend on the optimizer state"
 
 
-def experiment(server: Megatron, run: Run, folder: Path, steps: int = STEPS) -> Experiment:
+def lacking(run: Run, version: str) -> str | None:
+    """What a run needs that this environment has not.
+
+    Args:
+        run: what is to be trained.
+        version: of the Megatron-Core that is installed.
+    """
+    if run.pattern is not None and release(version) < (0, 18):
+        return "Megatron-Core 0.18 or later"
+    if "muon" in run.optimizer and find_spec("emerging_optimizers") is None:
+        return "emerging-optimizers"
+    return None
+
+
+def experiment(
+    server: Megatron, run: Run, target: Run, folder: Path, steps: int = STEPS
+) -> Experiment:
     """Train under PP; convert to VPP and train on; convert back and train on."""
-    target = replace(run, vpp=2)
     roots = {name: str(folder / name) for name in ("plain", "virtual", "back", "control")}
 
     def train(run: Run, **options: Any) -> Losses:
@@ -78,23 +112,25 @@ def experiment(server: Megatron, run: Run, folder: Path, steps: int = STEPS) -> 
     plain = train(run, steps=3 * steps, save=roots["plain"])
     converted = convert(folder / "plain" / f"iter_{steps:07d}", folder / "virtual", target)
     shutil.copytree(converted.parent, roots["control"])
+    without = train(target, steps=steps, load=roots["virtual"], load_optimizer=False)
     virtual = train(target, steps=steps, load=roots["virtual"], save=roots["virtual"])
     convert(folder / "virtual" / f"iter_{2 * steps:07d}", folder / "back", run)
     back = train(run, steps=steps, load=roots["back"])
     ranks = sorted((folder / "control" / converted.name).iterdir())
-    server.run("damage", Run(pp=1), folder=str(ranks[0]), kind="order of moments")
+    server.run("reverse_moments", Run(pp=1), folder=str(ranks[0]))
     control = train(target, steps=steps, load=roots["control"])
-    return Experiment(plain, virtual, back, control, steps)
+    return Experiment(plain, virtual, back, control, without, steps)
 
 
-def _report(name: str, run: Run, result: Experiment) -> Iterator[str]:
-    """The lines of the log."""
-    target = replace(run, vpp=2)
+def _report(name: str, run: Run, target: Run, result: Experiment, version: str) -> Iterator[str]:
+    """The lines of the log; the version is Megatron-Core's."""
     yield f"{name}: {run}"
-    packages = ("megatron-core", "torch", "numpy")
+    packages = ["torch", "numpy"] + ["emerging-optimizers"] * ("muon" in run.optimizer)
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
-    yield f"Python {platform.python_version()}, {', '.join(versions)}, gloo, {platform.machine()}"
-    yield "Megatron's pipeline schedules, --clip-grad 0, Adam with fp32 main parameters, bf16"
+    python = f"Python {platform.python_version()}, {platform.machine()}, gloo"
+    yield f"{python}, megatron-core {version}, {', '.join(versions)}"
+    yield f"Megatron's schedules, --clip-grad 0, {run.optimizer} with fp32 main parameters, bf16"
+    yield "with --no-load-optim the learning rate starts anew as well, as Megatron has it"
     for source, root, saved, wanted in (
         ("plain", "virtual", result.steps, target),
         ("virtual", "back", 2 * result.steps, run),
@@ -108,6 +144,7 @@ def _report(name: str, run: Run, result: Experiment) -> Iterator[str]:
         f"VPP 2, resumed from {result.steps}": result.virtual,
         f"PP again, resumed from {2 * result.steps}": result.back,
         "control: VPP, moments spoilt": result.control,
+        "VPP 2, --no-load-optim": result.without,
     }
     yield "iteration" + "".join(f"  {title:>29}" for title in columns)
     for iteration in result.plain:
@@ -134,10 +171,14 @@ def main() -> int:
     parser.add_argument("log", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS, help="between two conversions")
     given = parser.parse_args()
-    run = RUNS[given.model]
+    run, target = RUNS[given.model]
     with megatron() as server, tempfile.TemporaryDirectory(prefix="resume_") as folder:
-        result = experiment(server, run, Path(folder), given.steps)
-    lines = list(_report(given.model, run, result))
+        (version,) = server.run("version", Run(pp=1))
+        lacks = lacking(run, version)
+        if lacks is not None:
+            parser.error(f"{given.model} needs {lacks}, which is not installed")
+        result = experiment(server, run, target, Path(folder), given.steps)
+    lines = list(_report(given.model, run, target, result, version))
     given.log.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))  # noqa: T201 - a command
     return 1 if list(result.problems()) else 0

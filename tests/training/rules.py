@@ -11,10 +11,10 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -328,7 +328,7 @@ def _numbered(numbers: Iterator[int], numel: int) -> Any:
 
 def version(_: Run) -> str:
     """Which Megatron-Core this is."""
-    return metadata.version("megatron-core")
+    return str(megatron.core.__version__)  # a work tree has no other metadata
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {

@@ -13,8 +13,8 @@ class Model:
     """A tiny model; the sizes that are not fields are fixed in ``arguments``."""
 
     kind: str = "dense"
-    """"dense" (GPT), "moe" (Mixtral-like) or "deepseek" (latent attention, leading dense layers,
-    shared experts, expert bias)."""
+    """"dense" (GPT), "moe" (Mixtral-like), "deepseek" (latent attention, leading dense layers,
+    shared experts, expert bias) or "hybrid" (Mamba, attention, MLP, experts by a pattern)."""
     layers: int = 8
     hidden: int = 64
     ffn: int = 128
@@ -22,6 +22,8 @@ class Model:
     """Input embedding and output layer share their weight."""
     leading_dense: int = 1
     """Layers without experts at the start of a DeepSeek-like model."""
+    expert_bias: bool = True
+    """The router of a DeepSeek-like model scores by sigmoid, with a bias (V3), else by softmax."""
     mtp_layers: int = 0
     """Multi-token prediction."""
 
@@ -35,6 +37,8 @@ class Run:
     vpp: int = 1
     layout: str | None = None
     """pipeline_model_parallel_layout; its virtual size must be ``vpp``."""
+    pattern: str | None = None
+    """hybrid_layer_pattern of a hybrid model, likewise."""
     tp: int = 1
     ep: int = 1
     etp: int | None = None
@@ -53,6 +57,8 @@ class Run:
     """ddp_num_buckets, likewise."""
     overlap_step: bool = False
     """overlap_param_gather_with_optimizer_step."""
+    optimizer: str = "adam"
+    """"adam" (distributed), "muon" (plain) or "dist_muon" (layer-wise)."""
     decoupled_lr: float | None = None
     """Learning rate of embedding and output layer."""
     decays_qk_norms: bool = False
@@ -70,6 +76,8 @@ class Run:
         """Options of ``pp_to_vpp`` that ask for this run's pipeline layout."""
         if self.layout is not None:
             options = ["--target-pipeline-model-parallel-layout", self.layout]
+        elif self.pattern is not None:
+            options = ["--target-hybrid-layer-pattern", self.pattern]
         else:
             options = ["--target-virtual-pipeline-model-parallel-size", str(self.vpp)]
         if self.overlap_step:

@@ -23,15 +23,31 @@ if TYPE_CHECKING:
 
 
 def train(
-    run: Run, steps: int, load: str | None = None, save: str | None = None, save_every: int = 0
+    run: Run,
+    steps: int,
+    load: str | None = None,
+    save: str | None = None,
+    save_every: int = 0,
+    *,
+    load_optimizer: bool = True,
 ) -> dict[int, str]:
     """Train a new or a saved model.
+
+    Args:
+        run: what to train.
+        steps: how many iterations.
+        load: root of the checkpoint to start from.
+        save: root of the checkpoints to write.
+        save_every: after how many iterations.
+        load_optimizer: not so is ``--no-load-optim``.
 
     Returns:
         the loss of each iteration, exact (``float.hex``); nothing where it is not known.
     """
     trainee = build(initialize(run))
-    first = 0 if load is None else checkpoint.load(trainee, Path(load))
+    first = (
+        0 if load is None else checkpoint.load(trainee, Path(load), with_optimizer=load_optimizer)
+    )
     trainee.config.grad_scale_func = trainee.optimizer.scale_loss
     trainee.config.finalize_model_grads_func = finalize_model_grads
     losses = {}

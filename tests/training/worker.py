@@ -47,8 +47,6 @@ def damage(run: Run, folder: str, kind: str) -> None:
         chunk[one][3, 5] *= 1.01
     elif kind == "moment":
         states["exp_avg_sq"][5] *= 1.0001
-    elif kind == "order of moments":
-        states["exp_avg"] = states["exp_avg"].flip(0)
     elif kind == "order of layers":
         chunk[one], chunk[other] = chunk[other], chunk[one]
     elif kind == "order of keys":
@@ -60,6 +58,26 @@ def damage(run: Run, folder: str, kind: str) -> None:
         raise ValueError(kind)
     torch.save(model, paths[0])
     torch.save(optimizer, paths[1])
+
+
+def reverse_moments(run: Run, folder: str) -> None:
+    """Reverse the order of the first moments of a rank folder, which loading does not notice."""
+    assert run.world_size == 1
+    for path in Path(folder).iterdir():
+        state = torch.load(path, weights_only=False)
+        _reverse_moments(state)
+        torch.save(state, path)
+
+
+def _reverse_moments(state: Any) -> None:
+    if isinstance(state, list):
+        state = dict(enumerate(state))
+    if isinstance(state, dict):
+        for name, value in state.items():
+            if name in ("exp_avg", "momentum_buffer"):
+                state[name] = value.flip(0)
+            else:
+                _reverse_moments(value)
 
 
 def groups(run: Run) -> dict[str, Any]:
@@ -88,5 +106,5 @@ _TELLING = ("wd_mult", "is_expert_parallel", "is_decoupled_lr", "default_config"
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
-    action.__name__: action for action in (save, load, train, damage, groups)
+    action.__name__: action for action in (save, load, train, damage, reverse_moments, groups)
 }
