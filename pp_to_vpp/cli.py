@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from . import __version__, outputs
 from .errors import ConversionError, CopyError, UsageError
-from .options import Depth, Options
+from .options import CRC32, NO_CHECKSUMS, Depth, Options
 from .progress import Progress, is_watched, size
 from .run.share import default_workers, parse
 
@@ -201,6 +201,12 @@ def _parser() -> _Parser:
         type=Depth,
         choices=list(Depth),
         help="how much of the result is proved before it gets its name [default: structure]",
+    )
+    add(
+        "--checksums",
+        choices=(CRC32, NO_CHECKSUMS),
+        help="of the records that are written [default: crc32]; none is what torch writes with "
+        "set_crc32_options(False), and needs no reading where the file system shares blocks",
     )
     add(
         "--resume",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+CRC32, NO_CHECKSUMS = "crc32", "none"
+
 
 class Depth(enum.Enum):
     """How much of a target is verified."""
@@ -48,6 +50,8 @@ class Options:
     """Which of how many processes that share the work this is: I/N, or auto."""
     is_dry_run: bool = False
     depth: Depth = Depth.STRUCTURE
+    checksums: str = CRC32
+    """Of the records that are written: ``CRC32``, or ``NO_CHECKSUMS``."""
     resume: bool = False
     follow_links: bool = False
     """Files of the source may be links to files elsewhere."""

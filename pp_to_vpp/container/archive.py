@@ -8,9 +8,9 @@ has its 64-bit form (PyTorch ``caffe2/serialize/inline_container.cc`` over miniz
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from ..errors import FormatError
 from .extents import Extent
@@ -232,6 +232,12 @@ class PlacedRecord:
         return _DESCRIPTOR64 if self.is_wide else _DESCRIPTOR
 
 
+Place: TypeAlias = tuple[int, int]
+"""Divisor and rest of the offset of a record's data."""
+MAX_DIVISOR = 1 << 15
+"""The padding must fit into the extra field of a local header, of 16-bit length."""
+
+
 @dataclass(frozen=True, slots=True)
 class ArchivePlan:
     """Where everything lies in an archive to be written."""
@@ -243,9 +249,15 @@ class ArchivePlan:
 
 
 def plan_archive(
-    stem: str, records: Sequence[tuple[str, int]], alignment: int = ALIGNMENT
+    stem: str,
+    records: Sequence[tuple[str, int]],
+    alignment: int = ALIGNMENT,
+    places: Mapping[str, Place] | None = None,
 ) -> ArchivePlan:
-    """Place records, given as (name without the leading folder, length), one after the other."""
+    """Place records, given as (name without the leading folder, length), one after the other.
+
+    Each starts on a multiple of the alignment, as near as possible, or where ``places`` says.
+    """
     placed: list[PlacedRecord] = []
     position = directory_length = 0
     for short, length in records:
@@ -253,7 +265,8 @@ def plan_archive(
         # miniz makes the local header before it counts the packed bytes: 0 there.
         extra = _wide_extra(length, 0, position)
         bare = position + _LOCAL_HEADER.size + len(name.encode()) + len(extra) + _EXTRA_HEADER.size
-        padding = -bare % alignment
+        divisor, rest = (places or {}).get(short, (alignment, 0))
+        padding = (rest - bare) % divisor
         extra += _PADDING_EXTRA + padding.to_bytes(2, "little") + b"Z" * padding
         placed.append(PlacedRecord(name, position, extra, bare + padding, length))
         directory_length += (

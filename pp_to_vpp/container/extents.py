@@ -17,6 +17,14 @@ class Extent:
     offset: int
     length: int
 
+    def blocks(self, offset: int, block: int) -> Extent:
+        """The whole blocks of the file in it that can be shared with a file in which it stands at
+        ``offset``; none, at its start, where it does not stand alike in its block there."""
+        start = -self.offset % block
+        length = (self.length - start) // block * block
+        is_alike = block > 1 and (self.offset - offset) % block == 0
+        return self.cut(start, length) if is_alike and length > 0 else self.cut(0, 0)
+
     def cut(self, start: int, length: int) -> Extent:
         """The part that begins ``start`` bytes into this extent."""
         return Extent(self.path, self.offset + start, length)

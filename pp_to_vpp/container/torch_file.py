@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FormatError
 from . import archive, pickling
-from .archive import ArchivePlan, Record
-from .extents import Literal, Piece, join_pieces
+from .archive import MAX_DIVISOR, ArchivePlan, Place, Record
+from .extents import Extent, Literal, Piece, join_pieces
 from .pickling import Global, Storage
 from .tensors import storage_item_bytes
 
@@ -19,6 +20,8 @@ _PICKLE = "data.pkl"
 _DATA = "data/"
 _VERSION = "version"
 _ALIGNMENT = ".storage_alignment"
+_FORMAT = ".format_version"
+_READ, _COMPUTABLE = b"0", b"1"
 _IDENTITY = ".data/serialization_id"
 _MAX_PICKLE = 256 << 20
 _MAX_SMALL = 1 << 12
@@ -102,11 +105,17 @@ class EncodedFile:
     """The bytes of each record."""
 
 
-def encode(root: Any, template: TorchFile) -> EncodedFile:
+def encode(root: Any, template: TorchFile, block: int = 1) -> EncodedFile:
     """Lay out a file for an object graph, with the same kinds of records as ``template``.
 
     The result is a function of its arguments alone; Megatron's own file for the same graph differs
-    from it in the serialization id at most.
+    from it in the serialization id at most, and where blocks are to be shared in the padding.
+
+    Args:
+        root: the graph.
+        template: a file of the same version of torch.
+        block: bytes of a block that the file may share with those it is made of; 1 where it cannot.
+            Each record then stands so that most of its bytes stand in their block as there.
 
     Raises:
         FormatError: the graph cannot be pickled.
@@ -130,19 +139,47 @@ def encode(root: Any, template: TorchFile) -> EncodedFile:
         number = int.from_bytes(digest, "big") % 10**_IDENTITY_DIGITS
         records[_IDENTITY] = (Literal(b"%040d" % number),)
     joined = {name: join_pieces(list(pieces)) for name, pieces in records.items()}
+    alignment = _alignment(template)
+    places = _places(joined, alignment, block)
+    if _FORMAT in records:
+        # From version 1 on, torch may compute where records stand instead of reading it
+        # (torch 2.7, serialization.py ``_load``, config.load.calculate_storage_offsets).
+        stated = template.small[_FORMAT]
+        unpadded = _COMPUTABLE if stated == _READ else stated
+        joined[_FORMAT] = (Literal(_READ if places else unpadded),)
     sizes = [(name, sum(piece.length for piece in pieces)) for name, pieces in joined.items()]
-    plan = archive.plan_archive(template.stem, sizes, _alignment(template))
+    plan = archive.plan_archive(template.stem, sizes, alignment, places)
     return EncodedFile(plan, tuple(joined.values()))
 
 
+def _places(
+    records: Mapping[str, tuple[Piece, ...]], alignment: int, block: int
+) -> dict[str, Place]:
+    """Where in its block each record shares most with what it is made of, if it can."""
+    found: dict[str, Place] = {}
+    for name, pieces in records.items():
+        shared: Counter[int] = Counter()
+        position = 0
+        for piece in pieces:
+            if isinstance(piece, Extent):
+                rest = (piece.offset - position) % block
+                shared[rest] += piece.blocks(rest + position, block).length
+            position += piece.length
+        best = max(shared, key=lambda rest: shared[rest], default=0)
+        if shared[best] and best % alignment == 0 and block % alignment == 0:
+            found[name] = block, best
+    return found
+
+
 def archive_of(file: TorchFile) -> tuple[ArchivePlan, list[int]]:
-    """Where torch places the records that a file has, and their CRC-32.
+    """Where the records of a file stand, padded as torch pads them, and their CRC-32.
 
     Raises:
         FormatError: the file states an absurd alignment.
     """
     sizes = [(name, record.length) for name, record in file.records.items()]
-    plan = archive.plan_archive(file.stem, sizes, _alignment(file))
+    places = {name: (MAX_DIVISOR, r.offset % MAX_DIVISOR) for name, r in file.records.items()}
+    plan = archive.plan_archive(file.stem, sizes, _alignment(file), places)
     return plan, [record.crc32 for record in file.records.values()]
 
 

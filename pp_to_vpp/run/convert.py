@@ -11,14 +11,15 @@ from typing import Any
 
 from ..container.extents import Extent
 from ..megatron.megatron import Megatron
-from ..megatron.ranks import RankId
-from ..options import Depth, Options
+from ..megatron.ranks import MODEL_FILE, RankId
+from ..options import CRC32, Depth, Options
 from ..source import fingerprint
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..target.plan import RankPlan
 from ..verify.compare import Proof, prepare
 from . import folders, manifest, signs, target_folder
+from .cloning import shared_block
 from .finishing import FinishContext, KeptJob, RankDone, check_copied, check_kept, finish_rank
 from .listener import Listener, Phase
 from .plan_family import (
@@ -137,6 +138,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         target_folder.check_place(options.load_dir, options.save_dir)
     target = request.wanted_target(options, survey.arguments)
     prepare(options.depth)
+    block = _block(options.save_dir, survey)
     with Workers(options.processes or default_workers(), listener.looked) as workers:
         needs_contents = not options.is_dry_run and share is None
         jobs = [
@@ -146,12 +148,20 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
                 pp_ranks,
                 target,
                 needs_contents,
+                block,
                 options.depth is Depth.FULL,
             )
             for key in survey.families
         ]
         families = _plan(workers, survey, jobs, listener)
-        prepared = _prepare(options, survey, families, _fingerprint(workers, survey, families))
+        known_by = manifest.manifest_of(
+            _fingerprint(workers, survey, families),
+            survey.iteration,
+            families[0].target,
+            block,
+            options.checksums,
+        )
+        prepared = _prepare(options, survey, families, known_by)
         if share is not None:
             prepared = replace(prepared, part=_part_of(share, prepared.ranks))
         listener.planned(prepared)
@@ -203,8 +213,20 @@ def _part_of(share: Share, ranks: Sequence[RankPlan]) -> Part:
     return Part(share, own, dealt.lengths[share.index], dealt.largest_over_mean)
 
 
+def _block(save_dir: Path | None, survey: Survey) -> int:
+    """Bytes of the blocks that the target may share with the source; 1 if it cannot. A conversion
+    that has begun goes on as it began."""
+    if save_dir is None:
+        return 1
+    found = manifest.read_manifest(save_dir)
+    if found is not None:
+        return manifest.block_of(found)
+    first = Path(survey.path) / survey.ranks[0].folder / MODEL_FILE
+    return shared_block(first, save_dir)
+
+
 def _prepare(
-    options: Options, survey: Survey, families: Sequence[PlannedFamily], known_by: str
+    options: Options, survey: Survey, families: Sequence[PlannedFamily], known_by: Mapping[str, Any]
 ) -> Prepared:
     first = families[0]
     arguments = survey.arguments
@@ -222,18 +244,21 @@ def _prepare(
     odd = [name for name in survey.told if name.startswith("entry ")]
     left = [name for family in families for name in family.left_behind]
     left += [name for name in survey.ignored if not name.startswith(".")]
+    ranks = tuple(rank for family in families for rank in family.ranks)
+    shared = sum(rank.shared for rank in ranks)
     return Prepared(
         survey=survey,
         save_dir=options.save_dir,
         source=first.source,
         target=first.target,
-        manifest=manifest.manifest_of(known_by, survey.iteration, first.target),
-        ranks=tuple(rank for family in families for rank in family.ranks),
+        manifest=known_by,
+        ranks=ranks,
         facts=tuple(facts),
         notes=(
             *request.notes(first.source, first.target),
             *target_folder.notes(options.save_dir, survey.iteration),
             *(f"{name} is unknown, alike in all files, and copied" for name in odd),
+            *([f"{shared} bytes are shared with the source, and need no room"] if shared else []),
             *(f"not copied, no part of a checkpoint: {name}" for name in left),
         ),
     )
@@ -264,8 +289,7 @@ class _Run:
             there = target_folder.filled(save_dir, own, resume=resume)
         else:
             there = target_folder.existing(save_dir, own, self.listener, resume=resume)
-        missing = sum(plan.length for plan in own if plan.id not in there)
-        target_folder.check_space(save_dir, missing)
+        target_folder.check_space(save_dir, [plan for plan in own if plan.id not in there])
         return there
 
     def _check_others(self, save_dir: Path) -> None:
@@ -326,7 +350,13 @@ class _Run:
         awaited = sum(plan.length for plan in (*self.prepared.own, *self.prepared.awaited))
         listener.began(Phase.COPY, awaited - sum(rank.length for rank in done))
         copier = Copier(self.workers, save_dir, finish_rank, listener.advanced, check_copied)
-        for rank in copier.run(_copies(zip(families, proofs, strict=True), there, known)):
+        copies = _copies(
+            zip(families, proofs, strict=True),
+            there,
+            known,
+            has_checksums=self.options.checksums == CRC32,
+        )
+        for rank in copier.run(copies):
             listener.finished(rank.id.folder)
             log.info("%s: %d bytes written", rank.id.folder, rank.length)
             log.debug("%s: %.1f s from its first byte", rank.id.folder, rank.seconds)
@@ -340,13 +370,15 @@ def _copies(
     families: Iterable[tuple[PlannedFamily, Proof]],
     kept: set[RankId],
     known: Mapping[tuple[int, int], Mapping[Extent, int]],
+    *,
+    has_checksums: bool,
 ) -> Iterator[FamilyCopy]:
     """What is left to copy, family by family, given what was read of the source already."""
     for family, proof in families:
         plans = tuple(rank for rank in family.ranks if rank.id not in kept)
-        derivations = {} if kept else family.derivations
+        derivations = {} if kept or not has_checksums else family.derivations
         context = FinishContext(proof, family.sources, known.get(family.ranks[0].id.family, {}))
-        yield FamilyCopy(plans, derivations, context, proof.depth is Depth.FULL)
+        yield FamilyCopy(plans, derivations, context, proof.depth is Depth.FULL, has_checksums)
 
 
 def fingerprint_source(

@@ -40,11 +40,20 @@ class CopyTask:
 
     path: str
     moves: tuple[Move, ...]
+    block: int = 1
+    """Bytes of a block that the file may share with those it is made of; 1 where it cannot."""
 
     @property
     def length(self) -> int:
         """Bytes that it writes."""
         return sum(move.piece.length for move in self.moves if move.offset is not None)
+
+    def read_extents(self) -> Iterator[Extent]:
+        """What is read of the source: all but the blocks that may be shared."""
+        for extent, move in ((m.piece, m) for m in self.moves if isinstance(m.piece, Extent)):
+            is_read = move.has_checksum or move.offset is None
+            if is_read or not extent.blocks(move.offset or 0, self.block).length:
+                yield extent
 
 
 _buffer: mmap.mmap | None = None
@@ -64,12 +73,13 @@ def copy(task: CopyTask) -> tuple[int | None, ...]:
             path: stack.enter_context(_opened(path, os.O_RDONLY))
             for path in dict.fromkeys(extent.path for extent in extents)
         }
-        for extent in extents:
+        for extent in task.read_extents():
             _advise(sources[extent.path], extent.offset, extent.length, os.POSIX_FADV_WILLNEED)
         for move in task.moves:
             match move.piece:
                 case Extent() as extent:
-                    found.append(_move(sources[extent.path], target, extent, move, task.path))
+                    files = _Files(sources[extent.path], target, task.path, task.block)
+                    found.append(files.move(extent, move))
                 case Literal(data):
                     if move.offset is not None:
                         _write(target, memoryview(data), move.offset, task.path)
@@ -99,61 +109,92 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _move(source: int, target: int, extent: Extent, move: Move, path: str) -> int | None:
-    if move.has_checksum or move.offset is None:
-        return _copy_with_checksum(source, target, extent, move.offset, path)
-    _copy_in_kernel(source, target, extent, move.offset, path)
-    return None
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The ends of a copy."""
+
+    source: int
+    target: int
+    path: str
+    """Of the target."""
+    block: int
+
+    def move(self, extent: Extent, move: Move) -> int | None:
+        """Copy a range, or only read it; its checksum, if that is wanted."""
+        offset = move.offset
+        if offset is None:
+            return self._read(extent, None)
+        if not move.has_checksum:
+            for part in _around(extent, self._blocks(extent, offset)):
+                self._copy_in_kernel(part, offset + part.offset - extent.offset)
+            return None
+        blocks = self._blocks(extent, offset)
+        if not blocks.length:
+            return self._read(extent, offset)
+        crc32 = 0
+        for part in _around(extent, blocks):
+            place = offset + part.offset - extent.offset
+            if part == blocks:
+                self._copy_in_kernel(part, place)
+            crc32 = self._read(part, None if part == blocks else place, crc32)
+        return crc32
+
+    def _blocks(self, extent: Extent, offset: int) -> Extent:
+        return extent.blocks(offset, self.block)
+
+    def _read(self, extent: Extent, offset: int | None, crc32: int = 0) -> int:
+        """Read, checksum and write a range through the worker's buffer; the checksum of what came
+        before it and of the range."""
+        global _buffer  # noqa: PLW0603  (one buffer per worker, allocated when first needed)
+        if _buffer is None:
+            # Of whole pages: the kernel copies a third slower to addresses a little off.
+            # Private: by default a process forked later would share its bytes.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            _buffer = mmap.mmap(-1, _BUFFER_BYTES, flags=flags)
+        view = memoryview(_buffer)
+        done = 0
+        while done < extent.length:
+            size = min(_BUFFER_BYTES, extent.length - done)
+            try:
+                count = os.preadv(self.source, [view[:size]], extent.offset + done)
+            except OSError as error:
+                raise copy_error(extent.path, "cannot be read", error) from None
+            if count == 0:
+                raise CopyError.of(
+                    extent.path, "it became shorter while it was copied", cure=AT_REST
+                )
+            crc32 = zlib.crc32(view[:count], crc32)
+            if offset is not None:
+                _write(self.target, view[:count], offset + done, self.path)
+            done += count
+        return crc32
+
+    def _copy_in_kernel(self, extent: Extent, offset: int) -> None:
+        """Copy a range without bringing it into the process: some file systems copy on the server,
+        or share whole blocks. Where the kernel cannot, fall back to reading and writing."""
+        done = 0
+        while done < extent.length:
+            size = min(_KERNEL_COPY_BYTES, extent.length - done)
+            try:
+                count = os.copy_file_range(
+                    self.source, self.target, size, extent.offset + done, offset + done
+                )
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                    raise copy_error(self.path, "cannot be written", error) from None
+                count = 0
+            if count == 0:
+                self._read(extent.cut(done, extent.length - done), offset + done)
+                return
+            done += count
 
 
-def _copy_with_checksum(
-    source: int, target: int, extent: Extent, offset: int | None, path: str
-) -> int:
-    """Read, checksum and write a range through the worker's buffer."""
-    global _buffer  # noqa: PLW0603  (one buffer per worker, allocated when first needed)
-    if _buffer is None:
-        # Of whole pages: the kernel copies a third slower to addresses a little off.
-        # Private: by default a process forked later would share its bytes.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        _buffer = mmap.mmap(-1, _BUFFER_BYTES, flags=flags)
-    view = memoryview(_buffer)
-    crc32 = done = 0
-    while done < extent.length:
-        size = min(_BUFFER_BYTES, extent.length - done)
-        try:
-            count = os.preadv(source, [view[:size]], extent.offset + done)
-        except OSError as error:
-            raise copy_error(extent.path, "cannot be read", error) from None
-        if count == 0:
-            raise _source_ended(extent)
-        crc32 = zlib.crc32(view[:count], crc32)
-        if offset is not None:
-            _write(target, view[:count], offset + done, path)
-        done += count
-    return crc32
-
-
-def _source_ended(extent: Extent) -> CopyError:
-    return CopyError.of(extent.path, "it became shorter while it was copied", cure=AT_REST)
-
-
-def _copy_in_kernel(source: int, target: int, extent: Extent, offset: int, path: str) -> None:
-    """Copy a range without bringing it into the process: some file systems copy on the server, or
-    share the blocks. Where the kernel cannot, fall back to reading and writing."""
-    done = 0
-    while done < extent.length:
-        size = min(_KERNEL_COPY_BYTES, extent.length - done)
-        try:
-            count = os.copy_file_range(source, target, size, extent.offset + done, offset + done)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise copy_error(path, "cannot be written", error) from None
-            count = 0
-        if count == 0:
-            rest = extent.cut(done, extent.length - done)
-            _copy_with_checksum(source, target, rest, offset + done, path)
-            return
-        done += count
+def _around(extent: Extent, blocks: Extent) -> Iterator[Extent]:
+    """The blocks in an extent, and what lies before and behind them."""
+    before = blocks.offset - extent.offset
+    after = before + blocks.length
+    parts = extent.cut(0, before), blocks, extent.cut(after, extent.length - after)
+    return (part for part in parts if part.length)
 
 
 def _write(target: int, data: memoryview, offset: int, path: str) -> None:
@@ -165,27 +206,28 @@ def _write(target: int, data: memoryview, offset: int, path: str) -> None:
             raise copy_error(path, "cannot be written", error) from None
 
 
-def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int]) -> int:
-    """Write what stands around the records and bring the file to disk; its own CRC-32.
+def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int] | None) -> int | None:
+    """Write what stands around the records and bring the file to disk; its own CRC-32, if those of
+    its records are known.
 
     Raises:
         CopyError: writing failed.
     """
-    total = position = 0
-    parts: list[tuple[int, int, int]] = [
+    written = crc32s or [0] * len(plan.contents)
+    parts = [
         (offset, sum(piece.length for piece in pieces), crc32)
-        for (offset, pieces), crc32 in zip(plan.places(), crc32s, strict=True)
+        for (offset, pieces), crc32 in zip(plan.places(), written, strict=True)
     ]
     with _opened(path, os.O_WRONLY) as target:
-        for offset, data in archive.frame(plan.archive, crc32s) if plan.archive else ():
+        for offset, data in archive.frame(plan.archive, written) if plan.archive else ():
             _write(target, memoryview(data), offset, path)
             parts.append((offset, len(data), zlib.crc32(data)))
         try:
             os.fsync(target)
         except OSError as error:
             raise copy_error(path, "cannot be brought to disk", error) from None
-    for offset, length, crc32 in sorted(parts):
+    total = 0
+    for _, length, crc32 in sorted(parts):
         total = concatenate(total, crc32, length)
-        position = offset + length
-    assert position == plan.length
-    return total
+    assert sum(length for _, length, _ in parts) == plan.length
+    return None if crc32s is None else total

@@ -28,7 +28,7 @@ class WrittenFile:
     name: str
     length: int
     crc32: int | None
-    """Of the whole file; None for files kept from an earlier run."""
+    """Of the whole file; None for files kept from an earlier run, and without checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def finish_rank(
     context: FinishContext,
     plan: RankPlan,
     folder: TemporaryFolder,
-    crc32s: tuple[tuple[int, ...], ...],
+    crc32s: tuple[tuple[int, ...], ...] | None,
     known: Mapping[Extent, int] | None = None,
 ) -> RankDone:
     """Complete, verify and publish a rank folder whose records have been copied.
@@ -81,7 +81,7 @@ def finish_rank(
         context: of its family.
         plan: of the folder.
         folder: with its bytes.
-        crc32s: of each record of each file.
+        crc32s: of each record of each file; None for records without.
         known: those of the ranges of the source, for full verification.
 
     Raises:
@@ -89,7 +89,8 @@ def finish_rank(
         VerificationError: the folder does not hold what it must.
     """
     files = []
-    for file, records in zip(plan.files, crc32s, strict=True):
+    none = tuple(None for _ in plan.files)
+    for file, records in zip(plan.files, crc32s or none, strict=True):
         crc32 = copying.complete_file(folder.file(file.name), file, records)
         files.append(WrittenFile(file.name, file.length, crc32))
     _check_unchanged(context.sources, plan.source_paths())

@@ -14,25 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..container.archive import MAX_DIVISOR
 from ..errors import UsageError, problem, show
 from ..megatron.megatron import Megatron
-from ..options import Depth
+from ..options import CRC32, Depth
 from . import folders
 
 NAME = "pp_to_vpp.json"
 _SCHEMA = 1
 _MAX_BYTES = 1 << 20
+_BLOCK = "block"
 _LATER = ("verified",)
 """What is added when all folders are there."""
 
 
-def manifest_of(fingerprint: str, iteration: int | None, target: Megatron) -> dict[str, Any]:
+def manifest_of(
+    fingerprint: str, iteration: int | None, target: Megatron, block: int, checksums: str
+) -> dict[str, Any]:
     """What a conversion is known by.
 
     Args:
         fingerprint: of the whole source (see ``source.fingerprint``).
         iteration: of training.
         target: the run that will load it.
+        block: bytes of the blocks that it may share with the source; 1 if it cannot.
+        checksums: of its records.
     """
     arguments = target.arguments
     words = arguments.placement.arguments(arguments.num_layers, arguments.pp_size)
@@ -44,8 +50,19 @@ def manifest_of(fingerprint: str, iteration: int | None, target: Megatron) -> di
             "layout": str(target.layout),
             "arguments": dict(words),
             "overlap_param_gather_with_optimizer_step": arguments.overlaps_param_gather_with_step,
+            # Told where they change what is written.
+            **({_BLOCK: block} if block > 1 else {}),
+            **({"checksums": checksums} if checksums != CRC32 else {}),
         },
     }
+
+
+def block_of(found: Mapping[str, Any]) -> int:
+    """The block for which the files of a conversion were placed: so are all later ones, on
+    whatever file system."""
+    target = found.get("target")
+    block = target.get(_BLOCK, 1) if isinstance(target, dict) else 1
+    return block if type(block) is int and 0 < block <= MAX_DIVISOR else 1
 
 
 def read_manifest(save_dir: Path) -> Mapping[str, Any] | None:

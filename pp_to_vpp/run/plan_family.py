@@ -18,7 +18,7 @@ from ..source import fingerprint
 from ..source.files import FamilyFolders, SourceFile, other_files, read_source_rank, source_files
 from ..source.proof import proven_family
 from ..target import check
-from ..target.plan import FilePlan, RankPlan, plan_rank
+from ..target.plan import RankPlan, plan_rank
 from ..target.request import Target
 
 
@@ -34,6 +34,8 @@ class PlanJob:
     target: Target
     needs_contents: bool
     """Whether the plans are to be carried out; else only their sizes are returned."""
+    block: int = 1
+    """Bytes of a block that the target may share with the source; 1 where it cannot."""
     is_verified_in_full: bool = False
     """Whether copying must find the checksum of each tensor, and derive none."""
 
@@ -91,7 +93,7 @@ def plan_family(job: PlanJob) -> PlannedFamily:
     left: list[str] = []
     for pp_rank in job.pp_ranks:
         others, ignored = other_files(job.folders.directory, job.folders.ranks[pp_rank])
-        plans.append(plan_rank(family, target, pp_rank, others))
+        plans.append(plan_rank(family, target, pp_rank, others, job.block))
         left += ignored
     for path, offset in check.used_twice(plans):
         raise CheckpointError.of(
@@ -210,7 +212,7 @@ def _derivations(plans: Iterable[RankPlan], family: Family) -> Mapping[Extent, D
 
 
 def _without_contents(rank: RankPlan) -> RankPlan:
-    files = (FilePlan(file.name, file.length, (), None) for file in rank.files)
+    files = (replace(file, contents=(), archive=None) for file in rank.files)
     return RankPlan(rank.id, tuple(files))
 
 

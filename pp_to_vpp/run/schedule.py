@@ -34,6 +34,8 @@ class FamilyCopy:
     """Handed on to ``finish`` and ``check``."""
     is_checked: bool = False
     """Whether the source is held to what was read of it before any folder is finished."""
+    has_checksums: bool = True
+    """Whether the records that are written have checksums."""
 
     @property
     def extents(self) -> Iterator[Extent]:
@@ -41,36 +43,35 @@ class FamilyCopy:
         return (extent for plan in self.plans for extent in plan.extents())
 
 
-def _tasks(
-    plan: RankPlan, folder: TemporaryFolder, derivations: Mapping[Extent, Derivation]
-) -> Iterator[CopyTask]:
+def _tasks(plan: RankPlan, folder: TemporaryFolder, copy_of: FamilyCopy) -> Iterator[CopyTask]:
     """The work of one rank folder, in order of its bytes."""
     for file in plan.files:
         path = folder.file(file.name)
         moves: list[Move] = []
         length = 0
-        for move in _moves(file, derivations):
+        for move in _moves(file, copy_of):
             if moves and (length + move.piece.length > _TASK_BYTES or len(moves) >= _TASK_MOVES):
-                yield CopyTask(path, tuple(moves))
+                yield CopyTask(path, tuple(moves), file.block)
                 moves, length = [], 0
             moves.append(move)
             length += move.piece.length
-        yield CopyTask(path, tuple(moves))
+        yield CopyTask(path, tuple(moves), file.block)
 
 
-def _moves(file: FilePlan, derivations: Mapping[Extent, Derivation]) -> Iterator[Move]:
+def _moves(file: FilePlan, copy_of: FamilyCopy) -> Iterator[Move]:
+    is_read = copy_of.has_checksums or copy_of.is_checked
     for offset, pieces in file.places():
         position = offset
         for piece in pieces:
             match piece:
                 case Extent():
-                    derivation = derivations.get(piece)
+                    derivation = copy_of.derivations.get(piece)
                     for gap in derivation.gaps if derivation is not None else ():
                         yield from (
                             Move(s, None, has_checksum=True) for s in gap.segments(_TASK_BYTES)
                         )
                     for segment in piece.segments(_TASK_BYTES):
-                        yield Move(segment, position, has_checksum=derivation is None)
+                        yield Move(segment, position, has_checksum=is_read and derivation is None)
                         position += segment.length
                 case Literal():
                     yield Move(piece, position, has_checksum=False)
@@ -113,9 +114,11 @@ class _RankInWork:
         """Whether all its bytes are there."""
         return self.is_submitted and not self.tasks_open
 
-    def checksums(self) -> tuple[tuple[int, ...], ...]:
-        """Of each record of each file."""
+    def checksums(self) -> tuple[tuple[int, ...], ...] | None:
+        """Of each record of each file, if they get any."""
         ledger = self.family.ledger
+        if not self.family.copy.has_checksums:
+            return None
         return tuple(tuple(map(ledger.of, file.contents)) for file in self.plan.files)
 
     def known(self) -> Mapping[Extent, int] | None:
@@ -128,9 +131,10 @@ class Copier(Generic[Result]):
     """Copies planned rank folders with a pool of workers.
 
     ``finish`` runs in a worker when all bytes of a rank are there: it gets the family's context,
-    the plan, the temporary folder, the CRC-32 of each record of each file, and for a checked family
-    that of each range of the source; and publishes the folder. ``check`` runs before, when all
-    bytes of a checked family are there: it gets the context, and the CRC-32 of each range.
+    the plan, the temporary folder, the CRC-32 of each record of each file if they get any, and for
+    a checked family that of each range of the source; and publishes the folder. ``check`` runs
+    before, when all bytes of a checked family are there: it gets the context, and the CRC-32 of
+    each range.
     """
 
     def __init__(
@@ -236,7 +240,7 @@ class Copier(Generic[Result]):
         rank = _RankInWork(plan, folder, family)
         family.ranks.append(rank)
         self._in_work.append(rank)
-        for task in _tasks(plan, folder, family.copy.derivations):
+        for task in _tasks(plan, folder, family.copy):
             rank.tasks_open += 1
             yield rank, task
         rank.is_submitted = True

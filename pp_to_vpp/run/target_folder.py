@@ -50,7 +50,7 @@ def check_place(load_dir: Path, save_dir: Path) -> None:
             found=name,
             cure="name the target as Megatron names iterations",
         )
-    place = _first_existing(save_dir)
+    place = first_existing(save_dir)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise CopyError.of(
             place,
@@ -227,13 +227,14 @@ class Others:
             self.look()
 
 
-def check_space(save_dir: Path, needed: int) -> None:
-    """Refuse to start what cannot end.
+def check_space(save_dir: Path, plans: Iterable[RankPlan]) -> None:
+    """Refuse to start what cannot end; blocks that are shared with the source need no room.
 
     Raises:
         CopyError: the file system of the target has too little room.
     """
-    free = shutil.disk_usage(_first_existing(save_dir)).free
+    needed = sum(plan.length - plan.shared for plan in plans)
+    free = shutil.disk_usage(first_existing(save_dir)).free
     if free < needed:
         raise CopyError.of(
             save_dir,
@@ -244,7 +245,7 @@ def check_space(save_dir: Path, needed: int) -> None:
         )
 
 
-def _first_existing(path: Path) -> Path:
+def first_existing(path: Path) -> Path:
     """A folder, or the one above it that will hold it."""
     place = path.resolve()
     while not place.exists():

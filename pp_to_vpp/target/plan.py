@@ -34,6 +34,10 @@ class FilePlan:
     """The bytes of each record; of a file that is no archive, one entry."""
     archive: ArchivePlan | None
     """Where the records lie; None for a file that is copied as it is."""
+    block: int = 1
+    """Bytes of a block that it may share with the files that it is made of."""
+    shared: int = 0
+    """Bytes of the blocks that it then does share."""
 
     def places(self) -> Iterator[tuple[int, tuple[Piece, ...]]]:
         """Offset in the file and bytes of each record."""
@@ -67,10 +71,17 @@ class RankPlan:
     def cut(self, borders: Mapping[str, Sequence[int]]) -> RankPlan:
         """The same plan with no range across a border: sorted offsets in each source file."""
         files = tuple(
-            replace(file, contents=tuple(cut_pieces(pieces, borders) for pieces in file.contents))
+            _with_shared(
+                replace(file, contents=tuple(cut_pieces(c, borders) for c in file.contents))
+            )
             for file in self.files
         )
         return replace(self, files=files)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of the blocks that it may share with the source."""
+        return sum(file.shared for file in self.files)
 
     def source_paths(self) -> tuple[str, ...]:
         """The source files that its bytes come from."""
@@ -78,7 +89,11 @@ class RankPlan:
 
 
 def plan_rank(
-    family: Family, megatron: Megatron, pp_rank: int, others: Sequence[tuple[str, Extent]] = ()
+    family: Family,
+    megatron: Megatron,
+    pp_rank: int,
+    others: Sequence[tuple[str, Extent]] = (),
+    block: int = 1,
 ) -> RankPlan:
     """The plan of one target rank folder.
 
@@ -87,6 +102,7 @@ def plan_rank(
         megatron: the run that will load it.
         pp_rank: which rank.
         others: name and whole content of further files of the folder, which are copied.
+        block: bytes of a block that the target may share with the source; 1 where it cannot.
 
     Raises:
         LayoutError: Megatron could not build the target's buffers.
@@ -102,10 +118,11 @@ def plan_rank(
     graphs = {MODEL_FILE: place_entry(root, optimizer.entry), **optimizer.files}
     with located(own.model.path, cure=ASK_FOR_SUPPORT):
         plans = [
-            _file_plan(name, torch_file.encode(graph, _template(rank, name)))
+            _file_plan(name, torch_file.encode(graph, _template(rank, name), block), block)
             for name, graph in graphs.items()
         ]
-    plans += [FilePlan(name, extent.length, ((extent,),), None) for name, extent in others]
+    for name, extent in others:
+        plans.append(_with_shared(FilePlan(name, extent.length, ((extent,),), None, block)))
     return RankPlan(own.id, tuple(plans), optimizer.elsewhere)
 
 
@@ -115,5 +132,17 @@ def _template(rank: TargetRank, name: str) -> TorchFile:
     return next(file for file in files if file.path.endswith(f"/{name}"))
 
 
-def _file_plan(name: str, encoded: torch_file.EncodedFile) -> FilePlan:
-    return FilePlan(name, encoded.archive.length, encoded.contents, encoded.archive)
+def _file_plan(name: str, encoded: torch_file.EncodedFile, block: int) -> FilePlan:
+    plan = FilePlan(name, encoded.archive.length, encoded.contents, encoded.archive, block)
+    return _with_shared(plan)
+
+
+def _with_shared(file: FilePlan) -> FilePlan:
+    shared = 0
+    for offset, pieces in file.places():
+        position = offset
+        for piece in pieces:
+            if isinstance(piece, Extent):
+                shared += piece.blocks(position, file.block).length
+            position += piece.length
+    return replace(file, shared=shared)

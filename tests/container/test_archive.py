@@ -178,3 +178,27 @@ def _with_directory(offset: int = 0, size: int = 0, count: int = 1) -> bytes:
 def test_lying_end_records_are_refused_at_once(data: bytes) -> None:
     with pytest.raises(FormatError):
         archive.read_records(io.BytesIO(data))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 511)), min_size=1, max_size=6),
+    st.sampled_from([512, 4096, archive.MAX_DIVISOR]),
+)
+def test_records_stand_where_they_are_placed(wanted: list[tuple[int, int]], block: int) -> None:
+    """In their block; what is not placed stands as torch places it, and zipfile reads all."""
+    lengths = [(f"r{i}", length) for i, (length, _) in enumerate(wanted)]
+    places = {f"r{i}": (block, 64 * rest % block) for i, (_, rest) in enumerate(wanted) if rest % 3}
+    layout = archive.plan_archive("stem", lengths, 64, places)
+    data = bytearray(layout.length)
+    for offset, part in archive.frame(layout, [zlib.crc32(bytes(length)) for _, length in lengths]):
+        data[offset : offset + len(part)] = part
+    for (name, _), record in zip(lengths, layout.records, strict=True):
+        divisor, rest = places.get(name, (64, 0))
+        assert record.offset % divisor == rest
+    with zipfile.ZipFile(io.BytesIO(data)) as found:
+        assert found.testzip() is None
+    stem, records = archive.read_records(io.BytesIO(data))
+    assert [(r.name, r.length) for r in records.values()] == lengths
+    again = {name: (archive.MAX_DIVISOR, r.offset) for name, r in records.items()}
+    again = {name: (d, o % d) for name, (d, o) in again.items()}
+    assert archive.plan_archive(stem, lengths, 64, again) == layout

@@ -78,3 +78,21 @@ def test_cutting_pieces_keeps_their_bytes_and_no_piece_across_a_border(
         if isinstance(piece, Extent):
             inner = range(piece.offset + 1, piece.offset + piece.length)
             assert not borders.get(piece.path, set()).intersection(inner)
+
+
+@given(_extents, st.integers(0, 400), st.integers(1, 64))
+def test_the_blocks_of_an_extent_are_those_that_stand_alike(
+    extent: Extent, offset: int, block: int
+) -> None:
+    """Every block of both files that the extent fills, and no more."""
+    shared = extent.blocks(offset, block)
+    inside = range(extent.offset, extent.offset + extent.length + 1)
+    starts = [
+        start
+        for start in range(0, 1000, block)
+        if start in inside and start + block in inside
+        if (start - extent.offset + offset) % block == 0 and block > 1
+    ]
+    assert shared.length == len(starts) * block
+    if starts:
+        assert shared.offset == starts[0]

@@ -64,7 +64,14 @@ def copied(
     folders = survey.family((0, 0))
     target = target_like(target_of(name, opposite(side)))
     is_full = depth is Depth.FULL
-    job = PlanJob(folders, survey.told, tuple(folders.ranks), target, True, is_full)
+    job = PlanJob(
+        folders,
+        survey.told,
+        tuple(folders.ranks),
+        target,
+        needs_contents=True,
+        is_verified_in_full=is_full,
+    )
     planned = plan_family(job)
     proof = Proof(
         planned.folders, planned.source.rules, planned.frozen, planned.target.layout, depth

@@ -88,7 +88,7 @@ class Finished:
     """Stands for finishing: takes down what the copier hands over, completes and publishes."""
 
     crc32s: dict[RankId, Crcs] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int | None] = field(default_factory=dict)
     order: list[RankId] = field(default_factory=list)
 
     known: dict[RankId, Known] = field(default_factory=dict)

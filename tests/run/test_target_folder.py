@@ -19,7 +19,7 @@ from pp_to_vpp.run.target_folder import (
     existing,
     write_tracker,
 )
-from pp_to_vpp.target.plan import RankPlan
+from pp_to_vpp.target.plan import FilePlan, RankPlan
 
 from ..edit import copy_of
 from ..families import family
@@ -124,6 +124,9 @@ def test_room_is_needed_for_all_of_it(
 ) -> None:
     """Of the file system that the target will be on: its folder need not be there."""
     asked: list[Path] = []
+    rank = RankId(0, 0, None)
+    files = FilePlan("a", 70, (), None), FilePlan("b", 60, (), None, block=10, shared=30)
+    plans = [RankPlan(rank, files)]
 
     def usage(path: Path) -> object:
         asked.append(path)
@@ -132,9 +135,9 @@ def test_room_is_needed_for_all_of_it(
     monkeypatch.setattr(shutil, "disk_usage", usage)
     if free < 100:
         with pytest.raises(CopyError, match=r"space, expected 100 bytes, found 99 bytes free"):
-            check_space(tmp_path / "deep" / "down", 100)
+            check_space(tmp_path / "deep" / "down", plans)
     else:
-        check_space(tmp_path / "deep" / "down", 100)
+        check_space(tmp_path / "deep" / "down", plans)
     assert asked == [tmp_path]
 
 
