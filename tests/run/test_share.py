@@ -197,7 +197,8 @@ def test_torchrun_starts_all_again_when_one_is_lost(
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--master-port", "0",
          "--nproc-per-node", "2", "--max-restarts", "2", "-m", "pp_to_vpp", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment(), "LOGLEVEL": "INFO"}, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**environment(), "LOGLEVEL": "INFO"},
     )  # fmt: skip
     deadline = time.monotonic() + 100
     while not (started := [pid for pid in children(torchrun.pid) if _is_program(pid)]):
