@@ -230,7 +230,10 @@ def test_processes_share(
         processes.append(_start(target, variables, "--share", option))
     outputs = _end(processes)
     assert "names 1" in outputs[0]
-    assert all("left to the first process" in output for output in outputs[1:])
+    assert outputs[0].startswith("source: ")
+    for index, output in enumerate(outputs[1:], 1):
+        (line,) = (line for line in output.splitlines() if " INFO " not in line)
+        assert line.startswith(f"share {index}/{count}: wrote ")
     _check(target, undisturbed)
 
 
