@@ -145,18 +145,19 @@ def verify_folder(job: VerifyJob) -> Verdict:
     proof, pp_rank = job.proof, job.rank.pp_rank
     try:
         files = read_rank(job.directory, job.rank, job.folder)
-        target, way, differing = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
+        target, way, samples = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
     source = _source_of(proof, target, pp_rank)
     twins = _twins(source, target, pp_rank)
-    texts = [] if way is not None else [UNLIKE_MAIN.format(differing[0].name)]
+    texts = [] if way is not None else [UNLIKE_MAIN.format(samples[0].name)]
     if target.layout != proof.layout:
         told = f"({target.layout}) than the target's ({proof.layout})"
         texts.append(f"its arguments tell another layout {told}")
     texts += [*_compare_rest(source, target, pp_rank), *_check_groups(target, pp_rank)]
     texts += [*twins.problems, *_compare_others(job)]
     found: Mapping[Extent, int] = {}
+    differing: Collection[Pair]
     if proof.depth is Depth.FULL:
         known = None if job.known is None else Checksums(job.known)
         in_full = read_in_full(files, target, twins.extents.values(), known)
