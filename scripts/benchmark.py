@@ -25,7 +25,11 @@ from benchmarking.measure import Measured, RunFailedError
 from benchmarking.report import Series
 
 _UNITS = {"MB": 10**6, "GB": 10**9}
-_COLUMNS = ("workers", "one", "cp", "naive")
+_COLUMNS = ("workers", "none", "full", "one", "cp", "naive", "verify")
+_CACHES = ("cold", "warm")
+_FILE_SYSTEMS = ("xfs", "btrfs")
+_ROOM = 3.2
+"""Of a mounted file system, for each byte of the checkpoint."""
 _OPTIMIZERS = ("distributed", "layer-wise")
 _TINY = 10**7
 _V3_RANK = 5
@@ -34,7 +38,9 @@ _NAIVE_MEMORY = 0.75
 _METHOD = """\
 Time includes start-up and bringing the files to disk. Memory is the sum of the proportional set
 sizes of all processes, sampled 5 times a second. Bytes are those that all processes moved by read,
-write and copy_file_range, as the kernel counts them, in parts of the checkpoint's size."""
+write and copy_file_range, as the kernel counts them, in parts of the checkpoint's size; what
+copy_file_range shares counts too. New blocks are those by which the file system became fuller.
+`cp -r` is run with --reflink=never. Verification is of a finished pair, `diff -rq` of a copy."""
 
 
 class _Arguments(argparse.Namespace):
@@ -45,7 +51,8 @@ class _Arguments(argparse.Namespace):
     workers: int
     where: Path
     columns: list[str]
-    warm: bool
+    cache: list[str]
+    mount: list[str]
     simulate_deepseek_v3: bool
     optimizer: str
     output: Path
@@ -97,13 +104,25 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=_COLUMNS,
         default=list(_COLUMNS),
-        help="what to run: the converter with several workers, with one worker, cp -r, and the "
-        "naive torch converter [default: all]",
+        help="what to run: the converter with several workers; the same with --checksums none, and "
+        "with --verify full; with one worker; cp -r; the naive torch converter; verification of "
+        "what was converted, against diff -rq [default: all]",
     )
     add(
-        "--warm",
-        action="store_true",
-        help="on disk, leave the source in the page cache instead of dropping it before each run",
+        "--cache",
+        nargs="+",
+        choices=_CACHES,
+        default=["cold"],
+        help="on disk, whether the source is dropped from the page cache before each run, or both "
+        "[default: cold]",
+    )
+    add(
+        "--mount",
+        nargs="+",
+        choices=_FILE_SYSTEMS,
+        default=[],
+        help="measure also on new file systems that share blocks, in files of --where (needs root, "
+        "and mkfs)",
     )
     add(
         "--simulate-deepseek-v3",
@@ -168,12 +187,32 @@ def _scratch(where: Path, *, keep: bool) -> Iterator[Path]:
 
 
 def _measure(given: _Arguments, scratch: Path) -> str:
-    """Start-up, then every size; the tables."""
+    """Start-up, then every size on every file system; the tables."""
     small = _measure_start(given, scratch)
-    found: list[Series] = []
-    for size in sorted(given.size or [10**9]):
-        found += _measure_size(given, scratch, size)
-    return f"{report.size_table(found)}\n\n{report.small_table('start-up', small)}"
+    sizes = sorted(given.size or [10**9])
+    parts = [_measure_place(given, scratch, sizes)]
+    for kind in given.mount:
+        with commands.mounted(kind, scratch, int(max(sizes) * _ROOM)) as place:
+            if place is not None:
+                parts.append(_measure_place(given, place, sizes))
+    return "\n\n".join((*parts, report.small_table("start-up", small)))
+
+
+def _measure_place(given: _Arguments, place: Path, sizes: list[int]) -> str:
+    """Every size on one file system, with each state of the cache; the tables."""
+    kind = report.file_system(place)
+    parts = []
+    for cache in ("warm",) if kind == "tmpfs" else given.cache:
+        found: list[Series] = []
+        proofs: list[Series] = []
+        for size in sizes:
+            columns, verified = _measure_size(given, place, size, is_cold=cache == "cold")
+            found += columns
+            proofs += verified
+        parts += [f"### {kind}" + ("" if kind == "tmpfs" else f", {cache} cache")]
+        parts += [report.size_table(found)] if found else []
+        parts += [report.size_table(proofs, commands.DIFF)] if proofs else []
+    return "\n\n".join(parts)
 
 
 def _measure_start(given: _Arguments, scratch: Path) -> dict[str, list[Measured]]:
@@ -205,39 +244,71 @@ def _repeat(jobs: dict[str, Callable[[], Measured]], runs: int) -> dict[str, lis
     return found
 
 
-def _measure_size(given: _Arguments, scratch: Path, wanted: int) -> list[Series]:
-    """All columns on one checkpoint."""
+def _measure_size(
+    given: _Arguments, scratch: Path, wanted: int, *, is_cold: bool
+) -> tuple[list[Series], list[Series]]:
+    """All columns on one checkpoint, and its verification."""
     root, target = scratch / f"source-{wanted}", scratch / "target"
-    commands.make(str(wanted), root, given.optimizer)
+    if not root.exists():
+        commands.make(str(wanted), root, given.optimizer)
     size = commands.size_of(root)
-    is_in_memory = report.file_system(scratch) == "tmpfs"
-    is_cold = not given.warm and not is_in_memory
     columns = _columns(given, size)
-    found: dict[str, list[Measured]] = {column: [] for column in columns}
-    commands.run_column(columns[0], root, target)
-    for _ in range(given.runs):
-        for column in columns:
-            if is_in_memory:
-                commands.touch_memory(scratch, size)
-            if is_cold:
-                commands.forget(root)
-            run = commands.run_column(column, root, target)
-            found[column].append(run)
-            print(report.run_line(column, size, run), flush=True)
+
+    def prepare(*folders: Path) -> None:
+        if report.file_system(scratch) == "tmpfs":
+            commands.touch_memory(scratch, size)
+        for folder in folders if is_cold else ():
+            commands.forget(folder)
+
+    jobs: dict[str, Callable[[], Measured]] = {
+        column: lambda column=column: commands.run_column(column, root, target)  # type: ignore[misc]
+        for column in columns
+    }
+    found = _in_turn(jobs, given.runs, size, lambda: prepare(root))
+    proofs: list[Series] = []
+    if "verify" in given.columns:
+        copy_of, workers = scratch / "copy", given.workers
+        commands.convert(root, target, workers)
+        commands.copy(root, copy_of)
+        depths = {f"--verify {depth}": depth for depth in ("structure", "full")}
+        jobs = {
+            name: lambda depth=depth: commands.verify(root, target, workers, depth)  # type: ignore[misc]
+            for name, depth in depths.items()
+        }
+        jobs[commands.DIFF] = lambda: commands.compare(root, copy_of)
+        proofs = _in_turn(jobs, given.runs, size, lambda: prepare(root, target, copy_of))
+        shutil.rmtree(target)
+        shutil.rmtree(copy_of)
     if not given.keep:
         shutil.rmtree(root)
-    return [Series(column, size, tuple(runs)) for column, runs in found.items()]
+    return found, proofs
+
+
+def _in_turn(
+    jobs: dict[str, Callable[[], Measured]], runs: int, size: int, prepare: Callable[[], None]
+) -> list[Series]:
+    """Run the first job once to warm up, then all in turn."""
+    next(iter(jobs.values()))()
+    found: dict[str, list[Measured]] = {name: [] for name in jobs}
+    for _ in range(runs):
+        for name, job in jobs.items():
+            prepare()
+            found[name].append(job())
+            print(report.run_line(name, size, found[name][-1]), flush=True)
+    return [Series(name, size, tuple(of)) for name, of in found.items()]
 
 
 def _columns(given: _Arguments, size: int) -> list[str]:
     """Names of the columns that can be run."""
     names = {
         "workers": commands.converter(given.workers),
+        "none": f"{commands.converter(given.workers)}, {commands.NO_CHECKSUMS}",
+        "full": f"{commands.converter(given.workers)}, {commands.IN_FULL}",
         "one": commands.converter(1),
         "cp": commands.COPY,
         "naive": commands.NAIVE,
     }
-    chosen = [names[column] for column in _COLUMNS if column in given.columns]
+    chosen = [name for column, name in names.items() if column in given.columns]
     if given.optimizer != _OPTIMIZERS[0]:
         chosen = [column for column in chosen if column != commands.NAIVE]
     if commands.NAIVE in chosen and report.free_memory() < size * _NAIVE_MEMORY:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.family import Family, TensorName, layout_of
+from ..checkpoint.family import Family, RankFiles, TensorName, layout_of
 from ..checkpoint.optimizer_entries import OPTIMIZER
 from ..container.crc32 import Checksums
 from ..container.extents import Extent
@@ -144,37 +144,42 @@ def verify_folder(job: VerifyJob) -> Verdict:
     proof, pp_rank = job.proof, job.rank.pp_rank
     try:
         files = read_rank(job.directory, job.rank, job.folder)
-        target, way, differing = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
+        target, way, samples = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
     except ConversionError as error:
         return Verdict(error.problems, 0, {})
     source = _source_of(proof, target, pp_rank)
     twins = _twins(source, target, pp_rank)
-    texts = [] if way is not None else [UNLIKE_MAIN.format(differing[0].name)]
+    texts = [] if way is not None else [UNLIKE_MAIN.format(samples[0].name)]
     if target.layout != proof.layout:
         told = f"({target.layout}) than the target's ({proof.layout})"
         texts.append(f"its arguments tell another layout {told}")
     texts += [*_compare_rest(source, target, pp_rank), *_check_groups(target, pp_rank)]
     texts += [*twins.problems, *_compare_others(job)]
-    located = [(files.model.path, text) for text in texts]
     found: Mapping[Extent, int] = {}
+    differing: Collection[Pair]
     if proof.depth is Depth.FULL:
         known = None if job.known is None else Checksums(job.known)
         in_full = read_in_full(files, target, twins.extents.values(), known)
-        located += ((files.model.path, text) for text in twins.differences(in_full.differing))
-        located += in_full.problems
-        for file in files.all:
-            located += ((file.path, text) for text in framing.differences(file))
-            located += ((file.path, text) for text in torch_loading.differences(file, _read))
-        found = in_full.source
+        differing, found = in_full.differing, in_full.source
+        more = [*in_full.problems, *_odd_files(files)]
     else:
-        sampled = _differing_ends(twins.extents.values())
-        located += ((files.model.path, text) for text in twins.differences(sampled))
-        located += unlike_copies(target)
+        differing = _differing_ends(twins.extents.values())
+        more = list(unlike_copies(target))
+    texts += twins.differences(differing)
+    located = [*((files.model.path, text) for text in texts), *more]
     lines = [problem(path, text, cure=_CURE) for path, text in located[:_SHOWN]]
     if len(located) > _SHOWN:
         lines.append(f"{files.model.path}: {len(located) - _SHOWN} more differences")
     length = sum(record.length for file in files.all for record in file.records.values())
     return Verdict(tuple(lines), length, found)
+
+
+def _odd_files(files: RankFiles) -> Iterator[tuple[str, str]]:
+    """Path and text about what torch writes or reads otherwise."""
+    with RangeReader() as reader:
+        for file in files.all:
+            odd = (framing.differences(file), torch_loading.differences(file, reader.read))
+            yield from ((file.path, text) for texts in odd for text in texts)
 
 
 def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
@@ -233,11 +238,6 @@ def _differing_ends(pairs: Iterable[Pair]) -> set[Pair]:
     """Those whose first or last bytes differ."""
     with RangeReader() as reader:
         return {pair for pair in pairs if len({reader.ends(extent) for extent in pair}) > 1}
-
-
-def _read(extent: Extent) -> bytes:
-    with RangeReader() as reader:
-        return reader.read(extent)
 
 
 def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]:

@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from . import measure
@@ -19,12 +22,17 @@ _VP_SIZE = "2"
 _SYNCED = 'target=$1; shift; "$@" && find "$target" -type f -exec sync {} +'
 """Shell: run a command, then bring what it wrote to disk, as the converter does by itself."""
 _BLOCK = 1 << 20
+_REST_SECONDS = 0.2
 COPY = "cp -r"
+"""Which here never shares blocks."""
+NO_CHECKSUMS = "--checksums none"
+IN_FULL = "--verify full"
+DIFF = "diff -rq"
 NAIVE = "torch.load/save"
 
 
 def converter(workers: int) -> str:
-    """Name of the column of the converter."""
+    """Name of the column of the converter, to which options may be added."""
     return f"pp_to_vpp, {workers} worker{'s' if workers > 1 else ''}"
 
 
@@ -74,20 +82,37 @@ def dry_run_v3(root: Path, workers: int, ranks: Iterable[int]) -> Measured:
     )  # fmt: skip
 
 
-def convert(root: Path, target: Path, workers: int) -> Measured:
-    """Convert a checkpoint with default verification."""
-    return _run_converter(
+def _on(root: Path, target: Path, workers: int) -> list[str]:
+    """The options that name both folders."""
+    return [
         "--load-iteration-dir", str(root / _ITERATION),
         "--save-iteration-dir", str(target / _ITERATION),
-        "--target-virtual-pipeline-model-parallel-size", _VP_SIZE,
         "--num-max-processing-processes", str(workers),
-    )  # fmt: skip
+    ]  # fmt: skip
+
+
+def convert(root: Path, target: Path, workers: int, *options: str) -> Measured:
+    """Convert a checkpoint with default verification."""
+    layout = ("--target-virtual-pipeline-model-parallel-size", _VP_SIZE)
+    return _run_converter(*_on(root, target, workers), *layout, *options)
+
+
+def verify(root: Path, target: Path, workers: int, depth: str) -> Measured:
+    """Verify a checkpoint that was converted before."""
+    return _run_converter(*_on(root, target, workers), "--verify", depth)
+
+
+def compare(root: Path, copy_of: Path) -> Measured:
+    """Compare a checkpoint with a copy of it."""
+    return measure.run(["diff", "-rq", str(root / _ITERATION), str(copy_of / _ITERATION)])
 
 
 def copy(root: Path, target: Path) -> Measured:
     """Copy the iteration folder as it is."""
     target.mkdir()
-    return _synced(target, "cp", "-r", str(root / _ITERATION), str(target / _ITERATION))
+    return _synced(
+        target, "cp", "-r", "--reflink=never", str(root / _ITERATION), str(target / _ITERATION)
+    )
 
 
 def convert_naively(root: Path, target: Path) -> Measured:
@@ -119,16 +144,59 @@ def check_naive(root: Path, scratch: Path) -> None:
 
 def run_column(column: str, root: Path, target: Path) -> Measured:
     """One run of a column; what it wrote is removed again."""
+    before = _used(target.parent)
     try:
-        if column == COPY:
-            return copy(root, target)
-        if column == NAIVE:
-            return convert_naively(root, target)
-        return convert(root, target, int(column.split()[1]))
+        run = _run(column, root, target)
+        return replace(run, new_bytes=_used(target.parent) - before)
     finally:
         shutil.rmtree(target, ignore_errors=True)
         if target.parent.exists():
-            subprocess.run(["sync", "-f", str(target.parent)], check=True)
+            _used(target.parent)
+
+
+def _run(column: str, root: Path, target: Path) -> Measured:
+    if column == COPY:
+        return copy(root, target)
+    if column == NAIVE:
+        return convert_naively(root, target)
+    _, words, *options = column.split(", ")
+    return convert(root, target, int(words.split()[0]), *" ".join(options).split())
+
+
+def _used(place: Path) -> int:
+    """Bytes of a file system that are in use, when it has come to rest."""
+    found = -1
+    while True:
+        subprocess.run(["sync", "-f", str(place)], check=True)
+        status = os.statvfs(place)
+        last, found = found, (status.f_blocks - status.f_bfree) * status.f_frsize
+        if found == last:
+            return found
+        time.sleep(_REST_SECONDS)
+
+
+@contextmanager
+def mounted(kind: str, scratch: Path, size: int) -> Iterator[Path | None]:
+    """A new file system of a kind in a file of so many bytes; None where that is not possible."""
+    image, place = scratch / f"{kind}.image", scratch / kind
+    with image.open("wb") as file:
+        file.truncate(size)
+    place.mkdir()
+    commands = ([f"mkfs.{kind}", "-q", str(image)], ["mount", "-o", "loop", str(image), str(place)])
+    try:
+        for command in commands:
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no {kind}: {error}", flush=True)
+        yield None
+    else:
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", place], check=True)
+    finally:
+        image.unlink()
+        place.rmdir()
 
 
 def touch_memory(scratch: Path, size: int) -> None:

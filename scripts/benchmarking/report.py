@@ -68,14 +68,14 @@ def run_line(column: str, size: int, run: Measured) -> str:
     )
 
 
-def size_table(found: Sequence[Series]) -> str:
-    """Medians for each size and column."""
+def size_table(found: Sequence[Series], against: str = COPY) -> str:
+    """Medians for each size and column; the times set against those of one column."""
     lines = [
-        "| checkpoint | | time | against `cp -r` (least to most) | processor time "
-        "| peak memory (PSS) | read | written |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        f"| checkpoint | | time | against `{against}` (least to most) | processor time "
+        "| peak memory (PSS) | read | written | new blocks |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    copies = {series.size: series for series in found if series.column == COPY}
+    copies = {series.size: series for series in found if series.column == against}
     for series in found:
         ratio = "-"
         if series.size in copies:
@@ -91,6 +91,7 @@ def size_table(found: Sequence[Series]) -> str:
             f"{series.median(lambda run: run.peak_bytes) / _MB:.0f} MB",
             f"{series.median(lambda run: run.read_bytes) / series.size:.3f} x",
             f"{series.median(lambda run: run.written_bytes) / series.size:.3f} x",
+            f"{series.median(lambda run: run.new_bytes) / series.size:.3f} x",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
