@@ -20,7 +20,7 @@ from . import __version__, outputs
 from .errors import ConversionError, CopyError, UsageError
 from .options import CRC32, NO_CHECKSUMS, Depth, Options
 from .progress import Progress, is_watched, size
-from .run.share import default_workers, parse
+from .run.share import number_of_workers, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -429,7 +429,7 @@ def _run(given: Options) -> dict[str, object]:
             return report.of_verification(verified)
         prepared, outcome = convert(given, listener)
     if outcome is None:
-        _print_dry_run(prepared, given.processes or default_workers())
+        _print_dry_run(prepared, number_of_workers(given.processes))
         return report.of_plan(prepared)
     _print_outcome(prepared, outcome)
     return report.of_conversion(prepared, outcome)

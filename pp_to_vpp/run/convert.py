@@ -31,7 +31,7 @@ from .plan_family import (
     plan_family,
 )
 from .schedule import Copier, FamilyCopy
-from .share import Share, deal, default_workers, wanted_share
+from .share import Share, deal, number_of_workers, wanted_share
 from .workers import Workers
 
 log = logging.getLogger("pp_to_vpp")
@@ -139,7 +139,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
     target = request.wanted_target(options, survey.arguments)
     prepare(options.depth)
     block = _block(options.save_dir, survey)
-    with Workers(options.processes or default_workers(), listener.looked) as workers:
+    with Workers(number_of_workers(options.processes), listener.looked) as workers:
         needs_contents = not options.is_dry_run and share is None
         jobs = [
             PlanJob(
@@ -153,7 +153,8 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
             )
             for key in survey.families
         ]
-        families = _plan(workers, survey, jobs, listener)
+        families = _plan(workers, jobs, listener)
+        check_families(families, survey.path)
         known_by = manifest.manifest_of(
             _fingerprint(workers, survey, families),
             survey.iteration,
@@ -173,7 +174,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         if prepared.part is not None:
             own = prepared.part.ranks
             jobs = [job.narrowed_to(own) for job in jobs if job.ranks & own]
-            families = list(workers.map(plan_family, jobs))
+            families = _plan(workers, jobs, listener)
         done = run.write(options.save_dir, families)
     if target_folder.is_whole(options.save_dir, survey.ranks):
         manifest.finish(options.save_dir, prepared.manifest, options.depth)
@@ -188,17 +189,14 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
     return prepared, outcome
 
 
-def _plan(
-    workers: Workers, survey: Survey, jobs: Sequence[PlanJob], listener: Listener
-) -> list[PlannedFamily]:
-    """The plans of all families, held to each other."""
-    listener.began(Phase.PLAN, len(survey.ranks))
+def _plan(workers: Workers, jobs: Sequence[PlanJob], listener: Listener) -> list[PlannedFamily]:
+    """The plans of families."""
+    listener.began(Phase.PLAN, sum(len(job.folders.ranks) for job in jobs))
     families = []
     for family in workers.map(plan_family, jobs):
         families.append(family)
         listener.advanced(len(family.folders.ranks))
         log.debug("%s and its family: planned", family.ranks[0].id.folder)
-    check_families(families, survey.path)
     return families
 
 
@@ -320,7 +318,8 @@ class _Run:
                 manifest.withdraw(save_dir)
             raise
         manifest.claim(save_dir, self.prepared.manifest)  # it is there still, and ours
-        self._check_others(save_dir)
+        if self.prepared.writes_tracker:  # of processes that share, who waited for all reads all
+            self._check_others(save_dir)
         return done
 
     def _copy(

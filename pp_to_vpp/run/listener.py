@@ -17,7 +17,7 @@ class Phase(enum.Enum):
     PLAN = "plan", "folders"
     """Source folders are read and proved."""
     CHECK = "check", "B"
-    """What is there already is verified: the source for full verification, kept folders."""
+    """The rank folders that are kept are verified."""
     COPY = "copy", "B"
     """The target is written; each folder is verified before it gets its name."""
     VERIFY = "verify", "B"

@@ -168,8 +168,10 @@ def wanted_share(
     return given
 
 
-def default_workers() -> int:
-    """Worker processes where the call names no number: this process's part of the cores."""
+def number_of_workers(asked: int | None) -> int:
+    """Worker processes: as many as the call asks for, else this process's part of the cores."""
+    if asked is not None:
+        return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     told = launched()
     return max(1, min(_MAX_DEFAULT_WORKERS, (cores or 1) // (told.here if told else 1)))

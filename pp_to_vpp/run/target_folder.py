@@ -136,6 +136,22 @@ def filled(save_dir: Path, plans: Sequence[RankPlan], *, resume: bool) -> set[Ra
     return set(there)
 
 
+class _Wait:
+    """A wait for other runs, of which the listener hears once a minute."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._said = -math.inf
+
+    def a_while(self, text: str) -> None:
+        """Sleep until it is worth a look; say what for."""
+        if time.monotonic() - self._said >= _SAY_SECONDS:
+            self._said = time.monotonic()
+            self._listener.waits(text)
+        self._listener.looked()
+        time.sleep(_LOOK_SECONDS)
+
+
 def existing(
     save_dir: Path, plans: Sequence[RankPlan], listener: Listener, *, resume: bool
 ) -> set[RankId]:
@@ -153,7 +169,7 @@ def existing(
         CopyError: what is left cannot be removed.
     """
     filled(save_dir, plans, resume=resume)  # nothing is touched where this refuses
-    said = -math.inf
+    wait = _Wait(listener)
     while writers := folders.clear_leftovers(save_dir, [plan.id.folder for plan in plans]):
         if not resume:
             raise UsageError.of(
@@ -162,11 +178,7 @@ def existing(
                 cure="wait for it, or end it; --resume waits, and several processes share one "
                 "conversion with --share",
             )
-        if time.monotonic() - said >= _SAY_SECONDS:
-            said = time.monotonic()
-            listener.waits("; ".join(map(_waits_for, writers[:4])))
-        listener.looked()
-        time.sleep(_LOOK_SECONDS)
+        wait.a_while("; ".join(map(_waits_for, writers[:4])))
     return filled(save_dir, plans, resume=resume)
 
 
@@ -206,7 +218,7 @@ class Others:
         Raises:
             CopyError: nobody has given a sign of life for a quarter of an hour.
         """
-        self._seen, said = time.monotonic(), -math.inf
+        self._seen, wait = time.monotonic(), _Wait(self._listener)
         self._looked = -math.inf
         self.look()
         while self._left:
@@ -219,11 +231,7 @@ class Others:
                     f"life for {_PATIENCE_SECONDS / 60:.0f} minutes",
                     cure="see what the other processes say, then run again with --resume",
                 )
-            if time.monotonic() - said >= _SAY_SECONDS:
-                said = time.monotonic()
-                self._listener.waits(f"{missing}; last sign of life {silent:.0f} s ago")
-            self._listener.looked()
-            time.sleep(_LOOK_SECONDS)
+            wait.a_while(f"{missing}; last sign of life {silent:.0f} s ago")
             self.look()
 
 

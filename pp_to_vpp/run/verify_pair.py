@@ -22,7 +22,7 @@ from ..verify.in_full import check_source
 from . import manifest
 from .convert import fingerprint_source
 from .listener import Listener, Phase
-from .share import deal, default_workers, wanted_share
+from .share import deal, number_of_workers, wanted_share
 from .target_folder import check_place
 from .workers import Workers
 
@@ -63,7 +63,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     check_place(options.load_dir, options.save_dir)
     target = _survey_target(options.save_dir, source)
     prepare(options.depth)
-    with Workers(options.processes or default_workers(), listener.looked) as workers:
+    with Workers(number_of_workers(options.processes), listener.looked) as workers:
         sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
         folders = {key: source.family(key) for key in source.families}

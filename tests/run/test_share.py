@@ -96,12 +96,12 @@ def test_workers_share_the_cores_of_a_host(monkeypatch: pytest.MonkeyPatch) -> N
     for name in (*TORCHRUN, *STEP, *OPEN_MPI):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
-    assert share.default_workers() == 8
+    assert share.number_of_workers(None) == 8
     for name, text in TORCHRUN.items():
         monkeypatch.setenv(name, text)
-    assert share.default_workers() == 6
+    assert share.number_of_workers(None) == 6
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
-    assert share.default_workers() == 1
+    assert share.number_of_workers(None) == 1
 
 
 RANKS = st.builds(RankId, st.integers(0, 3), st.integers(0, 7), st.integers(0, 3))
