@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import CopyError
 from ..target.plan import RankPlan
 from . import signs
-from .signs import SHARING, WRITING, Writer, own_mark
+from .signs import SHARING, SMALL, WRITING, Writer, own_mark
 
 
 def copy_error(path: str | Path, what: str, error: OSError) -> CopyError:
@@ -80,7 +80,7 @@ def _writers(save_dir: Path) -> list[Writer]:
     """Who has something unpublished in a target, this process's earlier attempts among them."""
     if not save_dir.is_dir():
         return []
-    names = [n for n in sorted(os.listdir(save_dir)) if n.startswith((WRITING, SHARING))]
+    names = [n for n in sorted(os.listdir(save_dir)) if n.startswith((WRITING, SHARING, SMALL))]
     now = signs.server_time(save_dir) if names else 0.0
     return [signs.writer_of(save_dir / n, n[1:].partition(".")[2], now) for n in names]
 
@@ -224,7 +224,8 @@ def write_first(path: Path, text: str) -> bool:
 @contextlib.contextmanager
 def _written(path: Path, text: str) -> Iterator[Path]:
     """A text on disk under a private name beside ``path``, which is removed afterwards."""
-    temporary = path.with_name(f".{path.name}.{own_mark()}")
+    name = path.name.replace(".", "-")  # the mark comes after the first dot
+    temporary = path.with_name(f"{SMALL}{name}.{own_mark()}")
     try:
         with temporary.open("w") as file:
             file.write(text)

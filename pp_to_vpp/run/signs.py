@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from .workers import no_more
 
-WRITING, SHARING = ".writing-", ".sharing-"
-"""Beginnings of temporary names: a rank folder before its publication; a process at work."""
+WRITING, SHARING, SMALL = ".writing-", ".sharing-", ".small-"
+"""Beginnings of temporary names: a rank folder before its publication; a process at work; a small
+file before it is whole, or asked for the time."""
 BEAT_SECONDS = 30.0
 SILENT_SECONDS = 180.0
 """Who has touched nothing for so long is dead: six beats were missed."""
@@ -131,7 +132,7 @@ def server_time(folder: Path) -> float:
     Raises:
         OSError: nothing can be written there.
     """
-    path = folder / f".clock.{own_mark()}"
+    path = folder / f"{SMALL}clock.{own_mark()}"
     try:
         path.touch()
         return path.stat().st_mtime

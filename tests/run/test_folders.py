@@ -88,7 +88,8 @@ def test_what_lives_is_left_alone_and_told(tmp_path: Path, sleeper: int) -> None
 def test_what_is_dead_is_removed(tmp_path: Path) -> None:
     for text in (mark("4194305", "77"), own_mark(), "dead"):
         leftover(tmp_path, text)
-    (tmp_path / f".sharing-1-of-4.{mark('4194305', '77')}").touch()
+    for name in (".sharing-1-of-4", ".small-pp_to_vpp-json", ".small-clock"):
+        (tmp_path / f"{name}.{mark('4194305', '77')}").touch()
     assert folders.newest_sign(tmp_path) == math.inf
     assert folders.clear_leftovers(tmp_path, [NAME]) == []
     assert list(tmp_path.iterdir()) == []

@@ -118,7 +118,7 @@ def test_ages_are_by_the_clock_that_stamps_files(
     """A clock that is 17 minutes ahead must not kill a run of another host."""
     monkeypatch.setattr(time, "time", lambda: time.time_ns() / 1e9 + 1000)
     assert not writer(tmp_path, mark(host="other")).is_dead
-    assert list(tmp_path.glob(".clock*")) == []
+    assert list(tmp_path.glob(".small*")) == []
 
 
 def test_host_names_may_have_hyphens_and_dots(
