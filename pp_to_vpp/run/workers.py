@@ -65,6 +65,8 @@ class Workers:
         """
         self.count = count
         self._looked = looked
+        self._open: set[Future[Any]] = set()
+        """Tasks that are not done."""
         self._dead_thread: str | None = None
         """Why a thread of this process died: one of the pool's own, on which all waiting hangs."""
         self._old_hook = threading.excepthook
@@ -85,11 +87,13 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
+        try:
+            while kind is None and self._open:
+                self.wait(list(self._open))
+        finally:
+            # Not asked to end: a worker that was killed while it waited for a task keeps the lock
+            # of their queue, and the others would wait for it for ever.
             self.kill()
-        else:
-            self._pool.shutdown()
-            threading.excepthook = self._old_hook
 
     def kill(self) -> None:
         """End the workers at once, whatever they are doing."""
@@ -116,11 +120,14 @@ class Workers:
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Run a function in a worker."""
         try:
-            return self._pool.submit(function, *arguments)
+            future = self._pool.submit(function, *arguments)
         except BrokenProcessPool:
             raise _worker_died() from None
         except (OSError, RuntimeError) as error:  # no process, no thread
             raise no_more(error) from None
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
 
     def wait(self, futures: Collection[Future[Any]]) -> None:
         """Wait until one of some tasks is done.

@@ -226,6 +226,18 @@ def test_leaving_in_peace_waits_for_the_workers() -> None:
     assert not exists(pid)
 
 
+def test_a_worker_that_does_not_answer_hinders_nobody_from_leaving() -> None:
+    """As those do that wait for the lock which a killed one took along."""
+    began = time.monotonic()
+    with Workers(2) as workers:
+        pids = {workers.result_of(workers.submit(pid_of)) for _ in range(20)}
+        pids |= {process.pid or 0 for process in multiprocessing.active_children()}
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+    assert time.monotonic() - began < 10
+    assert not any(exists(pid) for pid in pids)
+
+
 def test_workers_leave_interruptions_to_their_parent() -> None:
     with Workers(1) as workers:
         assert workers.result_of(workers.submit(handlers)) == (True, True)
