@@ -491,7 +491,8 @@ def _print_outcome(prepared: Prepared, outcome: Outcome) -> None:
         f"{outcome.seconds:.1f} s ({rate}/s)"
         + (f"; kept {kept} from an earlier run" if kept else "")
     )
-    _say(f"verified: {outcome.depth.value}")
+    bare = "; records without checksums" if outcome.checksums == NO_CHECKSUMS else ""
+    _say(f"verified: {outcome.depth.value}{bare}")
     _say(f"tracker: {outcome.tracker}")
     _say(f"launch Megatron with: {prepared.launch_flags}")
 

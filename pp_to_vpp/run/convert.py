@@ -115,6 +115,8 @@ class Outcome:
     ranks: tuple[RankDone, ...]
     seconds: float
     depth: Depth
+    checksums: str
+    """Of the records written."""
     tracker: str
     """What became of the tracker file."""
 
@@ -181,6 +183,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         ranks=tuple(sorted(done, key=lambda rank: rank.id)),
         seconds=time.monotonic() - began,
         depth=options.depth,
+        checksums=options.checksums,
         tracker=target_folder.write_tracker(options.save_dir, survey.ranks)
         if prepared.writes_tracker
         else "left to the first process",
