@@ -418,7 +418,8 @@ def _run(given: Options) -> dict[str, object]:
 
         def planned(prepared: Prepared) -> None:
             progress.close()
-            _print_plan(prepared)
+            if prepared.writes_tracker or given.is_dry_run:  # one of several processes tells all
+                _print_plan(prepared)
 
         listener.planned = planned
         if given.verifies_only:
@@ -486,11 +487,14 @@ def _print_outcome(prepared: Prepared, outcome: Outcome) -> None:
     """What was done, and how to go on."""
     kept = sum(rank.was_kept for rank in outcome.ranks)
     rate = size(outcome.written / max(outcome.seconds, 1e-3))
+    share = f"share {prepared.part}: " if prepared.part is not None else ""
     _say(
-        f"wrote {len(outcome.ranks) - kept} rank folders, {size(outcome.written)} in "
+        f"{share}wrote {len(outcome.ranks) - kept} rank folders, {size(outcome.written)} in "
         f"{outcome.seconds:.1f} s ({rate}/s)"
         + (f"; kept {kept} from an earlier run" if kept else "")
     )
+    if not prepared.writes_tracker:
+        return
     bare = "; records without checksums" if outcome.checksums == NO_CHECKSUMS else ""
     _say(f"verified: {outcome.depth.value}{bare}")
     _say(f"tracker: {outcome.tracker}")

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -144,13 +145,20 @@ class Cut:
 def _instead(slots: int, shape: Shape) -> str:
     """What to ask for where layers do not divide evenly into chunks."""
     per_rank, rest = divmod(slots, shape.pp_size)
-    sizes = [size for size in range(2, per_rank + 1) if not per_rank % size] if not rest else []
-    listed = " or ".join(map(str, sizes[:8]))
-    if sizes:
-        return f"choose another VPP size ({listed}), or give a layout string"
+    another = "" if rest else _another_size([per_rank])
+    if another:
+        return f"{another} a layout string"
     text = _even_layout_string(shape)
     option = "--target-pipeline-model-parallel-layout"
     return f"no VPP size divides them: give {option}" + (f" {text!r}" if text else "")
+
+
+def _another_size(counts: Iterable[int]) -> str:
+    """The beginning of advice that names the VPP sizes by which all of some numbers of layers can
+    be divided; "" if there are none."""
+    common = math.gcd(*counts)
+    sizes = [str(size) for size in range(2, min(common, 1000) + 1) if not common % size]
+    return f"choose another VPP size ({' or '.join(sizes[:8])}), or give" if sizes else ""
 
 
 def _even_layout_string(shape: Shape) -> str | None:
@@ -236,9 +244,10 @@ class Ends:
             counts = self._stage_counts(shape.num_layers, shape.chunks)
             return Cut(tuple(counts), shape.chunks - 1)
         splits = {0: self.first_split, shape.pp_size - 1: self.last_split}
+        stages = self._stage_counts(shape.num_layers, shape.pp_size)
         by_rank = [
-            _split_stage(pp_rank, count, shape.vp_size, splits.get(pp_rank))
-            for pp_rank, count in enumerate(self._stage_counts(shape.num_layers, shape.pp_size))
+            _split_stage(pp_rank, stages, shape.vp_size, splits.get(pp_rank))
+            for pp_rank in range(shape.pp_size)
         ]
         places = map(shape.place, range(shape.chunks))
         return Cut(tuple(by_rank[p][v] for p, v in places), shape.chunks - 1)
@@ -267,25 +276,29 @@ class Ends:
 
 
 def _split_stage(
-    pp_rank: int, count: int, vp_size: int, split: tuple[int, ...] | None
+    pp_rank: int, stages: Sequence[int], vp_size: int, split: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    """The layers of each virtual stage of a pipeline stage."""
+    """The layers of each virtual stage of one of the pipeline stages, given those of all."""
+    count = stages[pp_rank]
     if split is None:
         if count % vp_size:
             raise LayoutError(
-                f"pipeline rank {pp_rank}: its {count} layers do not divide into "
-                f"{vp_size} virtual stages; choose another VPP size, or give "
+                f"pipeline rank {pp_rank}: its {count} layers (all: {_shown(stages)}) do not "
+                f"divide into {vp_size} virtual stages; {_another_size(stages) or 'give'} "
                 "--target-first-virtual-pipeline-num-layers-split and "
                 "--target-last-virtual-pipeline-num-layers-split or a layout string"
             )
         return (count // vp_size,) * vp_size
     if len(split) != vp_size or min(split) < 1 or sum(split) != count:
-        shown = " ".join(map(str, split[:64])) + (" ..." if split[64:] else "")
         raise LayoutError(
-            f"pipeline rank {pp_rank}: virtual stages of {shown} layers do not "
+            f"pipeline rank {pp_rank}: virtual stages of {_shown(split)} layers do not "
             f"fit; expected {vp_size} positive numbers that add up to {count}"
         )
     return split
+
+
+def _shown(counts: Sequence[int]) -> str:
+    return " ".join(map(str, counts[:64])) + (" ..." if counts[64:] else "")
 
 
 def _check_stages(text: str, stages: int, shape: Shape) -> None:
@@ -392,9 +405,11 @@ class HybridPattern:
         """
         size, rest = divmod(len(self.letters), pp_size * vp_size)
         if rest:
+            per_rank, odd = divmod(len(self.letters), pp_size)
+            advice = "" if odd else _another_size([per_rank])
             raise LayoutError(
                 f"hybrid pattern {show(self.text)}: its {len(self.letters)} layers do not divide "
-                f"into {pp_size} pipeline ranks x {vp_size} virtual stages; give "
+                f"into {pp_size} pipeline ranks x {vp_size} virtual stages; {advice or 'give'} "
                 "--target-hybrid-layer-pattern with a | between stages"
             )
         stages = (self.letters[i * size :][:size] for i in range(pp_size * vp_size))

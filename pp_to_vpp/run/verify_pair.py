@@ -67,7 +67,11 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
         folders = {key: source.family(key) for key in source.families}
-        found = dict(zip(folders, workers.map(rules_of, folders.values()), strict=True))
+        listener.began(Phase.PLAN, len(source.ranks))
+        found = {}
+        for key, told in zip(folders, workers.map(rules_of, folders.values()), strict=True):
+            found[key] = told
+            listener.advanced(len(folders[key].ranks))
         known_by = fingerprint_source(workers, source)
         layout = told_layout((target.path, target.ranks[0], next(iter(found.values()))[0]))
         _check_manifest(options.save_dir, known_by, source.iteration, layout)

@@ -136,10 +136,9 @@ def rules_of(source: FamilyFolders) -> tuple[Rules, frozenset[str]]:
 
 
 def verify_folder(job: VerifyJob) -> Verdict:
-    """Verify one target rank folder.
+    """Verify one target rank folder; one that cannot be read or understood has that as a problem.
 
     Raises:
-        VerificationError: it cannot be read or understood.
         CheckpointError: the source cannot be read.
     """
     proof, pp_rank = job.proof, job.rank.pp_rank
@@ -147,7 +146,7 @@ def verify_folder(job: VerifyJob) -> Verdict:
         files = read_rank(job.directory, job.rank, job.folder)
         target, way, samples = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
     except ConversionError as error:
-        raise VerificationError(*error.problems) from None
+        return Verdict(error.problems, 0, {})
     source = _source_of(proof, target, pp_rank)
     twins = _twins(source, target, pp_rank)
     texts = [] if way is not None else [UNLIKE_MAIN.format(samples[0].name)]

@@ -310,7 +310,7 @@ def test_bad_strings_are_refused_at_once(text: str, reason: str) -> None:
     [
         (Placement(3), 8, 2, "do not divide"),
         (Placement(2, Even(counts_embedding=True)), 8, 2, "embedding and loss included"),
-        (Placement(2, Ends(first=3)), 7, 2, "rank 0: its 3 layers do not divide into 2"),
+        (Placement(2, Ends(first=3)), 7, 2, r"its 3 layers \(all: 3 4\) do not divide into 2"),
         (Placement(2, Ends(5, 4)), 8, 2, "must divide evenly"),
         (Placement(1, Ends(2, 2)), 9, 4, "must divide evenly"),
         (Placement(2, Ends(4, 4, (3, 2), (2, 2))), 8, 2, "add up to 4"),
@@ -391,6 +391,14 @@ def test_sizes_that_divide_are_told() -> None:
         Placement(3).place(8, 2)
     with pytest.raises(LayoutError, match=r"divides them: give \S+-layout 'Et\|tt\|t\|tL'"):
         Placement(2).place(5, 2)
+    with pytest.raises(
+        LayoutError, match=r"\(all: 4 6 6 4\) do not .* VPP size \(2\), or give --t"
+    ):
+        Placement(3, Ends(first=4, last=4)).place(20, 4)
+    with pytest.raises(LayoutError, match=r"\(all: 3 5 5 3\) do not divide .* stages; give --targ"):
+        Placement(2, Ends(first=3, last=3)).place(16, 4)
+    with pytest.raises(LayoutError, match=r"VPP size \(2 or 4\), or give --target-hybrid"):
+        HybridPattern("M*M*M*M*").divided(2, 3)
     with pytest.raises(LayoutError, match=r"no VPP size divides them: give \S+-layout$"):
         Placement(4).place(5, 2)
 

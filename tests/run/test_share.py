@@ -22,6 +22,7 @@ from pp_to_vpp.run.share import Launched, Share, deal, launched, wanted_share
 from ..pairs import MOE, pair
 from ..runs import ROOT, Program, command, environment, run_process
 from .test_convert import files_of
+from .test_crash import children
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
@@ -164,7 +165,7 @@ def _end(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
     return outputs
 
 
-@pytest.mark.parametrize("count", [3, 6])  # fewer and more than there are folders
+@pytest.mark.parametrize("count", [4, 6])  # as many as there are folders, and more
 def test_torchrun_shares(count: int, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     target = tmp_path / "iter_0000001"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--master-port",
@@ -176,6 +177,39 @@ def test_torchrun_shares(count: int, undisturbed: dict[str, bytes], tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     _check(target, undisturbed)
+
+
+def _is_program(pid: int) -> bool:
+    """Whether it is the program, and not torchrun at work for itself."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"pp_to_vpp" in words and b"torch.distributed.run" not in words
+
+
+def test_torchrun_starts_all_again_when_one_is_lost(
+    undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """``--max-restarts`` goes on with ``--resume``."""
+    target = tmp_path / "iter_0000001"
+    arguments = map(str, _arguments(target, "--share", "auto", "--resume"))
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--master-port", "0",
+         "--nproc-per-node", "2", "--max-restarts", "2", "-m", "pp_to_vpp", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**environment(), "LOGLEVEL": "INFO"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (started := [pid for pid in children(torchrun.pid) if _is_program(pid)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(started[0], signal.SIGKILL)
+    _, errors = torchrun.communicate(timeout=200)
+    assert torchrun.returncode == 0, errors
+    assert "attempts left" in errors, "one was lost"
+    assert files_of(target) == undisturbed
+    assert (target.parent / TRACKER).read_text() == "1"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +230,10 @@ def test_processes_share(
         processes.append(_start(target, variables, "--share", option))
     outputs = _end(processes)
     assert "names 1" in outputs[0]
-    assert all("left to the first process" in output for output in outputs[1:])
+    assert outputs[0].startswith("source: ")
+    for index, output in enumerate(outputs[1:], 1):
+        (line,) = (line for line in output.splitlines() if " INFO " not in line)
+        assert line.startswith(f"share {index}/{count}: wrote ")
     _check(target, undisturbed)
 
 

@@ -22,12 +22,18 @@ from ..runs import Program
 
 def verified(source: Path, target: Path | None, *, depth: Depth = Depth.STRUCTURE) -> Verified:
     """Verify in this process; what is heard of it must add up."""
-    heard: list[int] = []
-    listener = Listener(began=lambda _, total: heard.append(total), advanced=heard.append)
+    heard: list[list[int]] = []
+
+    def advanced(count: int) -> None:
+        heard[-1].append(count)
+
+    listener = Listener(began=lambda _, total: heard.append([total]), advanced=advanced)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify_pair, "Workers", Inline)
         found = verify_existing(Options(source, target, depth=depth), listener)
-    assert heard[0] == sum(heard[1:]) >= found.length
+    assert all(total == sum(parts) for total, *parts in heard)
+    assert heard[0][0] == found.ranks
+    assert heard[-1][0] >= found.length
     return found
 
 

@@ -20,7 +20,8 @@ import pytest
 from pp_to_vpp.errors import CheckpointError, CopyError, VerificationError
 from pp_to_vpp.run.workers import QUEUED_PER_WORKER, Workers
 
-from ..runs import environment
+from ..pairs import DENSE, pair
+from ..runs import command, environment
 
 
 def pid_of(_: int = 0) -> int:
@@ -273,3 +274,21 @@ def test_a_pool_without_processes_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "fork", no_process)
     with pytest.raises(CopyError, match="no more processes"), Workers(1) as workers:
         workers.submit(pid_of)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_shared_memory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    case, target = pair(DENSE), tmp_path / "iter_0000001"
+    arguments = command(
+        "--load-iteration-dir", case.source, "--save-iteration-dir", target, *case.options
+    )
+    mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none /dev/shm; exec "$@"']
+    done = subprocess.run(
+        [*mounted, "sh", *arguments], capture_output=True, text=True, env=environment(), cwd="/",
+        timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 5, done
+    assert "no more processes, threads or memory" in done.stderr
+    assert "Read-only file system" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not target.exists()
