@@ -350,8 +350,10 @@ class _Run:
             done.append(rank)
             known.setdefault(rank.id.family, {}).update(found)
         others = target_folder.Others(save_dir, self.prepared.awaited, listener)
-        awaited = sum(plan.length for plan in (*self.prepared.own, *self.prepared.awaited))
-        listener.began(Phase.COPY, awaited - sum(rank.length for rank in done))
+        missing = sum(plan.length for plan in self.prepared.own if plan.id not in there)
+        read_back = missing if depth is Depth.FULL else 0
+        awaited = sum(plan.length for plan in self.prepared.awaited)
+        listener.began(Phase.COPY, missing + read_back + awaited)
         copier = Copier(self.workers, save_dir, finish_rank, listener.advanced, check_copied)
         copies = _copies(
             zip(families, proofs, strict=True),
@@ -360,6 +362,7 @@ class _Run:
             has_checksums=self.options.checksums == CRC32,
         )
         for rank in copier.run(copies):
+            listener.advanced(rank.length if read_back else 0)
             listener.finished(rank.id.folder)
             log.info("%s: %d bytes written", rank.id.folder, rank.length)
             log.debug("%s: %.1f s from its first byte", rank.id.folder, rank.seconds)
