@@ -3,6 +3,7 @@ under the other; and it loads the converted checkpoint into the model that it ca
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,10 @@ pytestmark = NEEDS_MEGATRON
 @pytest.mark.parametrize(("source", "target"), CASES.values(), ids=CASES)
 def test_megatron_agrees(source: Run, target: Run, judge: Judge, tmp_path: Path) -> None:
     assert list(judge.problems(source, target, tmp_path)) == []
+
+
+LONG = ("deepseek_v2", "deepseek_v3")
+"""Models whose training belongs to the long suite (see the README)."""
 
 
 @pytest.mark.parametrize("damage", ["weight", "moment", "order of layers", "order of keys", "step"])
@@ -47,6 +52,8 @@ def test_a_missing_chunk_stops_loading(judge: Judge) -> None:
 @pytest.mark.parametrize("model", RUNS)
 def test_training_goes_on(model: str, judge: Judge, tmp_path: Path) -> None:
     """The losses after PP -> VPP and VPP -> PP are those of a run that was never interrupted."""
+    if model in LONG and not os.environ.get("PP_TO_VPP_LONG"):
+        pytest.skip("takes most of a minute: set PP_TO_VPP_LONG=1")
     run, target = RUNS[model]
     (version,) = judge.server.run("version", Run(pp=1))
     lacks = lacking(run, version)
