@@ -143,6 +143,7 @@ def main() -> None:
             *sorted(_LOGS.glob("train_*.log")),
             _LOGS / "benchmark_memory.md",
             _LOGS / "benchmark_disk.md",
+            _LOGS / "benchmark_file_systems.md",
         ],
         metavar="LOG",
         help="a log of losses (.log) or the tables of a benchmark (.md) [default: those in logs/]",
