@@ -495,7 +495,8 @@ def _print_outcome(prepared: Prepared, outcome: Outcome) -> None:
     )
     if not prepared.writes_tracker:
         return
-    _say(f"verified: {outcome.depth.value}")
+    bare = "; records without checksums" if outcome.checksums == NO_CHECKSUMS else ""
+    _say(f"verified: {outcome.depth.value}{bare}")
     _say(f"tracker: {outcome.tracker}")
     _say(f"launch Megatron with: {prepared.launch_flags}")
 

@@ -38,6 +38,7 @@ def of_conversion(prepared: Prepared, outcome: Outcome) -> dict[str, object]:
         "seconds": round(outcome.seconds, 3),
         "bytes_written": outcome.written,
         "verification": outcome.depth.value,
+        "checksums": outcome.checksums,
         "tracker": outcome.tracker,
         "ranks": [
             {

@@ -37,6 +37,8 @@ _STYLE = {
 _FIRST_CELL, _CELL = 9, 31
 """Widths of the columns in a log of losses."""
 _BENCHMARK_ROW = re.compile(r"\| ([\d.]+) GB \| ([^|]+) \| ([\d.]+) s \|.*?\| (\d+) MB \|")
+_MEASURES = ("cp -r", "diff -rq")
+_RATIO_ROW = re.compile(r"GB \| ([^|]+) \| [\d.]+ s \| ([\d.]+) \(([\d.]+) to ([\d.]+)\)")
 
 
 def read_losses(log: str) -> dict[str, dict[int, float]]:
@@ -95,6 +97,39 @@ def draw_benchmark(log: str, figure: Figure) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
+def draw_places(log: str, figure: Figure) -> None:
+    """Times of conversions and of verification on each file system, in parts of ``cp`` and
+    ``diff``, with their scatter."""
+    panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
+    for panel, title in zip(panels, ("time / cp -r", "time / diff -rq"), strict=True):
+        panel.set_title(title)
+        panel.axvline(1, color="#8c8c8c")
+    names: list[str] = []
+    _, *places = log.split("### ")
+    for place in places:
+        names.append(place.partition("\n")[0])
+        for panel, table in zip(panels, _tables(place), strict=True):
+            rows = [row for row in _RATIO_ROW.findall(table) if row[0] not in _MEASURES]
+            height = 0.8 / len(rows)
+            for i, ((column, *values), color) in enumerate(zip(rows, _COLORS, strict=False)):
+                middle, least, most = map(float, values)
+                where = len(names) - 1 + (i - (len(rows) - 1) / 2) * height
+                scatter = [[middle - least], [most - middle]]
+                style = {"height": height * 0.9, "color": color, "label": column.strip()}
+                panel.barh(where, middle, xerr=scatter, ecolor="#444444", **style)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True))
+        panel.legend(found.values(), found.keys(), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+
+
+def _tables(place: str) -> list[str]:
+    """Those of conversion and of verification."""
+    return [part for part in place.split("\n\n") if part.startswith("| checkpoint")][:2]
+
+
 def main() -> None:
     """Draw each log."""
     parser = argparse.ArgumentParser(
@@ -104,7 +139,12 @@ def main() -> None:
         "logs",
         nargs="*",
         type=Path,
-        default=[*sorted(_LOGS.glob("train_*.log")), _LOGS / "benchmark_memory.md"],
+        default=[
+            *sorted(_LOGS.glob("train_*.log")),
+            _LOGS / "benchmark_memory.md",
+            _LOGS / "benchmark_disk.md",
+            _LOGS / "benchmark_file_systems.md",
+        ],
         metavar="LOG",
         help="a log of losses (.log) or the tables of a benchmark (.md) [default: those in logs/]",
     )
@@ -116,8 +156,11 @@ def main() -> None:
     for path in logs:
         with mpl.rc_context(_STYLE):
             figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-            draw = draw_benchmark if path.suffix == ".md" else draw_losses
-            draw(path.read_text(), figure)
+            log = path.read_text()
+            draw = draw_losses
+            if path.suffix == ".md":
+                draw = draw_places if log.count("### ") > 1 else draw_benchmark
+            draw(log, figure)
             picture = path.with_suffix(".svg")
             figure.savefig(picture, metadata={"Date": None})
         print(picture)

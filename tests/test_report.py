@@ -39,6 +39,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "seconds": _NUMBER,
         "bytes_written": int,
         "verification": str,
+        "checksums": str,
         "tracker": str,
         "ranks": [
             {

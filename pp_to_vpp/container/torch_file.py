@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from ..errors import FormatError
 from . import archive, pickling
 from .archive import MAX_DIVISOR, ArchivePlan, Place, Record
+from .crc32 import of_bytes
 from .extents import Extent, Literal, Piece, join_pieces
 from .pickling import Global, Storage
 from .tensors import storage_item_bytes
@@ -91,7 +91,7 @@ def _read_checked(record: Record, read: Callable[[Record], bytes]) -> bytes:
     if record.length > limit:
         raise FormatError(f"record {record.name!r} of {record.length} bytes is absurdly large")
     data = read(record)
-    if record.has_checksum and zlib.crc32(data) != record.crc32:
+    if record.has_checksum and of_bytes(data) != record.crc32:
         raise FormatError(f"record {record.name!r} is damaged: its CRC-32 is wrong")
     return data
 

@@ -115,6 +115,8 @@ class Outcome:
     ranks: tuple[RankDone, ...]
     seconds: float
     depth: Depth
+    checksums: str
+    """Of the records written."""
     tracker: str
     """What became of the tracker file."""
 
@@ -182,6 +184,7 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
         ranks=tuple(sorted(done, key=lambda rank: rank.id)),
         seconds=time.monotonic() - began,
         depth=options.depth,
+        checksums=options.checksums,
         tracker=target_folder.write_tracker(options.save_dir, survey.ranks)
         if prepared.writes_tracker
         else "left to the first process",
@@ -346,8 +349,10 @@ class _Run:
             done.append(rank)
             known.setdefault(rank.id.family, {}).update(found)
         others = target_folder.Others(save_dir, self.prepared.awaited, listener)
-        awaited = sum(plan.length for plan in (*self.prepared.own, *self.prepared.awaited))
-        listener.began(Phase.COPY, awaited - sum(rank.length for rank in done))
+        missing = sum(plan.length for plan in self.prepared.own if plan.id not in there)
+        read_back = missing if depth is Depth.FULL else 0
+        awaited = sum(plan.length for plan in self.prepared.awaited)
+        listener.began(Phase.COPY, missing + read_back + awaited)
         copier = Copier(self.workers, save_dir, finish_rank, listener.advanced, check_copied)
         copies = _copies(
             zip(families, proofs, strict=True),
@@ -356,6 +361,7 @@ class _Run:
             has_checksums=self.options.checksums == CRC32,
         )
         for rank in copier.run(copies):
+            listener.advanced(rank.length if read_back else 0)
             listener.finished(rank.id.folder)
             log.info("%s: %d bytes written", rank.id.folder, rank.length)
             log.debug("%s: %.1f s from its first byte", rank.id.folder, rank.seconds)

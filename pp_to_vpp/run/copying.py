@@ -6,12 +6,11 @@ import contextlib
 import errno
 import mmap
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..container import archive
-from ..container.crc32 import concatenate, of_zeros
+from ..container.crc32 import concatenate, of_bytes, of_zeros
 from ..container.extents import Extent, Literal, Piece, Zeros
 from ..errors import AT_REST, CopyError
 from ..target.plan import FilePlan
@@ -83,7 +82,7 @@ def copy(task: CopyTask) -> tuple[int | None, ...]:
                 case Literal(data):
                     if move.offset is not None:
                         _write(target, memoryview(data), move.offset, task.path)
-                    found.append(zlib.crc32(data))
+                    found.append(of_bytes(data))
                 case Zeros(length):
                     found.append(of_zeros(length))  # the file began as a hole
         # Starts writing out what is there, so that the end need not wait for all of it, and lets go
@@ -163,7 +162,7 @@ class _Files:
                 raise CopyError.of(
                     extent.path, "it became shorter while it was copied", cure=AT_REST
                 )
-            crc32 = zlib.crc32(view[:count], crc32)
+            crc32 = of_bytes(view[:count], crc32)
             if offset is not None:
                 _write(self.target, view[:count], offset + done, self.path)
             done += count
@@ -221,7 +220,7 @@ def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int] | None) -> in
     with _opened(path, os.O_WRONLY) as target:
         for offset, data in archive.frame(plan.archive, written) if plan.archive else ():
             _write(target, memoryview(data), offset, path)
-            parts.append((offset, len(data), zlib.crc32(data)))
+            parts.append((offset, len(data), of_bytes(data)))
         try:
             os.fsync(target)
         except OSError as error:

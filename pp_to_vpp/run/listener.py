@@ -17,9 +17,10 @@ class Phase(enum.Enum):
     PLAN = "plan", "folders"
     """Source folders are read and proved."""
     CHECK = "check", "B"
-    """The rank folders that are kept are verified."""
+    """Kept folders are verified."""
     COPY = "copy", "B"
-    """The target is written; each folder is verified before it gets its name."""
+    """The target is written; each folder is verified before it gets its name. What is then read
+    in full counts a second time."""
     VERIFY = "verify", "B"
     """A target that is there is verified."""
 

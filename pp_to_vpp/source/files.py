@@ -7,7 +7,6 @@ import functools
 import os
 import re
 import stat
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from ..checkpoint.family import RankFiles
 from ..checkpoint.layer_wise_states import LayerWiseFiles, without_experts
 from ..container import archive, torch_file
 from ..container.archive import Record
+from ..container.crc32 import of_bytes
 from ..container.extents import Extent
 from ..container.torch_file import TorchFile
 from ..errors import (
@@ -330,5 +330,5 @@ class RangeReader:
         """The checksum of a range."""
         found = 0
         for data in self.chunks(extent):
-            found = zlib.crc32(data, found)
+            found = of_bytes(data, found)
         return found

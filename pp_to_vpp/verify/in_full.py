@@ -7,14 +7,13 @@ of the source's ranges, too, to which its records are held when all of a family 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.family import Family, RankFiles, Sample
 from ..container.archive import Record
-from ..container.crc32 import Checksums
+from ..container.crc32 import Checksums, of_bytes
 from ..container.extents import Extent
 from ..container.tensors import FLOAT_BYTES, item_bytes
 from ..errors import ANOTHER_COPY, CheckpointError, problem
@@ -126,13 +125,13 @@ class _Pass:
         crc32, theirs = 0, dict.fromkeys(twins if self._known is None else (), 0)
         for part in tensor.segments(length):
             data = self._reader.read(part)
-            before, crc32 = crc32, zlib.crc32(data, crc32)
+            before, crc32 = crc32, of_bytes(data, crc32)
             for twin, other in theirs.items():
                 found = self._reader.read(twin.cut(part.offset - tensor.offset, part.length))
                 is_equal = found == data
                 if not is_equal:
                     self.differing.add((tensor, twin))
-                theirs[twin] = crc32 if is_equal and other == before else zlib.crc32(found, other)
+                theirs[twin] = crc32 if is_equal and other == before else of_bytes(found, other)
             yield data
         self.ours[tensor] = crc32
         self.theirs |= theirs

@@ -61,6 +61,7 @@ def test_files_placed_for_sharing_hold_the_same(
     run = program.convert(case.source, target, case.options, *options)
     assert run.status == 0, run.errors
     assert "bytes are shared with the source" in run.output
+    assert ("records without checksums" in run.output) == (checksums == "none")
     assert differences(target, case.truth, case.source) == []
     again = program.convert(case.source, target, case.options, *options, "--resume")
     assert again.status == 0, again.errors

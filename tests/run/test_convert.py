@@ -216,7 +216,7 @@ def test_the_report_tells_what_was_written(program: Program, tmp_path: Path) -> 
     report = json.loads(path.read_text())
     assert set(report) == {
         "schema", "tool", "version", "kind", "source", "target", "notes", "bytes", "seconds",
-        "bytes_written", "verification", "tracker", "ranks",
+        "bytes_written", "verification", "checksums", "tracker", "ranks",
     }  # fmt: skip
     assert report["schema"] == 1
     assert report["kind"] == "conversion"
