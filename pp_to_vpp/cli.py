@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -20,7 +19,6 @@ from . import __version__, outputs
 from .errors import ConversionError, CopyError, UsageError
 from .options import CRC32, NO_CHECKSUMS, Depth, Options
 from .progress import Progress, is_watched, size
-from .run.share import number_of_workers, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,6 +62,8 @@ def _folder(text: str) -> Path:
 
 
 def _share(text: str) -> str:
+    from .run.share import parse  # --help must not wait for it
+
     try:
         parse(text)
     except ValueError as error:
@@ -84,6 +84,8 @@ class _Parser(argparse.ArgumentParser):
 
     def _meant(self, message: str) -> str:
         """The options that look like those that are unknown."""
+        import difflib  # --help must not wait for it
+
         known = list(self._option_string_actions)
         wrong = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
         near = [name for text in wrong for name in difflib.get_close_matches(text, known, 1, 0.5)]
@@ -411,6 +413,7 @@ def _run(given: Options) -> dict[str, object]:
     from . import report  # --help must not wait for numpy
     from .run.convert import convert
     from .run.listener import Listener
+    from .run.share import number_of_workers
     from .run.verify_pair import verify_existing
 
     with Progress(is_quiet=given.is_quiet or given.is_verbose) as progress:
