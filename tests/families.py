@@ -25,6 +25,7 @@ from .pairs import (
     FROZEN_PLAIN,
     LAYER_WISE,
     LAYER_WISE_ODD,
+    LAYER_WISE_WIDE,
     LION,
     MUON,
     MUP,
@@ -52,6 +53,7 @@ KINDS = {
     OWN_RATES: OptimizerKind.PLAIN,
     LAYER_WISE: OptimizerKind.LAYER_WISE,
     LAYER_WISE_ODD: OptimizerKind.LAYER_WISE,
+    LAYER_WISE_WIDE: OptimizerKind.LAYER_WISE,
     WEIGHTS: OptimizerKind.NONE,
 }
 """The optimizers of pairs that have not the usual one, told here so that no file need be decoded
@@ -89,8 +91,8 @@ def family(name: str, side: str) -> Family:
 def files_read(of: Family) -> list[TorchFile]:
     """The files that a family was read from, those of other expert ranks included."""
     found = [file for rank in of.ranks.values() for file in rank.files.all]
-    others = (rank.files.layer_wise.others.values() for rank in of.ranks.values())
-    return found + [file for files in others for file in files]
+    others = (rank.files.layer_wise.others or {} for rank in of.ranks.values())
+    return found + [file for files in others for file in files.values()]
 
 
 def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> Iterator[Family]:

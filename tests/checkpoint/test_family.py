@@ -28,7 +28,7 @@ from ..pairs import DEEPSEEK, DENSE, FORK, LAYOUT, MOE, PLAIN, WEIGHTS, names
 STATE_FILES = {
     OptimizerKind.DISTRIBUTED: OPTIMIZER_FILE,
     OptimizerKind.PLAIN: MODEL_FILE,
-    OptimizerKind.LAYER_WISE: r"layer_wise_optimizer_[0-2].pt",
+    OptimizerKind.LAYER_WISE: r"layer_wise_optimizer_[0-3].pt",
 }
 """Where the optimizer states of each kind are."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,12 +16,13 @@ from pp_to_vpp.checkpoint.plain_states import MAIN
 from pp_to_vpp.container.pickling import as_mapping
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 
-from ..families import families, family, read_family, values_of
+from ..families import families, family, of_kind, read_family, values_of
 from ..pairs import LAYER_WISE, LAYER_WISE_ODD
 from .test_family import with_arguments
 
-SIDES = list(itertools.product((LAYER_WISE, LAYER_WISE_ODD), ("source", "truth")))
+SIDES = of_kind(OptimizerKind.LAYER_WISE)
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)

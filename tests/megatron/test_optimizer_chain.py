@@ -26,6 +26,7 @@ from ..pairs import (
     EMPTY_OLD,
     LAYER_WISE,
     LAYER_WISE_ODD,
+    LAYER_WISE_WIDE,
     LION,
     MOE,
     MUON,
@@ -53,7 +54,7 @@ def test_optimizers_in_the_order_of_their_entries(
     assert found == tuple(ChainedOptimizer(is_expert, stages) for is_expert, stages in chain)
 
 
-ROUTED = (LION, MUON, SOAP, LAYER_WISE, LAYER_WISE_ODD)
+ROUTED = (LION, MUON, SOAP, LAYER_WISE, LAYER_WISE_ODD, LAYER_WISE_WIDE)
 """Pairs whose files tell which optimizer takes what."""
 
 
