@@ -14,7 +14,7 @@ from pp_to_vpp.container.pickling import Global, Instance, as_mapping
 from pp_to_vpp.source.files import read_torch_file
 
 from .edit import copy_of, float_tensor, rewrite, rewrite_all, set_arguments
-from .pairs import DENSE, ETP, MOE, PLAIN, pair
+from .pairs import DENSE, ETP, LAYER_WISE, LAYER_WISE_ODD, MOE, PLAIN, pair
 from .runs import Program
 
 Edit = Callable[[Path], None]
@@ -196,6 +196,96 @@ def test_refused(name: str, program: Program, tmp_path: Path) -> None:
     target = tmp_path / "target" / "iter_0000001"
     run = program.convert(source, target)
     program.refuses(4, run)
+    for reason in reasons:
+        assert any(part in run.errors for part in reason.split("|")), run.errors
+    assert not target.parent.exists(), "nothing is left that looks finished"
+
+
+def layer_wise(dp_rank: int, edit: Callable[[list[Any]], Any]) -> Edit:
+    """A change to the file of a data-parallel rank on the last stage."""
+    return lambda source: rewrite(layer_wise_file(source, dp_rank), edit)
+
+
+def layer_wise_file(source: Path, dp_rank: int) -> Path:
+    (path,) = source.glob(f"mp_rank_00_001*/layer_wise_optimizer_{dp_rank}.pt")
+    return path
+
+
+def exchanged(source: Path) -> None:
+    one, two = (layer_wise_file(source, dp_rank) for dp_rank in (0, 1))
+    content = one.read_bytes()
+    shutil.copyfile(two, one)
+    two.write_bytes(content)
+
+
+def states(entries: list[Any]) -> dict[int, dict[str, Any]]:
+    """Those of matrices, by number."""
+    found: dict[int, dict[str, Any]] = entries[0]["optimizer"]["state"]
+    return found
+
+
+def remove(entries: list[Any]) -> None:
+    del states(entries)[2]
+
+
+def number_twice(entries: list[Any]) -> None:
+    numbers = entries[0]["optimizer"]["param_groups"][0]["params"]
+    numbers[1] = numbers[0]
+
+
+LAYER_WISE_CASES: dict[str, tuple[str, Edit, tuple[str, ...]]] = {
+    "a file missing": (
+        LAYER_WISE,
+        lambda source: layer_wise_file(source, 1).unlink(),
+        ("layer_wise_optimizer_1.pt is missing", "copy what is missing"),
+    ),
+    "two files exchanged": (
+        LAYER_WISE_ODD, exchanged,
+        ("no known layout", "layer_wise_optimizer_0.pt|layer_wise_optimizer_1.pt"),
+    ),
+    "files of two expert ranks exchanged": (
+        LAYER_WISE, exchanged,
+        ("no known layout", "layer_wise_optimizer_0.pt|layer_wise_optimizer_1.pt"),
+    ),
+    "a state removed": (
+        LAYER_WISE_ODD, layer_wise(1, remove),
+        ("optimizer state are not those of", "found none"),
+    ),
+    "all states removed": (
+        LAYER_WISE_ODD, layer_wise(1, lambda e: states(e).clear()),
+        ("optimizer state are not those of",),
+    ),
+    "a state twice": (
+        LAYER_WISE_ODD, layer_wise(1, lambda e: states(e).update({90: states(e)[2]})),
+        ("state 90 belongs to no parameter",),
+    ),
+    "a number twice": (
+        LAYER_WISE_ODD, layer_wise(1, number_twice), ("0 is not the number of one parameter",),
+    ),
+    "an unknown state": (
+        LAYER_WISE_ODD, layer_wise(1, lambda e: states(e)[2].update(ema=3)),
+        ("optimizer state are not those of", "'momentum_buffer', 'ema'"),
+    ),
+    "an unknown key": (
+        LAYER_WISE_ODD, layer_wise(1, lambda e: e[0].update(ema=3)),
+        ("unknown optimizer entry 'ema'",),
+    ),
+    "an optimizer too many": (
+        LAYER_WISE_ODD, layer_wise(1, lambda e: e.append(e[0])),
+        ("its optimizers are not those of",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYER_WISE_CASES)
+def test_odd_layer_wise_files_are_refused(case: str, program: Program, tmp_path: Path) -> None:
+    """Where all lie in one folder, and where each has the folder of its expert rank."""
+    name, edit, reasons = LAYER_WISE_CASES[case]
+    source = copy_of(pair(name).source, tmp_path)
+    edit(source)
+    target = tmp_path / "target" / "iter_0000001"
+    run = program.convert(source, target)
+    program.refuses(4, run, "mp_rank_00_001")
     for reason in reasons:
         assert any(part in run.errors for part in reason.split("|")), run.errors
     assert not target.parent.exists(), "nothing is left that looks finished"

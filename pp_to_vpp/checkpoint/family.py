@@ -17,7 +17,15 @@ from ..container.extents import Extent
 from ..container.pickling import as_mapping, is_same
 from ..container.tensors import TensorRef
 from ..container.torch_file import TorchFile
-from ..errors import COPY_MISSING, FROM_MEGATRON, ONE_SAVE, CheckpointError, LayoutError, show
+from ..errors import (
+    AS_SAVED,
+    COPY_MISSING,
+    FROM_MEGATRON,
+    ONE_SAVE,
+    CheckpointError,
+    LayoutError,
+    show,
+)
 from ..megatron import naming
 from ..megatron.arguments import SavedArguments, read_arguments
 from ..megatron.buffers import RankBuffers, buffers_of
@@ -302,8 +310,10 @@ def read_family(
         _check_arguments(rank_files, arguments)
     failures: list[CheckpointError | Unexplained] = []
     is_explained = False
-    tried = list(candidates(arguments.names)) if only is None else [only]
-    is_plain = any(_optimizer_kind(of, arguments) is OptimizerKind.PLAIN for of in files.values())
+    kinds = {_optimizer_kind(of, arguments) for of in files.values()}
+    is_plain = OptimizerKind.PLAIN in kinds
+    has_buffers = not (is_plain or OptimizerKind.LAYER_WISE in kinds)
+    tried = list(candidates(arguments.names, has_buffers=has_buffers)) if only is None else [only]
     ways = itertools.product((False, True) if is_plain else (False,), tried)
     for is_told, rules in ways:
         try:
@@ -412,6 +422,7 @@ def _read_family(files: Mapping[int, RankFiles], reading: _Reading) -> Family:
     )
     if kind is OptimizerKind.DISTRIBUTED:
         _check_optimizers(family)
+    _check_states(family)
     return family
 
 
@@ -461,6 +472,28 @@ def _check_optimizers(family: Family) -> None:
                     f"distrib_optim.pt beside it has no {kind} optimizer state, its siblings' have",
                     cure=ONE_SAVE,
                 )
+
+
+def _check_states(family: Family) -> None:
+    """All states that one kind of optimizer keeps have the same entries: else some were lost."""
+    known: dict[ChainedOptimizer, tuple[str, list[Any]]] = {}
+    for rank in family.ranks.values():
+        for own in (*rank.optimizers, *rank.others):
+            for item in itertools.chain.from_iterable(own.items.values()):
+                state = family.states.get(item.name)
+                if not isinstance(state, PlainState):
+                    continue
+                words = list(state.entry or ())
+                first, expected = known.setdefault(own.kind, (item.name, words))
+                if set(words) != set(expected):
+                    paths = [tensor.extent.path for tensor in state.tensors.values()]
+                    raise CheckpointError.of(
+                        paths[0] if paths else rank.files.model.path,
+                        f"the entries of {item.name}'s optimizer state are not those of {first}'s",
+                        expected=", ".join(map(show, expected)) or "none",
+                        found=", ".join(map(show, words)) or "none",
+                        cure=AS_SAVED,
+                    )
 
 
 def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKind:

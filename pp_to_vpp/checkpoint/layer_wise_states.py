@@ -32,8 +32,8 @@ class LayerWiseFiles:
 
     own: Mapping[int, TorchFile] = field(default_factory=dict)
     """Those in the rank's own folder."""
-    others: Mapping[int, TorchFile] = field(default_factory=dict)
-    """Those in the folders of other expert ranks, without the states of experts; none where only
+    others: Mapping[int, TorchFile] | None = None
+    """Those in the folders of other expert ranks, without the states of experts; None where only
     one folder was read."""
 
     def __bool__(self) -> bool:
@@ -111,7 +111,7 @@ def read_layer_wise_states(
     _check_files(files, own, megatron, first)
     read = {
         dp_rank: (read_entries(file.root, file.path), file.path)
-        for dp_rank, file in (*sorted(files.own.items()), *sorted(files.others.items()))
+        for dp_rank, file in (*sorted(files.own.items()), *sorted((files.others or {}).items()))
     }
     entries, _ = read[ep_rank]
     chain, groups = routed_chain(entries, len(parameters)), _group_keys(entries)
@@ -124,9 +124,12 @@ def read_layer_wise_states(
             raise CheckpointError.of(
                 path, f"its optimizers are not those of {first}", cure=ONE_SAVE
             )
-        by_name |= read_plain_states(
-            found, chain, dealt[dp_rank], path, leaves_experts=dp_rank not in own
-        )
+        try:
+            by_name |= read_plain_states(
+                found, chain, dealt[dp_rank], path, leaves_experts=dp_rank not in own
+            )
+        except Unexplained as failure:
+            raise Unexplained(f"{failure} ({path})") from None
     copies: Mapping[str, PlainState] = {}
     copy: tuple[OptimizerEntry, ...] = ()
     if repeated is not None:
@@ -196,8 +199,8 @@ def _check_run(parameters: Parameters, megatron: Megatron, where: str) -> None:
 def _check_files(files: LayerWiseFiles, own: range, megatron: Megatron, where: str) -> None:
     """One file for each data-parallel rank, in the folder of its expert rank."""
     everywhere = range(megatron.arguments.dp_size)
-    found = {*files.own, *files.others}
-    if set(files.own) == set(own) and (not files.others or found == set(everywhere)):
+    found = {*files.own, *(files.others or ())}
+    if set(files.own) == set(own) and (files.others is None or found == set(everywhere)):
         return
     wanted = own if set(files.own) != set(own) else everywhere
     odd = min(set(files.own if wanted is own else found) ^ set(wanted))

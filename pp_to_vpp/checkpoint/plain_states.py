@@ -7,13 +7,14 @@ weights of each group.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..container.pickling import is_same
 from ..container.tensors import TensorRef, unwrap_tensor
-from ..errors import NOT_CONVERTED, CheckpointError, located, show
+from ..errors import AS_SAVED, NOT_CONVERTED, CheckpointError, located, show
 from ..megatron.optimizer_chain import ChainedOptimizer, Share
 from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import Item
@@ -84,7 +85,6 @@ def read_plain_states(
     for optimizer, entry, own in zip(chain, entries, share, strict=True):
         by_key = dict(own)
         states, mains = _plain_entry(entry, where)
-        unclaimed = set(states)
         for index, (key, group) in enumerate(
             zip(keys_of_groups(entry.groups), entry.groups, strict=True)
         ):
@@ -100,44 +100,47 @@ def read_plain_states(
                     f"param group {index} does not have {len(halves)} main parameters"
                 )
             if leaves_experts and key.is_expert:
-                unclaimed -= {number for number in numbers if type(number) is int}
                 continue
             queue = iter(group_mains)
             for item, number in zip(items, numbers, strict=True):
                 main = next(queue, None) if item.weight.dtype in SIXTEEN_BIT else None
-                state = _claim(number, states, unclaimed)
+                state = states.get(number)
                 shapes = _state_shapes(item, of_matrices=optimizer.takes_matrices is True)
                 tensors = _checked_tensors(item, main, state, shapes, where)
                 found[item.name] = PlainState(state, main, tensors)
         if by_key:
             raise Unexplained(f"no param group for {sum(map(len, by_key.values()))} parameters")
-        if unclaimed:
-            raise Unexplained(f"state {show(min(unclaimed, key=repr))} belongs to no parameter")
     return found
-
-
-def _claim(number: Any, states: Mapping[Any, Any], unclaimed: set[Any]) -> Any:
-    """The state of a parameter by its number, None if it has none; each belongs to one."""
-    state = states.get(number) if type(number) is int else None
-    if state is not None:
-        if number not in unclaimed:
-            raise Unexplained(f"number {number} is that of two parameters")
-        unclaimed.remove(number)
-    return state
 
 
 def _plain_entry(entry: OptimizerEntry, where: str) -> tuple[Mapping[Any, Any], list[Any] | None]:
     """State by parameter number, and main parameters of each group."""
     states, mains = entry.inner.get(STATE), entry.node.get(MAINS)
-    if isinstance(states, dict) and (mains is None or isinstance(mains, list)):
-        return states, mains
-    raise CheckpointError.of(
-        where,
-        "the optimizer entry is of an unknown kind",
-        expected="'state' and 'param_groups' of a torch optimizer",
-        found=show(entry.node),
-        cure=NOT_CONVERTED,
-    )
+    if not isinstance(states, dict) or not (mains is None or isinstance(mains, list)):
+        raise CheckpointError.of(
+            where,
+            "the optimizer entry is of an unknown kind",
+            expected="'state' and 'param_groups' of a torch optimizer",
+            found=show(entry.node),
+            cure=NOT_CONVERTED,
+        )
+    _check_numbers(entry, states, where)
+    return states, mains
+
+
+def _check_numbers(entry: OptimizerEntry, states: Mapping[Any, Any], where: str) -> None:
+    """Each number is that of one parameter, and each state has one of them."""
+    lists = [group.get("params") for group in entry.groups]
+    numbers = [number for own in lists if isinstance(own, list) for number in own]
+    counts = Counter(number for number in numbers if type(number) is int)
+    for number in numbers:
+        if type(number) is not int or counts[number] != 1:
+            what = f"{show(number)} is not the number of one parameter"
+            raise CheckpointError.of(where, what, cure=AS_SAVED)
+    lone = next((number for number in states if number not in counts), None)
+    if lone is not None:
+        what = f"state {show(lone)} belongs to no parameter"
+        raise CheckpointError.of(where, what, cure=AS_SAVED)
 
 
 def _state_shapes(item: Item, *, of_matrices: bool) -> set[tuple[int, ...]]:

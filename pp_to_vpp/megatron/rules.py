@@ -52,24 +52,30 @@ class Change:
     """An argument that appeared within days of the change."""
     source: str
     """Where Megatron does it."""
+    is_of_buffers: bool = False
+    """It changes nothing but where parameters lie in flat buffers."""
 
 
 CHANGES = (
     Change(
         "aligns_parameters", "0.8", "deterministic_mode",
         "param_and_grad_buffer.py: _pad_start_of_param_if_needed",
+        is_of_buffers=True,
     ),
     Change(
         "pads_shared_embedding", "0.9", "align_param_gather",
         "param_and_grad_buffer.py: param_start_index % self.data_parallel_world_size != 0",
+        is_of_buffers=True,
     ),
     Change(
         "closes_bucket_cleanly", "0.13", "nccl_ub",
         "param_and_grad_buffer.py: _update_bucket_metadata(param_start_index)",
+        is_of_buffers=True,
     ),
     Change(
         "counts_cp_in_default_bucket", "0.12", "ddp_num_buckets",
         "training.py, get_model: get_data_parallel_world_size(with_context_parallel=True)",
+        is_of_buffers=True,
     ),
     Change(
         "separates_experts_by_tp", "0.19", "gtp_weight_remat_size",
@@ -92,9 +98,11 @@ CHANGES = (
 )  # fmt: skip
 
 
-def candidates(argument_names: Collection[str]) -> Iterator[Rules]:
-    """The rules to try, the likeliest first: as the signs say, then with more and more doubt."""
+def candidates(argument_names: Collection[str], *, has_buffers: bool = True) -> Iterator[Rules]:
+    """The rules to try, the likeliest first: as the signs say, then with more and more doubt; about
+    flat buffers only where there are any."""
     guess = {change.rule: change.sign in argument_names for change in CHANGES}
-    for doubted in range(len(guess) + 1):
-        for rows in itertools.combinations(guess, doubted):
+    open_rules = [change.rule for change in CHANGES if has_buffers or not change.is_of_buffers]
+    for doubted in range(len(open_rules) + 1):
+        for rows in itertools.combinations(open_rules, doubted):
             yield Rules(**{rule: now != (rule in rows) for rule, now in guess.items()})

@@ -110,8 +110,8 @@ ODD_ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], s
     "odd mains": (
         lambda e: e.update(fp32_from_fp16_params={}), CheckpointError, "of an unknown kind",
     ),
-    "a parameter too few": (
-        lambda e: e["optimizer"]["param_groups"][0]["params"].pop(), Unexplained,
+    "a parameter too many": (
+        lambda e: e["optimizer"]["param_groups"][0]["params"].append(99), Unexplained,
         "param group 0 does not have 18 parameters",
     ),
     "a main too few": (
@@ -121,7 +121,10 @@ ODD_ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], s
         lambda e: e["fp32_from_fp16_params"].pop(), Unexplained, "32 main parameters",
     ),
     "a group too few": (
-        lambda e: (e["optimizer"]["param_groups"].pop(), e["fp32_from_fp16_params"].pop()),
+        lambda e: (
+            e["optimizer"]["param_groups"].pop(), e["fp32_from_fp16_params"].pop(),
+            e["optimizer"]["state"].clear(),
+        ),
         Unexplained, "no param group for 32 parameters",
     ),
     "equal groups": (
@@ -139,11 +142,15 @@ ODD_ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], s
         halve_a_main, Unexplained, "main parameter is no float32 tensor",
     ),
     "a number twice": (
-        lambda e: e["optimizer"]["param_groups"][0]["params"].__setitem__(1, 0), Unexplained,
-        "number 0 is that of two parameters",
+        lambda e: e["optimizer"]["param_groups"][0]["params"].__setitem__(1, 0),
+        CheckpointError, "0 is not the number of one parameter",
+    ),
+    "a number that is none": (
+        lambda e: e["optimizer"]["param_groups"][0]["params"].__setitem__(1, []),
+        CheckpointError, "is not the number of one parameter",
     ),
     "a state too many": (
-        lambda e: e["optimizer"]["state"].update({99: e["optimizer"]["state"][0]}), Unexplained,
+        lambda e: e["optimizer"]["state"].update({99: e["optimizer"]["state"][0]}), CheckpointError,
         "state 99 belongs to no parameter",
     ),
     "another main": (

@@ -25,3 +25,10 @@ def test_all_combinations_are_tried_once_the_likeliest_first() -> None:
     assert len(tried) == len(set(tried)) == 2 ** len(CHANGES)
     doubts = [sum(getattr(rules, change.rule) for change in CHANGES) for rules in tried]
     assert doubts == sorted(doubts)
+
+
+def test_rules_of_buffers_are_not_doubted_without_buffers() -> None:
+    of_buffers = [change.rule for change in CHANGES if change.is_of_buffers]
+    tried = list(candidates((), has_buffers=False))
+    assert len(tried) == len(set(tried)) == 2 ** (len(CHANGES) - len(of_buffers))
+    assert not any(getattr(rules, rule) for rules in tried for rule in of_buffers)
