@@ -16,7 +16,7 @@ from pp_to_vpp.source.survey import take_survey
 
 from ..compare import differences
 from ..edit import copy_of, rewrite_all
-from ..pairs import DENSE, LAYER_WISE, MOE, OVERLAP, OWN_RATES, names, pair
+from ..pairs import DENSE, LAYER_WISE_WIDE, MOE, OVERLAP, OWN_RATES, names, pair
 from ..runs import Program
 
 
@@ -141,7 +141,7 @@ def test_output_does_not_depend_on_the_workers(program: Program, tmp_path: Path)
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("name", [MOE, LAYER_WISE])
+@pytest.mark.parametrize("name", [MOE, LAYER_WISE_WIDE])
 def test_nodes_may_share_the_work(name: str, program: Program, tmp_path: Path) -> None:
     case = pair(name)
     whole, shared = tmp_path / "whole" / "iter_0000001", tmp_path / "shared" / "iter_0000001"

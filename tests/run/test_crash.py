@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.run import copying, schedule, signs, target_folder
 
 from ..edit import copy_of, rewrite
-from ..pairs import MOE, pair
+from ..pairs import LAYER_WISE_WIDE, MOE, pair
 from ..runs import Program, command, environment, run_process
 from .test_convert import files_of
 from .test_signs import mark
@@ -29,25 +30,36 @@ KILLS = int(os.environ.get("PP_TO_VPP_KILLS", "6"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
+    """What an undisturbed conversion of a pair writes."""
+
+    @functools.cache
+    def convert(name: str) -> dict[str, bytes]:
+        target = tmp_path_factory.mktemp("undisturbed") / "iter_0000001"
+        run = run_process(*_arguments(target, name=name))
+        assert run.status == 0, run
+        return files_of(target)
+
+    return convert
+
+
+@pytest.fixture(scope="module")
+def undisturbed(written: Callable[[str], dict[str, bytes]]) -> dict[str, bytes]:
     """What an undisturbed conversion writes."""
-    target = tmp_path_factory.mktemp("undisturbed") / "iter_0000001"
-    run = run_process(*_arguments(pair(MOE).source, target))
-    assert run.status == 0, run
-    return files_of(target)
+    return written(MOE)
 
 
-def _arguments(source: Path, target: Path, *more: str) -> list[str | Path]:
+def _arguments(target: Path, *more: str, name: str = MOE) -> list[str | Path]:
     return [
-        "--load-iteration-dir", source, "--save-iteration-dir", target,
-        "--num-max-processing-processes", "2", *pair(MOE).options, *more,
+        "--load-iteration-dir", pair(name).source, "--save-iteration-dir", target,
+        "--num-max-processing-processes", "2", *pair(name).options, *more,
     ]  # fmt: skip
 
 
-def start(target: Path, *more: str) -> subprocess.Popen[str]:
+def start(target: Path, *, name: str = MOE) -> subprocess.Popen[str]:
     """Start a conversion in a process group of its own."""
     return subprocess.Popen(
-        command(*_arguments(pair(MOE).source, target, *more)),
+        command(*_arguments(target, name=name)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -97,17 +109,21 @@ def check_what_is_there(target: Path, undisturbed: dict[str, bytes]) -> None:
         assert published == set(undisturbed)
 
 
-@pytest.mark.parametrize("victim", ["parent", "worker"])
+@pytest.mark.parametrize(
+    ("victim", "name", "kills"),
+    [("parent", MOE, KILLS), ("worker", MOE, KILLS), ("parent", LAYER_WISE_WIDE, KILLS // 2)],
+)
 def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
-    victim: str, tmp_path: Path, undisturbed: dict[str, bytes]
+    victim: str, name: str, kills: int, tmp_path: Path, written: Callable[[str], dict[str, bytes]]
 ) -> None:
     chooser = random.Random(victim)
     began = time.monotonic()
-    assert run_process(*_arguments(pair(MOE).source, tmp_path / "t" / "iter_0000001")).status == 0
+    assert run_process(*_arguments(tmp_path / "t" / "iter_0000001", name=name)).status == 0
     duration = time.monotonic() - began
-    for kill in range(KILLS):
+    undisturbed = written(name)
+    for kill in range(kills):
         target = tmp_path / str(kill) / "iter_0000001"
-        process = start(target)
+        process = start(target, name=name)
         if kill == 0:
             wait_until_writing(target, process)  # one kill comes in time on any machine
         else:
@@ -126,7 +142,7 @@ def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
             assert process.returncode == 5, errors
             assert "it was killed" in errors
         check_what_is_there(target, undisturbed)
-        again = run_process(*_arguments(pair(MOE).source, target, "--resume"))
+        again = run_process(*_arguments(target, "--resume", name=name))
         assert again.status == 0, again
         assert files_of(target) == undisturbed
         assert [p for p in target.iterdir() if p.name.startswith(".")] == []
@@ -316,7 +332,7 @@ def test_two_runs_that_start_together_do_no_harm(
     for process in runs:
         process.communicate(timeout=120)
     assert any(process.returncode == 0 for process in runs) or (
-        run_process(*_arguments(pair(MOE).source, target, "--resume")).status == 0
+        run_process(*_arguments(target, "--resume")).status == 0
     )
     check_what_is_there(target, undisturbed)
     assert files_of(target) == undisturbed
@@ -364,7 +380,7 @@ def test_a_run_of_another_host_that_fell_silent_is_taken_over(
     target = tmp_path / "iter_0000001"
     there = subprocess.Popen(
         ["unshare", "--uts", "sh", "-c", 'hostname other-node; exec "$@"', "sh",
-         *command(*_arguments(pair(MOE).source, target))],
+         *command(*_arguments(target))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd="/",
         start_new_session=True,
     )  # fmt: skip

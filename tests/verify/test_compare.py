@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from pp_to_vpp.checkpoint.family import Family
 from pp_to_vpp.container import archive
 from pp_to_vpp.container.pickling import as_mapping
 
 from ..compare import differences
 from ..edit import copy_of, flip_byte, float_tensor, rewrite, set_arguments
 from ..examples import FACTOR
-from ..pairs import DENSE, LAYER_WISE, MOE, PLAIN, SOAP, pair
+from ..families import families
+from ..pairs import DENSE, LAYER_WISE, LAYER_WISE_WIDE, MOE, PLAIN, SOAP, pair
 from ..runs import Program
 
 _NAMES = [MOE, PLAIN, SOAP, LAYER_WISE]
@@ -271,6 +273,37 @@ def test_moments_are_held_to_their_records_too(program: Program, tmp_path: Path)
     flip_byte(path, offset + length // 2)
     run = program.convert(source, tmp_path / "x", (), "--verify", "full")
     program.refuses(4, run, "record 'data/2' is damaged", "[exp_avg_sq]")
+
+
+def state_in(name: str, path: Path) -> tuple[int, str]:
+    """A place in the last state of a matrix in a file, and what that is called."""
+    of = next(of for of in families(name, "source") if str(path) in source_paths(of))
+    kind, tensor = next(
+        (kind, tensor)
+        for kind, tensor in reversed(of.manifest().items())
+        if tensor.extent.path == str(path) and len(tensor.shape) == 2
+    )
+    return tensor.extent.offset + tensor.extent.length // 2, str(kind)
+
+
+def source_paths(of: Family) -> set[str]:
+    return {tensor.extent.path for tensor in of.manifest().values()}
+
+
+def test_damaged_layer_wise_states_are_named(program: Program, tmp_path: Path) -> None:
+    """In the source, while converting, and in the target; also where another folder needs them."""
+    file = Path("mp_rank_00_001_001", "layer_wise_optimizer_3.pt")
+    offset, state = state_in(LAYER_WISE_WIDE, pair(LAYER_WISE_WIDE).source / file)
+    source = copy_of(pair(LAYER_WISE_WIDE).source, tmp_path)
+    flip_byte(source / file, offset)
+    target = tmp_path / "target" / "iter_0000001"
+    for ranks in ("0", "1"):
+        more = ("--verify", "full", "--pipeline-ranks-to-process", ranks)
+        run = program.convert(source, target, (), *more)
+        program.refuses(4, run, str(source / file), "is damaged", state)
+        assert not target.exists()
+    assert program.convert(source, target).status == 0, "nothing but its checksum tells"
+    program.refuses(6, verify(program, pair(LAYER_WISE_WIDE).source, target), state)
 
 
 def swap_moments(entries: list[Any]) -> None:
