@@ -29,8 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import layer_wise
 from .arguments import register_enums, saved_arguments
 from .model import (
+    ADAM_BYTES,
     ALIGNMENT,
     DEEPSEEK_V3,
+    LAYER_WISE_BYTES,
     Entry,
     Kind,
     Model,
@@ -330,7 +332,7 @@ def _folder(iteration: Path, stage: int, ep_rank: int) -> Path:
 def make(root: Path, size: int, *, is_layer_wise: bool = False) -> None:
     """Make a checkpoint of about ``size`` bytes, PP 4 and EP 2, in ``root / ITERATION``."""
     register_enums()
-    model = model_of_size(size, EP_SIZE)
+    model = model_of_size(size, EP_SIZE, LAYER_WISE_BYTES if is_layer_wise else ADAM_BYTES)
     stages = even_stages(model, PP_SIZE)
     plan = _plan(model, stages, EP_SIZE, None, is_layer_wise=is_layer_wise)
     filler = _Filler()

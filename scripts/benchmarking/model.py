@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 ALIGNMENT = 128
 """Elements: buffers are padded to a multiple of it."""
-_DENSE_BYTES, _EXTRA_COPY_BYTES = 14, 2
-"""For each parameter: a 16-bit weight and three fp32 values; dense weights again per EP rank."""
+_WEIGHT_BYTES = 2
+ADAM_BYTES, LAYER_WISE_BYTES = 12, 16
+"""Of the state of a parameter: three fp32 values; two, which a layer-wise optimizer with as many
+data-parallel as expert ranks saves twice."""
 
 
 class Kind(enum.Enum):
@@ -118,15 +120,16 @@ class Model:
         yield Entry(f"{prefix}.q_layernorm.weight", (self.q_rank,))
         yield Entry(f"{prefix}.kv_layernorm.weight", (self.kv_rank,))
 
-    def stored_bytes(self, ep_size: int) -> int:
-        """Bytes of a checkpoint without MTP: weights, and three fp32 values per parameter."""
+    def stored_bytes(self, ep_size: int, state_bytes: int = ADAM_BYTES) -> int:
+        """Bytes of a checkpoint without MTP: weights, dense ones for each expert rank, and state
+        of each parameter."""
         whole = Stage(range(self.layers), has_embedding=True, has_head=True)
         total = 0
         for entry in self.entries(whole, 1):
             if entry.kind is Kind.DENSE:
-                total += entry.numel * (_DENSE_BYTES + _EXTRA_COPY_BYTES * (ep_size - 1))
+                total += entry.numel * (_WEIGHT_BYTES * ep_size + state_bytes)
             elif entry.kind is Kind.EXPERT:
-                total += entry.numel * _DENSE_BYTES
+                total += entry.numel * (_WEIGHT_BYTES + state_bytes)
         return total
 
 
@@ -179,17 +182,17 @@ def _of_width(hidden: int) -> Model:
     )  # fmt: skip
 
 
-def model_of_size(size: int, ep_size: int) -> Model:
+def model_of_size(size: int, ep_size: int, state_bytes: int = ADAM_BYTES) -> Model:
     """A model of 16 layers and 32 experts whose checkpoint has about ``size`` bytes."""
-    if size < _of_width(256).stored_bytes(ep_size):
+    if size < _of_width(256).stored_bytes(ep_size, state_bytes):
         return TINY
     hidden = 256
-    while _of_width(hidden + 256).stored_bytes(ep_size) <= size:
+    while _of_width(hidden + 256).stored_bytes(ep_size, state_bytes) <= size:
         hidden += 256
     model = _of_width(hidden)
     for field, step in (("moe_ffn", 8), ("vocabulary", ALIGNMENT)):
         wider = model
-        while wider.stored_bytes(ep_size) <= size:
+        while wider.stored_bytes(ep_size, state_bytes) <= size:
             model = wider
             wider = replace(model, **{field: getattr(model, field) + step})
     return model

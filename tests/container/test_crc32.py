@@ -123,6 +123,16 @@ def test_a_range_is_derived_when_the_rest_is_known() -> None:
     assert derived[parts[1]].gaps == ()
 
 
+def test_whole_records_are_derived_however_often_they_are_copied() -> None:
+    """As the states that a layer-wise optimizer's files hold twice; parts would have to wait."""
+    record = Extent("f", 64, 1 << 20)
+    derived = derivable([record, record], {"f": [(record, 123)]})
+    assert list(derived) == [record]
+    assert Ledger(derived, 1 << 16).of([record]) == 123
+    parts = [record.cut(0, 1 << 19), record.cut(1 << 19, 1 << 19)]
+    assert not derivable([parts[1], *parts], {"f": [(record, 123)]})
+
+
 def test_nothing_is_derived_from_what_is_not_known() -> None:
     record = Extent("f", 64, 1 << 20)
     half = [record.cut(0, 1 << 19)]
