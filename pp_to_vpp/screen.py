@@ -139,6 +139,10 @@ def _show_inspection(found: Inspection) -> None:
     _say(f"it is: {'; '.join(found.facts)}")
     if found.states:
         _say(f"optimizer state: {', '.join(f'{name} ({dtype})' for name, dtype in found.states)}")
+    for is_in_force, words in ((True, "rules in force"), (False, "rules not in force")):
+        rules = [f"{r.name} ({r.since})" for r in found.rules if r.is_in_force is is_in_force]
+        if rules:
+            _say(f"{words}: {', '.join(rules).replace('_', ' ')}")
     for proof in found.proofs:
         _say(f"proved: {proof}")
     _say("stages (E embedding, M multi-token prediction, L loss):")
