@@ -113,6 +113,7 @@ def _show_outcome(outcome: Outcome) -> None:
     )
     if not plan.writes_tracker:
         return
+    _say_moves(*plan.layouts)  # again, hours later
     bare = "; records without checksums" if outcome.checksums == NO_CHECKSUMS else ""
     _say(f"verified: {outcome.depth.value}{bare}")
     _say(f"tracker: {outcome.tracker}")
