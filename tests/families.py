@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pp_to_vpp.source.proof import SampledAgreement, proven_family
 from pp_to_vpp.source.survey import Survey, take_survey
 
 from .pairs import (
+    FROZEN_LAYER_WISE,
     FROZEN_PLAIN,
     LAYER_WISE,
     LAYER_WISE_ODD,
@@ -54,6 +55,7 @@ KINDS = {
     LAYER_WISE: OptimizerKind.LAYER_WISE,
     LAYER_WISE_ODD: OptimizerKind.LAYER_WISE,
     LAYER_WISE_WIDE: OptimizerKind.LAYER_WISE,
+    FROZEN_LAYER_WISE: OptimizerKind.LAYER_WISE,
     WEIGHTS: OptimizerKind.NONE,
 }
 """The optimizers of pairs that have not the usual one, told here so that no file need be decoded
@@ -95,10 +97,12 @@ def files_read(of: Family) -> list[TorchFile]:
     return found + [file for files in others for file in files.values()]
 
 
-def read_family(files: Mapping[int, RankFiles], only: Rules | None = None) -> Iterator[Family]:
+def read_family(
+    files: Mapping[int, RankFiles], only: Rules | None = None, frozen: Collection[str] | None = None
+) -> Iterator[Family]:
     """The product's own, comparing the bytes of the files where nothing else tells."""
     with RangeReader() as reader:
-        yield from family_module.read_family(files, SampledAgreement(reader), only)
+        yield from family_module.read_family(files, SampledAgreement(reader), only, frozen)
 
 
 def target_of(name: str, other: str) -> Megatron:

@@ -46,7 +46,7 @@ from ..megatron.ranks import RankId, layer_wise_file
 from ..megatron.rules import Rules, candidates
 from .chunks import ChunkContents, read_chunks
 from .flat_states import FlatState, RankStates, Unexplained, are_views_of_buffers, read_flat_states
-from .layer_wise_states import LayerWiseFiles, read_layer_wise_states
+from .layer_wise_states import LayerWiseFiles, read_layer_wise_states, told_trained
 from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
 from .top_level import without_optimizer
@@ -576,7 +576,7 @@ def _read_rank(
     """A rank's files, understood, and the optimizer states in them."""
     megatron = reading.megatron
     if kind is OptimizerKind.LAYER_WISE:
-        return _with_layer_wise(files, contents, megatron)
+        return _trained_layer_wise(files, contents, reading)
     if kind is OptimizerKind.PLAIN:
         return _with_plain(files, contents, megatron, reading.agree if reading.is_told else None)
     if not megatron.arguments.uses_distributed_optimizer:
@@ -654,6 +654,27 @@ def _with_buffers(
         SourceRank(files, root, contents, optimizers, buffers, shares, flat.buffer_keys),
         flat.by_name,
     )
+
+
+def _trained_layer_wise(
+    files: RankFiles, contents: tuple[ChunkContents, ...], reading: _Reading
+) -> tuple[SourceRank, Mapping[str, PlainState]]:
+    """A rank with a layer-wise optimizer; where not all parameters are in its files, those that
+    are not are frozen."""
+    megatron = reading.megatron
+    try:
+        return _with_layer_wise(files, contents, megatron)
+    except Unexplained as failure:
+        if reading.frozen is not None:
+            raise
+        items = [content.parameters for content in contents]
+        ep_rank = files.id.ep_rank or 0
+        try:
+            trained = told_trained(files.layer_wise, items, ep_rank, megatron, reading.agree)
+            frozen = {item for own in items for item in own} - trained
+            return _with_layer_wise(files, marked(contents, frozen), megatron)
+        except Unexplained as other:
+            raise Unexplained(f"{failure}; if some are frozen, {other}") from None
 
 
 def _with_layer_wise(

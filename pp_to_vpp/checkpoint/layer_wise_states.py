@@ -7,23 +7,25 @@ rank, and with them the states of its dense parameters, lie in the folders of al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..container.pickling import is_same
+from ..container.tensors import TensorRef, unwrap_tensor
 from ..container.torch_file import TorchFile
-from ..errors import COPY_MISSING, NOT_CONVERTED, ONE_SAVE, CheckpointError
+from ..errors import COPY_MISSING, NOT_CONVERTED, ONE_SAVE, CheckpointError, located
 from ..megatron import layer_wise
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import ChainedOptimizer, Share
 from ..megatron.param_groups import keys_of_groups
-from ..megatron.parameters import GroupKey, Parameters
+from ..megatron.parameters import GroupKey, Item, Parameters
 from ..megatron.ranks import layer_wise_file
 from ..megatron.rounding import SIXTEEN_BIT
 from .flat_states import Unexplained
 from .optimizer_entries import MAINS, STATE, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
+from .trained import Agreement, may_be_main, only_alignment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +149,74 @@ def read_layer_wise_states(
         copies,
         frozenset(names - by_name.keys()),
     )
+
+
+def told_trained(
+    files: LayerWiseFiles,
+    parameters: Parameters,
+    ep_rank: int,
+    megatron: Megatron,
+    agree: Agreement,
+) -> set[Item]:
+    """The parameters of a rank that are trained, as main parameters tell: those of all files, put
+    back into the order in which they were dealt out, stand in the order of the parameters.
+
+    Args:
+        files: those of all data-parallel ranks.
+        parameters: of the rank, trained or frozen.
+        ep_rank: expert rank of the folder.
+        megatron: the run.
+        agree: compares bytes.
+
+    Raises:
+        Unexplained: there is no way to find them there, or more than one.
+        CheckpointError: a file has what no known optimizer saves.
+    """
+    arguments = megatron.arguments
+    everywhere = {**files.own, **(files.others or {})}
+    if set(everywhere) != set(range(arguments.dp_size)):
+        raise Unexplained("only all layer-wise files together tell which parameters are trained")
+    read = {dp: read_entries(file.root, file.path) for dp, file in everywhere.items()}
+    entries = read[ep_rank]
+    chain = routed_chain(entries, len(parameters))
+    if not chain:
+        raise Unexplained("no optimizer takes matrices")
+    groups = zip(chain, _group_keys(entries), strict=True)
+    queue = list(layer_wise.in_order(parameters, groups, megatron))
+    mains = {dp: list(_mains(found, everywhere[dp].path)) for dp, found in read.items()}
+    if arguments.dp_size > 1:
+        queue.sort(key=lambda known: known[2].weight.numel)
+        for own in mains.values():
+            own.sort(key=lambda known: known[2].numel)
+    trained: set[Item] = set()
+    for is_expert in (False, True):
+        ranks = layer_wise.file_ranks(ep_rank, megatron) if is_expert else range(len(mains))
+        dealt = [[known for known in mains[dp] if known[1].is_expert == is_expert] for dp in ranks]
+        candidates = [known for known in queue if known[1].is_expert == is_expert]
+
+        def fits(
+            candidate: tuple[int, GroupKey, Item], main: tuple[int, GroupKey, TensorRef]
+        ) -> bool:
+            return candidate[:2] == main[:2] and may_be_main(agree, candidate[2], main[2])
+
+        found = only_alignment(layer_wise.gathered(dealt), candidates, fits)
+        trained.update(item for _, _, item in found)
+    return trained
+
+
+def _mains(
+    entries: Sequence[OptimizerEntry], where: str
+) -> Iterator[tuple[int, GroupKey, TensorRef]]:
+    """The main parameters in a file, with the place of their optimizer and their group."""
+    for place, entry in enumerate(entries):
+        nodes = entry.node.get(MAINS)
+        lists = nodes if isinstance(nodes, list) else []
+        for key, own in zip(keys_of_groups(entry.groups), lists, strict=False):
+            for node in own if isinstance(own, list) else ():
+                with located(where):
+                    main = unwrap_tensor(node)
+                if main is not None:  # those of another rank's experts are left out
+                    yield place, key, main
 
 
 def _group_keys(entries: Sequence[OptimizerEntry]) -> list[list[GroupKey]]:

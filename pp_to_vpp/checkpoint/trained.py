@@ -12,7 +12,8 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 from ..container.pickling import as_mapping
 from ..container.tensors import TensorRef, as_tensor, unwrap_tensor
@@ -31,6 +32,8 @@ from .optimizer_entries import MAINS, OptimizerEntry
 Agreement: TypeAlias = Callable[[TensorRef, TensorRef], bool]
 """Whether a weight can follow from a main parameter, by samples of their bytes."""
 _MAX_ANSWERS = 64
+_Main = TypeVar("_Main")
+_Candidate = TypeVar("_Candidate")
 
 
 def answers(
@@ -202,8 +205,9 @@ def told_groups(
         mains = entry.node.get(MAINS)
         if not isinstance(mains, list) or len(mains) != len(entry.groups):
             raise Unexplained("no main parameters tell the groups of parameters")
-        for index, (key, own) in enumerate(zip(keys_of_groups(entry.groups), mains, strict=True)):
-            for item in _only_alignment(index, own, candidates, agree):
+        for key, own in zip(keys_of_groups(entry.groups), mains, strict=True):
+            nodes = [unwrap_tensor(node) for node in own] if isinstance(own, list) else [None]
+            for item in only_alignment(nodes, candidates, partial(may_be_main, agree)):
                 if told.setdefault(item, key) is not key:
                     raise Unexplained(f"{item.name} could be in two param groups")
     return tuple(
@@ -212,38 +216,45 @@ def told_groups(
     )
 
 
+def may_be_main(agree: Agreement, item: Item, main: TensorRef | None) -> bool:
+    """Whether a tensor can be the main parameter of an item, by form and samples."""
+    if main is None or main.dtype != "float32" or main.shape != item.weight.shape:
+        return False
+    return agree(item.weight, main)
+
+
 def _told(item: Item, told: Mapping[Item, GroupKey]) -> Item:
     if not item.is_parameter:
         return item
     return replace(item, group=told[item]) if item in told else replace(item, is_frozen=True)
 
 
-def _only_alignment(
-    index: int, nodes: Any, candidates: Sequence[Item], agree: Agreement
-) -> list[Item]:
-    """The parameters that the main parameters of a group belong to, in their order.
+def only_alignment(
+    mains: Sequence[_Main],
+    candidates: Sequence[_Candidate],
+    fits: Callable[[_Candidate, _Main], bool],
+) -> list[_Candidate]:
+    """The candidates that main parameters belong to, in their order.
 
     There is one way if taking the first that fits for each, from the front, gives the same as
     taking the last, from the end.
+
+    Raises:
+        Unexplained: there is no way, or more than one.
     """
-    mains = [unwrap_tensor(node) for node in nodes] if isinstance(nodes, list) else [None]
-
-    def fits(item: Item, main: TensorRef | None) -> bool:
-        return main is not None and main.shape == item.weight.shape and agree(item.weight, main)
-
     first = _first_fits(mains, candidates, fits)
     last = _first_fits(mains[::-1], candidates[::-1], fits)
     if first is None or last is None or first != last[::-1]:
         what = "no way" if first is None else "more than one way"
-        raise Unexplained(f"{what} to tell the parameters of param group {index} by their values")
+        raise Unexplained(f"{what} to tell the trained parameters by their values")
     return first
 
 
 def _first_fits(
-    mains: Sequence[TensorRef | None],
-    candidates: Sequence[Item],
-    fits: Callable[[Item, TensorRef | None], bool],
-) -> list[Item] | None:
+    mains: Sequence[_Main],
+    candidates: Sequence[_Candidate],
+    fits: Callable[[_Candidate, _Main], bool],
+) -> list[_Candidate] | None:
     """For each main parameter the first candidate after the one before; None if one has none."""
     queue = iter(candidates)
     found = []

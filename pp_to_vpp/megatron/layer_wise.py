@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from .megatron import Megatron
 from .optimizer_chain import ChainedOptimizer, Share, items_by_group
 from .parameters import GroupKey, Item, Parameters
+
+_Item = TypeVar("_Item")
 
 
 def file_ranks(ep_rank: int, megatron: Megatron) -> range:
@@ -48,6 +51,18 @@ def deal(sizes: Sequence[tuple[int, bool]], dp_size: int, ep_size: int) -> list[
     return dealt
 
 
+def gathered(dealt: Sequence[Sequence[_Item]]) -> list[_Item]:
+    """What was dealt out to some ranks, in the order in which it was, until one has no more."""
+    left = [iter(own) for own in dealt]
+    found: list[_Item] = []
+    for turn in _up_and_down(len(dealt)):
+        try:
+            found.append(next(left[turn]))
+        except StopIteration:
+            break
+    return found
+
+
 def _up_and_down(count: int) -> Iterator[int]:
     return itertools.cycle([*range(count), *reversed(range(count))])
 
@@ -66,7 +81,7 @@ def shares(
     """
     arguments = megatron.arguments
     chain = list(groups)
-    queue = list(_in_order(parameters, chain, megatron))
+    queue = list(in_order(parameters, chain, megatron))
     sizes = [(item.weight.numel, key.is_expert) for _, key, item in queue]
     found: list[Share] = []
     for indices in deal(sizes, arguments.dp_size, arguments.ep_size):
@@ -77,7 +92,7 @@ def shares(
     return tuple(found)
 
 
-def _in_order(
+def in_order(
     parameters: Parameters,
     groups: Iterable[tuple[ChainedOptimizer, Sequence[GroupKey]]],
     megatron: Megatron,

@@ -29,7 +29,7 @@ SIDES = of_kind(OptimizerKind.LAYER_WISE)
 def test_every_parameter_has_its_own_state(name: str, side: str) -> None:
     """By torch: main parameters that round to the weights, wherever they lie."""
     for of in families(name, side):
-        held = [item for item in of.items() if item.is_parameter]
+        held = [item for item in of.items() if item.is_trained]
         assert set(of.states) == {item.name for item in held}
         assert of.elsewhere == frozenset()
         for item in held:
@@ -44,8 +44,8 @@ def test_one_folder_holds_a_part_of_the_states(name: str, side: str) -> None:
     for ep_rank, of in enumerate(families(name, side)):
         for pp_rank, rank in of.ranks.items():
             alone = replace(rank.files, layer_wise=LayerWiseFiles(rank.files.layer_wise.own))
-            part = next(read_family({pp_rank: alone}, only=of.megatron.rules))
-            names = {item.name for item in part.items() if item.is_parameter}
+            part = next(read_family({pp_rank: alone}, of.megatron.rules, of.frozen))
+            names = {item.name for item in part.items() if item.is_trained}
             assert set(part.states) == names - part.elsewhere
             for parameter in part.states:
                 key = (ep_rank if ".experts." in parameter else -1, parameter)

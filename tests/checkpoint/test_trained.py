@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from pp_to_vpp.checkpoint.chunks import ChunkContents
+from pp_to_vpp.checkpoint.family import read_family as read_family_by
 from pp_to_vpp.checkpoint.flat_states import Unexplained
 from pp_to_vpp.checkpoint.trained import answers, marked
 from pp_to_vpp.container.pickling import as_mapping
@@ -15,7 +17,7 @@ from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.source.proof import likeliest_family
 
 from ..families import families, family, read_family
-from ..pairs import DENSE, FROZEN_MOST, FROZEN_PLAIN, LONE, PLAIN
+from ..pairs import DENSE, FROZEN_LAYER_WISE, FROZEN_MOST, FROZEN_PLAIN, LONE, PLAIN
 
 PROJECTION = "decoder.layers.{}.self_attention.linear_proj.weight"
 
@@ -79,7 +81,7 @@ def test_a_missing_entry_of_a_newer_version_is_missing() -> None:
         list(read_family(files))
 
 
-@pytest.mark.parametrize("name", [LONE, FROZEN_MOST, FROZEN_PLAIN])
+@pytest.mark.parametrize("name", [LONE, FROZEN_MOST, FROZEN_PLAIN, FROZEN_LAYER_WISE])
 def test_known_answers_are_held_to_the_files(name: str) -> None:
     of = family(name, "truth")
     files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
@@ -90,7 +92,7 @@ def test_known_answers_are_held_to_the_files(name: str) -> None:
         likeliest_family(files, of.megatron.rules, of.frozen | {one})
 
 
-@pytest.mark.parametrize("name", [LONE, FROZEN_MOST])
+@pytest.mark.parametrize("name", [LONE, FROZEN_MOST, FROZEN_LAYER_WISE])
 def test_a_frozen_weight_called_trained_is_not_explained(name: str) -> None:
     of = family(name, "truth")
     files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
@@ -119,6 +121,30 @@ def test_weights_alone_with_storages_of_their_own_are_frozen_beside_buffers() ->
     assert trained(found) == trained(both[1:])
     with pytest.raises(Unexplained, match="no file at hand tells"):
         list(answers(both, [], lone.megatron, never))
+
+
+@pytest.mark.parametrize("side", ["source", "truth"])
+def test_layer_wise_files_tell_what_is_trained(side: str) -> None:
+    """By name: what the pair was made with."""
+    for of in families(FROZEN_LAYER_WISE, side):
+        wanted = re.compile(r"router|layers\.[02]\..*linear_fc1|embedding")
+        parameters = {item.name for item in of.items() if item.is_parameter}
+        assert of.frozen == {name for name in parameters if wanted.search(name)}
+        assert set(of.states) == parameters - of.frozen
+
+
+def test_layer_wise_files_of_equal_bytes_do_not_tell() -> None:
+    """Any weight could follow from any main parameter of its shape."""
+    of = family(FROZEN_LAYER_WISE, "source")
+    files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
+    with pytest.raises(CheckpointError, match="if some are frozen, more than one way to tell"):
+        list(read_family_by(files, lambda _weight, _main: True))
+    alone = {
+        pp_rank: replace(own, layer_wise=replace(own.layer_wise, others=None))
+        for pp_rank, own in files.items()
+    }
+    with pytest.raises(CheckpointError, match="only all layer-wise files together tell"):
+        list(read_family(alone))
 
 
 def test_marking_nothing_changes_nothing() -> None:

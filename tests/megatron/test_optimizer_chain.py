@@ -24,6 +24,7 @@ from ..pairs import (
     DENSE,
     EMPTY,
     EMPTY_OLD,
+    FROZEN_LAYER_WISE,
     LAYER_WISE,
     LAYER_WISE_ODD,
     LAYER_WISE_WIDE,
@@ -54,7 +55,7 @@ def test_optimizers_in_the_order_of_their_entries(
     assert found == tuple(ChainedOptimizer(is_expert, stages) for is_expert, stages in chain)
 
 
-ROUTED = (LION, MUON, SOAP, LAYER_WISE, LAYER_WISE_ODD, LAYER_WISE_WIDE)
+ROUTED = (LION, MUON, SOAP, LAYER_WISE, LAYER_WISE_ODD, LAYER_WISE_WIDE, FROZEN_LAYER_WISE)
 """Pairs whose files tell which optimizer takes what."""
 
 
