@@ -5,42 +5,45 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from . import __version__, outputs
+from . import __version__, outputs, report
 from .errors import ConversionError, CopyError, UsageError
-from .options import CRC32, NO_CHECKSUMS, Depth, Options
-from .progress import Progress, is_watched, size
+from .options import CRC32, NO_CHECKSUMS, Depth, Options, Task
+from .progress import Progress, is_watched
+from .report import Call
+from .run.ready import ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
-    from .run.convert import Outcome, Prepared
-    from .run.verify_pair import Verified
+    from .report import Done
+    from .run.convert import Plan
+    from .run.listener import Listener
 
 logging.getLogger("pp_to_vpp").addHandler(logging.NullHandler())  # a call may be refused before
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM."""
-_LISTED_FOLDERS = 64
-_BASE_MEGABYTES, _WORKER_MEGABYTES = 50, 30
-"""Resident memory, measured: it does not grow with the checkpoint."""
 _SHORT_USAGE = """\
 usage: pp_to_vpp --load-iteration-dir DIR --save-iteration-dir DIR
-                 --target-virtual-pipeline-model-parallel-size V [options]; see --help"""
+                 --target-virtual-pipeline-model-parallel-size V [options]; see --help
+       pp_to_vpp --load-iteration-dir DIR describes a checkpoint"""
 _EPILOG = """\
 exit status: 0 done, 1 unexpected error, 2 wrong call, 3 impossible layout, 4 unreadable or
 unsupported checkpoint, 5 copying failed, 6 verification failed, 130 interrupted.
-Without a target layout, an existing --save-iteration-dir is verified against the source."""
+Without a target layout, an existing --save-iteration-dir is verified against the source; without
+both, the checkpoint is described. Each DIR may be the root of a checkpoint: then the iteration is
+meant that its tracker names."""
 
 
 def _number(text: str) -> int:
@@ -59,16 +62,6 @@ def _positive(text: str) -> int:
 
 def _folder(text: str) -> Path:
     return Path(text).expanduser()  # as in --option=~/folder, which shells leave alone
-
-
-def _share(text: str) -> str:
-    from .run.share import parse  # --help must not wait for it
-
-    try:
-        parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,6 +162,11 @@ def _parser() -> _Parser:
         action="store_true",
         help="the target run uses this Megatron flag",
     )
+    add(
+        "--no-save-optim",
+        action="store_true",
+        help="leave the optimizer state out of the target, for --no-load-optim runs",
+    )
     add = parser.add_argument_group("running").add_argument
     add(
         "--num-max-processing-processes",
@@ -179,7 +177,6 @@ def _parser() -> _Parser:
     )
     add(
         "--share",
-        type=_share,
         metavar="I/N",
         help="do share I (from 0) of N of the rank folders; auto: as torchrun, srun or mpirun say",
     )
@@ -217,6 +214,12 @@ def _parser() -> _Parser:
     )
     add("--quiet", dest="is_quiet", action="store_true", help="say nothing but errors")
     add("--verbose", dest="is_verbose", action="store_true", help="say what each worker has done")
+    add(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw what moves (.svg, .png, .pdf; needs matplotlib)",
+    )
     for option, what in (
         ("--report", "write a JSON report of what was done"),
         ("--log-file", "write the log to a file too"),
@@ -231,21 +234,23 @@ def main(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that it has not
             stream.reconfigure(errors="backslashreplace")
+    call = Call(tuple(arguments), time.time())
     try:
-        given = parser.parse_args(arguments, Options(Path()))
-        _check(given)
-    except UsageError as error:
-        status = _refuse(error, _report_of_wrong_call(arguments))
-        print(_SHORT_USAGE, file=sys.stderr)
+        given = ready(parser.parse_args(arguments, Options(Path())))
+        _check_outputs(given)
+    except ConversionError as error:
+        status = _refuse(error, _report_of_wrong_call(arguments), call)
+        if isinstance(error, UsageError):
+            print(_SHORT_USAGE, file=sys.stderr)
         return status
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
             signal.signal(number, _interrupt)
     try:
         with _log_and_plan(given):
-            return _guarded_run(given)
+            return _guarded_run(given, call)
     except ConversionError as error:  # of the log itself
-        return _refuse(error, given.report)
+        return _refuse(error, given.report, call)
 
 
 def _report_of_wrong_call(arguments: Sequence[str]) -> Path | None:
@@ -280,14 +285,19 @@ def _log_and_plan(given: Options) -> Iterator[None]:
         yield
 
 
-def _guarded_run(given: Options) -> int:
+def _guarded_run(given: Options, call: Call) -> int:
     """Run; the exit status of whatever happens."""
     try:
-        content = _run(given)
+        done = _run(given)
+        from . import screen  # --help must not wait for numpy
+
+        screen.show(done, given)
+        if given.picture is not None:
+            _draw(given.picture, done)
         if given.report is not None:
-            outputs.write_report(given.report, json.dumps(content, indent=1) + "\n")
+            outputs.write_report(given.report, report.of(done, call))
     except ConversionError as error:
-        return _refuse(error, given.report)
+        return _refuse(error, given.report, call)
     except KeyboardInterrupt:
         print("pp_to_vpp: interrupted; run again with --resume to go on", file=sys.stderr)
         return INTERRUPTED
@@ -298,17 +308,15 @@ def _guarded_run(given: Options) -> int:
     return 0
 
 
-def _refuse(error: ConversionError, path: Path | None) -> int:
+def _refuse(error: ConversionError, path: Path | None, call: Call) -> int:
     """Print one line per problem, which are a result too: the report, if one is wanted, tells
     them. The exit status of their kind."""
-    from . import report
-
     for line in error.problems:
         print(f"pp_to_vpp: error: {line}", file=sys.stderr)
         logging.getLogger("pp_to_vpp").error("%s", line)
     if path is not None:
         with contextlib.suppress(CopyError):  # the lines have said all
-            outputs.write_report(path, json.dumps(report.of_refusal(error), indent=1) + "\n")
+            outputs.write_report(path, report.of_refusal(error, call))
     return error.exit_status
 
 
@@ -316,39 +324,24 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _check(given: Options) -> None:
-    """Refuse what contradicts itself before anything is read.
+def _check_outputs(given: Options) -> None:
+    """Refuse before hours of copying what cannot be written beside the target.
 
     Raises:
-        UsageError: it does.
+        UsageError: it cannot be.
     """
-    first, last, vp_size = given.first_split, given.last_split, given.target_vp_size
-    may_verify_only = given.save_dir is not None and given.depth is not Depth.NONE
-    if given.verifies_only and (given.is_dry_run or given.resume or not may_verify_only):
-        raise UsageError(
-            "give --target-virtual-pipeline-model-parallel-size, "
-            "--target-pipeline-model-parallel-layout or --target-hybrid-layer-pattern"
-        )
-    if given.save_dir is None and not given.is_dry_run:
-        raise UsageError("--save-iteration-dir is required unless --dry-run is given")
-    if (first is None) != (last is None):
-        raise UsageError(
-            "give both --target-first-... and --target-last-...-num-layers-split, or none"
-        )
-    if first is not None and last is not None:
-        if given.layout_string is not None:
-            raise UsageError("give layer splits or a layout string, not both")
-        if vp_size is None or {len(first), len(last)} != {vp_size}:
-            raise UsageError(
-                "each layer split needs one number for each of the "
-                "--target-virtual-pipeline-model-parallel-size virtual stages"
-            )
-        if min(*first, *last) < 1:
-            raise UsageError("layer splits are positive numbers")
-    for option, path in (("--report", given.report), ("--log-file", given.log_file)):
+    for option, path in (
+        ("--report", given.report),
+        ("--log-file", given.log_file),
+        ("--picture", given.picture),
+    ):
         reason = _why_unwritable(path, given)
         if reason is not None:
             raise UsageError(f"{option} {path}: cannot be written ({reason})")
+    if given.picture is not None:
+        from . import picture  # --help must not wait for it
+
+        picture.check_drawing(given.picture)
 
 
 def _why_unwritable(path: Path | None, given: Options) -> str | None:
@@ -406,111 +399,42 @@ def _logging(log: TextIO | None, given: Options) -> Iterator[None]:
             )
 
 
-def _run(given: Options) -> dict[str, object]:
-    """Do what is asked for; the report of it."""
+def _run(given: Options) -> Done:
+    """Do what is asked for."""
     # numpy would start a thread for each core, for nothing, and forking wants a single thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from . import report  # --help must not wait for numpy
-    from .run.convert import convert
+    from . import screen  # --help must not wait for numpy
+    from .run.convert import convert, plan
+    from .run.inspect_checkpoint import inspect
     from .run.listener import Listener
-    from .run.share import number_of_workers
     from .run.verify_pair import verify_existing
 
+    tasks: dict[Task, Callable[[Options, Listener], Done]] = {
+        Task.INSPECT: inspect, Task.PLAN: plan, Task.CONVERT: convert, Task.VERIFY: verify_existing,
+    }  # fmt: skip
     with Progress(is_quiet=given.is_quiet or given.is_verbose) as progress:
         listener = progress.listen(Listener())
 
-        def planned(prepared: Prepared) -> None:
+        def planned(found: Plan) -> None:
             progress.close()
-            if prepared.writes_tracker or given.is_dry_run:  # one of several processes tells all
-                _print_plan(prepared)
+            if found.writes_tracker or given.is_dry_run:  # one of several processes tells all
+                screen.show_plan(found)
 
         listener.planned = planned
-        if given.verifies_only:
-            verified = verify_existing(given, listener)
-            progress.close()
-            _print_verified(verified)
-            return report.of_verification(verified)
-        prepared, outcome = convert(given, listener)
-    if outcome is None:
-        _print_dry_run(prepared, number_of_workers(given.processes))
-        return report.of_plan(prepared)
-    _print_outcome(prepared, outcome)
-    return report.of_conversion(prepared, outcome)
+        return tasks[given.task](given, listener)
 
 
-def _say(text: str) -> None:
-    """Print a line. A reader that went away, as in ``| head``, must not end a conversion.
+def _draw(path: Path, done: Done) -> None:
+    """Draw what moves.
 
     Raises:
-        CopyError: standard output is a full disk, or the like.
+        CopyError: it cannot be written.
     """
+    from . import picture
+    from .run.folders import copy_error
+
+    source, target = done.layouts
     try:
-        print(text, flush=True)
+        picture.draw(source, target, path)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of the run
-        if not isinstance(error, BrokenPipeError):
-            cure = "what was copied is whole: send the output elsewhere and use --resume"
-            text = f"cannot be written ({error.strerror})"
-            raise CopyError.of("standard output", text, cure=cure) from None
-
-
-def _print_plan(prepared: Prepared) -> None:
-    """The layer table and what will be written."""
-    survey, target = prepared.survey, prepared.target
-    _say(f"source: {survey.path} ({'; '.join(prepared.facts)})")
-    _say(_indented(prepared.source.layout.table()))
-    _say("target layers (E embedding, M multi-token prediction, L loss):")
-    _say(_indented(target.layout.table()))
-    files = sum(len(rank.files) for rank in prepared.ranks)
-    _say(f"to write: {len(prepared.ranks)} rank folders, {files} files, {size(prepared.length)}")
-    if prepared.part is not None:
-        part = prepared.part
-        _say(
-            f"share {part.share}: {len(part.ranks)} rank folders, {size(part.length)}; the largest "
-            f"share is {part.largest_over_mean:.2f} x the mean"
-        )
-    for note in prepared.notes:
-        _say(f"note: {note}")
-
-
-def _print_dry_run(prepared: Prepared, processes: int) -> None:
-    """What only a dry run tells: each folder, memory and disk."""
-    width = max(len(rank.id.folder) for rank in prepared.ranks)
-    for rank in prepared.ranks if len(prepared.ranks) <= _LISTED_FOLDERS else ():
-        files = ", ".join(f"{file.name} {size(file.length)}" for file in rank.files)
-        _say(f"  {rank.id.folder:<{width}}  {files}")
-    memory = _BASE_MEGABYTES + _WORKER_MEGABYTES * processes
-    _say(f"memory: about {memory} MB with {processes} workers")
-    _say(f"disk: {prepared.length} bytes ({size(prepared.length)})")
-    _say(f"launch Megatron with: {prepared.launch_flags}")
-    _say("dry run: nothing was written")
-
-
-def _print_outcome(prepared: Prepared, outcome: Outcome) -> None:
-    """What was done, and how to go on."""
-    kept = sum(rank.was_kept for rank in outcome.ranks)
-    rate = size(outcome.written / max(outcome.seconds, 1e-3))
-    share = f"share {prepared.part}: " if prepared.part is not None else ""
-    _say(
-        f"{share}wrote {len(outcome.ranks) - kept} rank folders, {size(outcome.written)} in "
-        f"{outcome.seconds:.1f} s ({rate}/s)"
-        + (f"; kept {kept} from an earlier run" if kept else "")
-    )
-    if not prepared.writes_tracker:
-        return
-    bare = "; records without checksums" if outcome.checksums == NO_CHECKSUMS else ""
-    _say(f"verified: {outcome.depth.value}{bare}")
-    _say(f"tracker: {outcome.tracker}")
-    _say(f"launch Megatron with: {prepared.launch_flags}")
-
-
-def _print_verified(verified: Verified) -> None:
-    _say(_indented(verified.layout.table()))
-    _say(
-        f"verified ({verified.depth.value}): {verified.ranks} rank folders, "
-        f"{size(verified.length)} in {verified.seconds:.1f} s; every tensor is where it must be"
-    )
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
+        raise copy_error(path, "cannot be written", error) from None

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import UsageError
+
 CRC32, NO_CHECKSUMS = "crc32", "none"
+_GIVE_LAYOUT = (
+    "give --target-virtual-pipeline-model-parallel-size, "
+    "--target-pipeline-model-parallel-layout or --target-hybrid-layer-pattern"
+)
+_OF_A_TARGET = (
+    "first_split", "last_split", "overlaps", "no_save_optim", "pp_ranks", "share", "is_dry_run",
+    "depth", "checksums", "resume",
+)  # fmt: skip
+"""Options that mean nothing where a checkpoint is only described."""
 
 
 class Depth(enum.Enum):
@@ -19,6 +30,18 @@ class Depth(enum.Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+class Task(enum.Enum):
+    """What a run does, as its options tell."""
+
+    INSPECT = enum.auto()
+    """A checkpoint is described."""
+    PLAN = enum.auto()
+    """A conversion is looked at, a dry run."""
+    CONVERT = enum.auto()
+    VERIFY = enum.auto()
+    """A target that is there is held to its source."""
 
 
 @dataclass(slots=True)
@@ -42,6 +65,8 @@ class Options:
     """hybrid_layer_pattern of the target."""
     overlaps: bool = False
     """overlap_param_gather_with_optimizer_step of the target."""
+    no_save_optim: bool = False
+    """The target has no optimizer state."""
     processes: int | None = None
     """Worker processes; None for as many as this process has cores, up to 8."""
     pp_ranks: Sequence[int] | None = None
@@ -58,11 +83,68 @@ class Options:
     is_quiet: bool = False
     """Nothing is printed but errors."""
     is_verbose: bool = False
+    picture: Path | None = None
     report: Path | None = None
     log_file: Path | None = None
 
     @property
-    def verifies_only(self) -> bool:
-        """No target layout is asked for: the target is there and is to be verified."""
+    def task(self) -> Task:
+        """Without a target layout nothing can be converted: what is there is looked at."""
         wanted = (self.target_vp_size, self.layout_string, self.hybrid_pattern)
-        return all(words is None for words in wanted)
+        if any(words is not None for words in wanted):
+            return Task.PLAN if self.is_dry_run else Task.CONVERT
+        return Task.INSPECT if self.save_dir is None else Task.VERIFY
+
+    def check(self) -> None:
+        """Refuse what contradicts itself, before anything is read.
+
+        Raises:
+            UsageError: it does.
+        """
+        self._check_values()
+        task = self.task
+        if task is Task.INSPECT and self._wants_a_target():
+            raise UsageError(_GIVE_LAYOUT)
+        verifies = task is Task.VERIFY
+        if verifies and (self.is_dry_run or self.resume or self.depth is Depth.NONE):
+            raise UsageError(_GIVE_LAYOUT)
+        if task is Task.CONVERT and self.save_dir is None:
+            raise UsageError("--save-iteration-dir is required unless --dry-run is given")
+        self._check_splits()
+
+    def _wants_a_target(self) -> bool:
+        """Whether something is asked for that is more than a look at the source."""
+        bare = Options(self.load_dir)
+        return any(getattr(self, name) != getattr(bare, name) for name in _OF_A_TARGET)
+
+    def _check_values(self) -> None:
+        """What the command line's own types refuse, for callers from Python."""
+        numbers = (
+            ("virtual pipeline model parallel size", self.target_vp_size),
+            ("number of processes", self.processes),
+        )
+        for name, value in numbers:
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name}: {value!r} is not a positive number")
+        if self.checksums not in (CRC32, NO_CHECKSUMS):
+            raise UsageError(
+                f"checksums: {self.checksums!r} is neither {CRC32!r} nor {NO_CHECKSUMS!r}"
+            )
+
+    def _check_splits(self) -> None:
+        first, last, vp_size = self.first_split, self.last_split, self.target_vp_size
+        if (first is None) != (last is None):
+            raise UsageError(
+                "give both --target-first-... and --target-last-...-num-layers-split, or none"
+            )
+        if first is None or last is None:
+            return
+        if self.layout_string is not None:
+            raise UsageError("give layer splits or a layout string, not both")
+        if vp_size is None or {len(first), len(last)} != {vp_size}:
+            raise UsageError(
+                "each layer split needs one number for each of the "
+                "--target-virtual-pipeline-model-parallel-size virtual stages"
+            )
+        if min(*first, *last) < 1:
+            raise UsageError("layer splits are positive numbers")

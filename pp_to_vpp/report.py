@@ -1,40 +1,120 @@
-"""The JSON report of a run; its fields are documented in the README."""
+"""The JSON report of a run: ``report.schema.json`` beside this file tells its fields."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import datetime
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from . import __version__
 from .errors import ConversionError
 
 if TYPE_CHECKING:
     from .megatron.pipeline import PipelineLayout
-    from .run.convert import Outcome, Part, Prepared
+    from .run.convert import Outcome, Part, Plan
+    from .run.inspect_checkpoint import Inspection
     from .run.verify_pair import Verified
+
+    Done: TypeAlias = Inspection | Plan | Outcome | Verified
 
 SCHEMA = 1
 
 
-def of_plan(prepared: Prepared) -> dict[str, object]:
-    """A dry run."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How the program was called."""
+
+    argv: tuple[str, ...]
+    """Its arguments."""
+    start: float
+    """When; seconds since 1970."""
+
+
+def of(done: Done, call: Call) -> str:
+    """What was done, as JSON."""
+    from .run.convert import Outcome, Plan  # --help must not wait for numpy
+    from .run.inspect_checkpoint import Inspection
+
+    if isinstance(done, Inspection):
+        kind, content = "inspection", _inspection(done)
+    elif isinstance(done, Plan):
+        kind, content = "plan", _plan(done)
+    elif isinstance(done, Outcome):
+        kind, content = "conversion", _conversion(done)
+    else:
+        kind, content = "verification", _verification(done)
+    return _json(kind, 0, call, content)
+
+
+def of_refusal(error: ConversionError, call: Call) -> str:
+    """A run that did not do what it was asked for, as JSON."""
+    return _json("refusal", error.exit_status, call, {"problems": list(error.problems)})
+
+
+def _json(kind: str, status: int, call: Call, content: dict[str, object]) -> str:
+    start = datetime.datetime.fromtimestamp(call.start, datetime.timezone.utc)
+    head = {
+        "schema": SCHEMA,
+        "tool": "pp_to_vpp",
+        "version": __version__,
+        "kind": kind,
+        "status": status,
+        "host": os.uname().nodename,
+        "argv": list(call.argv),
+        "start": start.isoformat(timespec="seconds"),
+    }
+    return json.dumps({**head, **content}, indent=1) + "\n"
+
+
+def _inspection(found: Inspection) -> dict[str, object]:
     return {
-        **_head("plan"),
-        **_sides(prepared),
+        "source": {
+            "path": found.path,
+            "iteration": found.iteration,
+            "facts": list(found.facts),
+            **_layout(found.source.layout),
+        },
+        "written_by": found.written_by,
+        "optimizer_states": [{"name": name, "dtype": dtype} for name, dtype in found.states],
+        "proofs": list(found.proofs),
+        "stages": [
+            {
+                "pp_rank": pp_rank,
+                "vp_stage": vp_stage,
+                "weight_bytes": stage.weights,
+                "optimizer_bytes": stage.optimizer,
+            }
+            for (pp_rank, vp_stage), stage in sorted(found.stages.items())
+        ],
+        "choices": [
+            {"options": choice.options, "launch_flags": choice.launch_flags}
+            for choice in found.choices
+        ],
+        "notes": list(found.notes),
+        "folders": found.folders,
+        "files": found.files,
+        "bytes": found.length,
+    }
+
+
+def _plan(plan: Plan) -> dict[str, object]:
+    return {
+        **_sides(plan),
         "ranks": [
             {
                 "folder": rank.id.folder,
                 "files": [{"name": file.name, "bytes": file.length} for file in rank.files],
             }
-            for rank in prepared.ranks
+            for rank in plan.ranks
         ],
     }
 
 
-def of_conversion(prepared: Prepared, outcome: Outcome) -> dict[str, object]:
-    """A finished conversion."""
+def _conversion(outcome: Outcome) -> dict[str, object]:
     return {
-        **_head("conversion"),
-        **_sides(prepared),
+        **_sides(outcome.plan),
         "seconds": round(outcome.seconds, 3),
         "bytes_written": outcome.written,
         "verification": outcome.depth.value,
@@ -59,11 +139,9 @@ def of_conversion(prepared: Prepared, outcome: Outcome) -> dict[str, object]:
     }
 
 
-def of_verification(verified: Verified) -> dict[str, object]:
-    """An existing pair of folders that was verified."""
+def _verification(verified: Verified) -> dict[str, object]:
     return {
-        **_head("verification"),
-        "source": {"path": verified.source},
+        "source": {"path": verified.source, **_layout(verified.source_layout)},
         "target": {"path": verified.target, **_layout(verified.layout)},
         "seconds": round(verified.seconds, 3),
         "bytes_verified": verified.length,
@@ -71,31 +149,23 @@ def of_verification(verified: Verified) -> dict[str, object]:
     }
 
 
-def of_refusal(error: ConversionError) -> dict[str, object]:
-    """A run that did not do what it was asked for."""
-    return {**_head("refusal"), "status": error.exit_status, "problems": list(error.problems)}
-
-
-def _head(kind: str) -> dict[str, object]:
-    return {"schema": SCHEMA, "tool": "pp_to_vpp", "version": __version__, "kind": kind}
-
-
-def _sides(prepared: Prepared) -> dict[str, object]:
+def _sides(plan: Plan) -> dict[str, object]:
     return {
         "source": {
-            "path": prepared.survey.path,
-            "iteration": prepared.survey.iteration,
-            "facts": list(prepared.facts),
-            **_layout(prepared.source.layout),
+            "path": plan.survey.path,
+            "iteration": plan.survey.iteration,
+            "facts": list(plan.facts),
+            **_layout(plan.source.layout),
         },
         "target": {
-            "path": None if prepared.save_dir is None else str(prepared.save_dir),
-            **_layout(prepared.target.layout),
-            "launch_flags": prepared.launch_flags,
+            "path": None if plan.save_dir is None else str(plan.save_dir),
+            "has_optimizer_state": not plan.no_save_optim,
+            **_layout(plan.target.layout),
+            "launch_flags": plan.launch_flags,
         },
-        "notes": list(prepared.notes),
-        "bytes": prepared.length,
-        **_share(prepared.part),
+        "notes": list(plan.notes),
+        "bytes": plan.length,
+        **_share(plan.part),
     }
 
 

@@ -73,7 +73,7 @@ def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None
     ("arguments", "reason"),
     [
         ((), "--load-iteration-dir"),
-        (("--load-iteration-dir", "x"), "give --target-virtual"),
+        (("--load-iteration-dir", "x", "--resume"), "give --target-virtual"),
         (("--load-iteration-dir", "x", *_V2), "--save-iteration-dir is required"),
         (("--load-iteration-dir", "x", "--dry-run"), "give --target-virtual"),
         (("--load-iteration-dir", "x", "--save-iteration-dir", "y", "--resume"), "give --target"),
@@ -172,18 +172,48 @@ def test_quiet_says_nothing_and_verbose_more(program: Program, tmp_path: Path) -
     assert "s from its first byte" in run.errors
 
 
-def test_the_root_of_a_checkpoint_is_told_with_its_iteration(
+def test_the_root_of_a_checkpoint_is_taken_for_its_iteration(
     program: Program, tmp_path: Path
 ) -> None:
-    """The one that the tracker names, else the last one."""
-    for name in ("iter_0000001", "iter_0000007", "iter_0000009"):
-        (tmp_path / name).mkdir()
-    call = ("--load-iteration-dir", tmp_path, "--dry-run", *_V2)
-    program.refuses(4, program(*call), "such as iter_0000009")
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
-    program.refuses(4, program(*call), "such as iter_0000007")
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
-    program.refuses(4, program(*call), "such as iter_0000009")
+    """Of source and target; without a tracker the last iteration is named."""
+    case, root = pair(DENSE), tmp_path / "ckpt"
+    shutil.copytree(case.source, root / "iter_0000007")
+    (root / "iter_0000009").mkdir()
+    call = ("--load-iteration-dir", root, "--save-iteration-dir", tmp_path / "vpp")
+    program.refuses(4, program(*call, *_V2), "such as iter_0000009")
+    (root / "latest_checkpointed_iteration.txt").write_text("8")
+    program.refuses(4, program(*call, *_V2), "not there, expected folder iter_0000008")
+    (root / "latest_checkpointed_iteration.txt").write_text("7\n")
+    assert program(*call, *_V2).status == 0
+    target = tmp_path / "vpp" / "iter_0000007"
+    assert differences(target, case.truth, case.source) == []
+    assert (tmp_path / "vpp" / "latest_checkpointed_iteration.txt").read_text() == "7"
+    assert "verified (structure)" in program(*call).output
+    assert str(target) in program("--load-iteration-dir", tmp_path / "vpp").output
+
+
+def test_a_source_alone_is_described(program: Program) -> None:
+    run = program("--load-iteration-dir", pair(MOE).source)
+    assert run.status == 0, run
+    lines = run.output.splitlines()
+    assert lines[0].startswith(f"checkpoint: {pair(MOE).source} (iteration 1, 4 rank folders, 8 f")
+    assert lines[1].startswith("written by: Megatron-Core 0.16 or later, before 0.18")
+    assert "    pp0  vp0  E 0-3" in run.output
+    assert "    --target-virtual-pipeline-model-parallel-size 2" in lines
+    assert "        launch Megatron with: --num-layers-per-virtual-pipeline-stage 2" in lines
+
+
+def test_what_moves_is_drawn(program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    call = ("--load-iteration-dir", pair(MOE).source)
+    for options in ((*_V2, "--dry-run"), ()):
+        path = tmp_path / f"{len(options)}.svg"
+        assert program(*call, *options, "--picture", path).status == 0
+        assert "pp1" in path.read_text()
+    inside = (*call, *_V2, "--dry-run", "--picture", pair(MOE).source / "x.svg")
+    program.refuses(2, program(*inside), "--picture", "lies in the checkpoint")
+    run = program(*call, "--picture", tmp_path / "x.gif")
+    program.refuses(2, run, "no format that can be drawn")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])

@@ -594,7 +594,7 @@ def test_lists_of_forks_tell_the_layers_of_a_source(
 def test_torch_that_is_missing_is_a_refusal(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pp_to_vpp.verify import torch_loading
+    from pp_to_vpp.verification import torch_loading
 
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'torch'")

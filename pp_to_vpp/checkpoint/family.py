@@ -41,6 +41,7 @@ from .flat_states import FlatState, RankStates, Unexplained, are_views_of_buffer
 from .layer_wise_states import LayerWiseFiles, read_layer_wise_states
 from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
+from .top_level import without_optimizer
 from .trained import Agreement, answers, marked, told_groups, without_trained
 
 _CHECKPOINT_VERSION = 3.0
@@ -110,6 +111,17 @@ class SourceRank:
     def parameters(self) -> Parameters:
         """Those of each virtual stage."""
         return [content.parameters for content in self.contents]
+
+    def weights_only(self) -> SourceRank:
+        """The same without optimizer (checkpointing.py ``generate_state_dict``, all versions)."""
+        return SourceRank(
+            files=RankFiles(self.files.id, self.files.model, None),
+            root=without_optimizer(self.root),
+            contents=self.contents,
+            optimizers=(),
+            buffers=self.buffers,
+            shares_storages=self.shares_storages,
+        )
 
 
 class TensorName(NamedTuple):
@@ -217,6 +229,11 @@ class Family:
         parameters. Only one family of those with the same parameters does."""
         optimizers = (own for rank in self.ranks.values() for own in rank.optimizers)
         return any(own.holds_state and own.kind.is_expert == is_expert for own in optimizers)
+
+    def weights_only(self) -> Family:
+        """The same as its run would have saved it with ``--no-save-optim``."""
+        ranks = {pp_rank: rank.weights_only() for pp_rank, rank in self.ranks.items()}
+        return replace(self, kind=OptimizerKind.NONE, ranks=ranks, states={})
 
     def ranks_for(self, layout: PipelineLayout, pp_rank: int) -> list[SourceRank]:
         """The ranks, for making one of another layout: the same folder, those that hold what it

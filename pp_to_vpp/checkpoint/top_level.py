@@ -11,6 +11,7 @@ from typing import Any
 
 from ..container.pickling import as_mapping
 from ..errors import CheckpointError, show
+from ..megatron.arguments import with_no_save_optim
 from ..megatron.naming import all_chunk_keys, split_layer
 from .optimizer_entries import OPTIMIZER
 
@@ -21,6 +22,8 @@ _OF_THE_RANK = frozenset(
         "tokens", "lr_scheduler",
     )
 )  # fmt: skip
+_OF_THE_OPTIMIZER = (OPTIMIZER, "opt_param_scheduler", "lr_scheduler")
+"""Absent with ``--no-save-optim``; the last is the older name of the second."""
 _KEYED_BY_LAYER = {
     "modelopt_state": "the state of a model that ModelOpt has changed, which names modules of "
     "each chunk, and nothing proves which parameters such a model has"
@@ -50,6 +53,12 @@ def unknown_values(root: Mapping[Any, Any], where: str) -> dict[str, Any]:
             raise CheckpointError.of(where, f"unknown entry {show(key)}{what}", cure=_CURE)
         found[key] = value
     return found
+
+
+def without_optimizer(root: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The top level of a rank file as ``--no-save-optim`` leaves it."""
+    bare = {key: value for key, value in root.items() if key not in _OF_THE_OPTIMIZER}
+    return {**bare, "args": with_no_save_optim(bare["args"])}
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -434,4 +434,15 @@ def patch_arguments(node: Instance, source: SavedArguments, target: SavedArgumen
     for name, value in changes.items():
         if name in values or (name in _ALWAYS_TOLD and value is not None):
             values[name] = value
+    return _with_values(node, values)
+
+
+def with_no_save_optim(node: Instance) -> Instance:
+    """The saved ``args`` of a run with ``--no-save-optim``, where they know it."""
+    values = namespace_values(node, "args")
+    is_known = "no_save_optim" in values
+    return _with_values(node, {**values, "no_save_optim": True}) if is_known else node
+
+
+def _with_values(node: Instance, values: Mapping[Any, Any]) -> Instance:
     return Instance(node.factory, node.arguments, node.by_new, state=values)

@@ -32,6 +32,15 @@ class Megatron:
             noop_layers=self.arguments.noop_layers,
         )
 
+    @property
+    def launch_flags(self) -> str:
+        """Megatron's flags for the placement."""
+        arguments = self.arguments
+        flags = arguments.placement.launch_flags(arguments.num_layers, arguments.pp_size)
+        if arguments.overlaps_param_gather_with_step:
+            flags += " --overlap-param-gather-with-optimizer-step"
+        return flags or "(none: plain pipeline parallelism)"
+
     def relaunched(self, placement: Placement, *, overlaps: bool) -> Megatron:
         """The same run with another placement, and with or without
         ``--overlap-param-gather-with-optimizer-step``."""

@@ -70,27 +70,6 @@ class PipelineLayout:
         }
         return tuple(sorted(holders)) or (0,)
 
-    def table(self) -> str:
-        """The layers of each rank and virtual stage, as text; those without parameters in
-        parentheses."""
-        marks = {Section.EMBEDDING: "E", Section.MTP: "M", Section.HEAD: "L"}
-        rows = [["", *(f"vp{v}" for v in range(self.vp_size))]]
-        for p in range(self.pp_size):
-            row = [f"pp{p}"]
-            for chunk in self.rank_chunks(p):
-                cells = [marks[s] for s in chunk.sections if s in marks and s < Section.LAYERS]
-                for layer in chunk.layers:
-                    cells.append(f"({layer})" if layer in chunk.noop_layers else str(layer))
-                cells += [marks[s] for s in chunk.sections if s in marks and s > Section.LAYERS]
-                row.append(" ".join(cells) or "-")
-            rows.append(row)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        return "\n".join(lines)
-
 
 class Order(enum.Enum):
     """Which pipeline rank and virtual stage a chunk has, by its number in order of execution."""
@@ -148,7 +127,7 @@ def _instead(slots: int, shape: Shape) -> str:
     another = "" if rest else _another_size([per_rank])
     if another:
         return f"{another} a layout string"
-    text = _even_layout_string(shape)
+    text = even_layout_string(shape)
     option = "--target-pipeline-model-parallel-layout"
     return f"no VPP size divides them: give {option}" + (f" {text!r}" if text else "")
 
@@ -161,7 +140,7 @@ def _another_size(counts: Iterable[int]) -> str:
     return f"choose another VPP size ({' or '.join(sizes[:8])}), or give" if sizes else ""
 
 
-def _even_layout_string(shape: Shape) -> str | None:
+def even_layout_string(shape: Shape) -> str | None:
     """A layout string of chunks as even as can be, the first and last the lightest, for they hold
     embedding and loss too; None where there are fewer layers than chunks."""
     each, rest = divmod(shape.num_layers, shape.chunks)
@@ -501,6 +480,8 @@ _ARGUMENTS: Mapping[str, object] = {
 }
 """The attributes of ``args`` that tell a placement, with the values of those not used."""
 PLACEMENT_ARGUMENTS = frozenset(_ARGUMENTS)
+FORK_SIGN = "decoder_first_pipeline_num_layers_split"
+"""An argument that Microsoft's fork alone knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,9 +92,39 @@ CHANGES = (
 )  # fmt: skip
 
 
+def _guess(argument_names: Collection[str]) -> dict[str, bool]:
+    """The rules in force as the signs say."""
+    return {change.rule: change.sign in argument_names for change in CHANGES}
+
+
 def candidates(argument_names: Collection[str]) -> Iterator[Rules]:
     """The rules to try, the likeliest first: as the signs say, then with more and more doubt."""
-    guess = {change.rule: change.sign in argument_names for change in CHANGES}
+    guess = _guess(argument_names)
     for doubted in range(len(guess) + 1):
         for rows in itertools.combinations(guess, doubted):
             yield Rules(**{rule: now != (rule in rows) for rule, now in guess.items()})
+
+
+def doubted(rules: Rules, argument_names: Collection[str]) -> list[str]:
+    """The rules that are not in force, or not out of it, as the signs say."""
+    guess = _guess(argument_names)
+    return [rule for rule, is_told in guess.items() if getattr(rules, rule) != is_told]
+
+
+def era(rules: Rules) -> str:
+    """The versions of Megatron-Core whose rules these are, in words."""
+    known = [change for change in CHANGES if getattr(rules, change.rule)]
+    unknown = [change for change in CHANGES if not getattr(rules, change.rule)]
+    since = max((change.since for change in known), key=_in_numbers, default=None)
+    before = min((change.since for change in unknown), key=_in_numbers, default=None)
+    if since is None:
+        return f"Megatron-Core before {before}"
+    if before is None:
+        return f"Megatron-Core {since} or later"
+    if _in_numbers(before) <= _in_numbers(since):
+        return f"Megatron-Core with changes of {since}, but without one of {before}"
+    return f"Megatron-Core {since} or later, before {before}"
+
+
+def _in_numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))

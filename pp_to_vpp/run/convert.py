@@ -5,31 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..container.extents import Extent
 from ..megatron.megatron import Megatron
+from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import MODEL_FILE, RankId
 from ..options import CRC32, Depth, Options
 from ..source import fingerprint
+from ..source.inspection import facts, oddities
+from ..source.proven import check_families
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..target.plan import RankPlan
-from ..verify.compare import Proof, prepare
+from ..verification.compare import Proof, prepare
 from . import folders, manifest, signs, target_folder
 from .cloning import shared_block
 from .finishing import FinishContext, KeptJob, RankDone, check_copied, check_kept, finish_rank
 from .listener import Listener, Phase
-from .plan_family import (
-    PlanJob,
-    PlannedFamily,
-    RankJob,
-    check_families,
-    fingerprint_rank,
-    plan_family,
-)
+from .plan_family import PlanJob, PlannedFamily, RankJob, fingerprint_rank, plan_family
 from .schedule import Copier, FamilyCopy
 from .share import Share, deal, number_of_workers, wanted_share
 from .workers import Workers
@@ -54,7 +51,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Plan:
     """A run before its first byte: what will be done."""
 
     survey: Survey
@@ -63,6 +60,8 @@ class Prepared:
     """The run that saved the source."""
     target: Megatron
     """The run that will load the target."""
+    no_save_optim: bool
+    """The target has no optimizer state."""
     manifest: Mapping[str, Any]
     """What this conversion is known by."""
     ranks: tuple[RankPlan, ...]
@@ -99,19 +98,21 @@ class Prepared:
         return self.part is None or self.part.share.index == 0
 
     @property
+    def layouts(self) -> tuple[PipelineLayout, PipelineLayout]:
+        """Of source and target."""
+        return self.source.layout, self.target.layout
+
+    @property
     def launch_flags(self) -> str:
         """Megatron's flags to train from the target."""
-        arguments = self.target.arguments
-        flags = arguments.placement.launch_flags(arguments.num_layers, arguments.pp_size)
-        if arguments.overlaps_param_gather_with_step:
-            flags += " --overlap-param-gather-with-optimizer-step"
-        return flags or "(none: plain pipeline parallelism)"
+        return self.target.launch_flags + (" --no-load-optim" if self.no_save_optim else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a run has done."""
 
+    plan: Plan
     ranks: tuple[RankDone, ...]
     seconds: float
     depth: Depth
@@ -121,18 +122,61 @@ class Outcome:
     """What became of the tracker file."""
 
     @property
+    def layouts(self) -> tuple[PipelineLayout, PipelineLayout]:
+        """Of source and target."""
+        return self.plan.layouts
+
+    @property
     def written(self) -> int:
         """Bytes written by this run."""
         return sum(rank.length for rank in self.ranks if not rank.was_kept)
 
 
-def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | None]:
-    """Convert a checkpoint; the plan and what was done (None after a dry run).
+def plan(options: Options, listener: Listener) -> Plan:
+    """A conversion as it would be: the source is read and proved, the target, if one is named,
+    looked at, and nothing is written.
+
+    Raises:
+        ConversionError: whatever would prevent it.
+    """
+    with _planned(options, listener) as run:
+        if options.save_dir is not None:
+            run.check_target(options.save_dir)
+        return run.plan
+
+
+def convert(options: Options, listener: Listener) -> Outcome:
+    """Convert a checkpoint.
 
     Raises:
         ConversionError: whatever prevents it. Nothing that is not whole has been published.
     """
-    began = time.monotonic()
+    began, save_dir = time.monotonic(), options.save_dir
+    assert save_dir is not None, "options were checked"
+    with _planned(options, listener) as run:
+        done = run.write(save_dir)
+    ranks = run.plan.survey.ranks
+    if target_folder.is_whole(save_dir, ranks):
+        manifest.finish(save_dir, run.plan.manifest, options.depth)
+    return Outcome(
+        plan=run.plan,
+        ranks=tuple(sorted(done, key=lambda rank: rank.id)),
+        seconds=time.monotonic() - began,
+        depth=options.depth,
+        checksums=options.checksums,
+        tracker=target_folder.write_tracker(save_dir, ranks)
+        if run.plan.writes_tracker
+        else "left to the first process",
+    )
+
+
+@contextmanager
+def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
+    """A run whose plan stands, with its workers.
+
+    Raises:
+        ConversionError: what is asked for cannot be.
+    """
     share = wanted_share(options.share, shares_by_hand=options.pp_ranks is not None)
     survey = take_survey(str(options.load_dir), follow_links=options.follow_links)
     pp_ranks = request.wanted_ranks(options, survey.arguments)
@@ -155,56 +199,37 @@ def convert(options: Options, listener: Listener) -> tuple[Prepared, Outcome | N
             )
             for key in survey.families
         ]
-        families = _plan(workers, jobs, listener)
-        check_families(families, survey.path)
+        families = _plan_families(workers, jobs, listener)
+        check_families((family.proven for family in families), survey.path)
         known_by = manifest.manifest_of(
             _fingerprint(workers, survey, families),
             survey.iteration,
             families[0].target,
             block,
-            options.checksums,
+            options,
         )
-        prepared = _prepare(options, survey, families, known_by)
+        found = _plan_of(options, survey, families, known_by)
         if share is not None:
-            prepared = replace(prepared, part=_part_of(share, prepared.ranks))
-        listener.planned(prepared)
-        run = _Run(workers, options, prepared, listener)
-        if options.is_dry_run or options.save_dir is None:
-            if options.save_dir is not None:
-                run.check_target(options.save_dir)
-            return prepared, None
-        if prepared.part is not None:
-            own = prepared.part.ranks
-            jobs = [job.narrowed_to(own) for job in jobs if job.ranks & own]
-            families = _plan(workers, jobs, listener)
-        done = run.write(options.save_dir, families)
-    if target_folder.is_whole(options.save_dir, survey.ranks):
-        manifest.finish(options.save_dir, prepared.manifest, options.depth)
-    outcome = Outcome(
-        ranks=tuple(sorted(done, key=lambda rank: rank.id)),
-        seconds=time.monotonic() - began,
-        depth=options.depth,
-        checksums=options.checksums,
-        tracker=target_folder.write_tracker(options.save_dir, survey.ranks)
-        if prepared.writes_tracker
-        else "left to the first process",
-    )
-    return prepared, outcome
+            found = replace(found, part=_part_of(share, found.ranks))
+        listener.planned(found)
+        yield _Run(workers, options, found, jobs, families, listener)
 
 
-def _plan(workers: Workers, jobs: Sequence[PlanJob], listener: Listener) -> list[PlannedFamily]:
+def _plan_families(
+    workers: Workers, jobs: Sequence[PlanJob], listener: Listener
+) -> list[PlannedFamily]:
     """The plans of families."""
     listener.began(Phase.PLAN, sum(len(job.folders.ranks) for job in jobs))
     families = []
     for family in workers.map(plan_family, jobs):
         families.append(family)
-        listener.advanced(len(family.folders.ranks))
+        listener.advanced(len(family.proven.folders.ranks))
         log.debug("%s and its family: planned", family.ranks[0].id.folder)
     return families
 
 
 def _fingerprint(workers: Workers, survey: Survey, families: Sequence[PlannedFamily]) -> str:
-    known = {rank: text for family in families for rank, text in family.fingerprints.items()}
+    known = {rank: text for family in families for rank, text in family.proven.fingerprints.items()}
     return fingerprint_source(workers, survey, known)
 
 
@@ -226,41 +251,27 @@ def _block(save_dir: Path | None, survey: Survey) -> int:
     return shared_block(first, save_dir)
 
 
-def _prepare(
+def _plan_of(
     options: Options, survey: Survey, families: Sequence[PlannedFamily], known_by: Mapping[str, Any]
-) -> Prepared:
+) -> Plan:
     first = families[0]
-    arguments = survey.arguments
-    sizes = (
-        f"TP {arguments.tp_size}, PP {arguments.pp_size}, EP {arguments.ep_size}, "
-        f"DP {arguments.dp_size}, {arguments.num_layers} layers"
-    )
-    if arguments.mtp_num_layers:
-        sizes += f", {arguments.mtp_num_layers} MTP layers"
-    facts = [first.kind.value, sizes]
-    if first.rounding:
-        facts.append(f"16-bit weights are their main parameters {first.rounding}")
-    if arguments.clips_qk:
-        facts.append("but for those that --qk-clip scales, which cannot be compared")
-    odd = [name for name in survey.told if name.startswith("entry ")]
-    left = [name for family in families for name in family.left_behind]
-    left += [name for name in survey.ignored if not name.startswith(".")]
+    proven = [family.proven for family in families]
     ranks = tuple(rank for family in families for rank in family.ranks)
     shared = sum(rank.shared for rank in ranks)
-    return Prepared(
+    return Plan(
         survey=survey,
         save_dir=options.save_dir,
-        source=first.source,
+        source=proven[0].source,
         target=first.target,
+        no_save_optim=options.no_save_optim,
         manifest=known_by,
         ranks=ranks,
-        facts=tuple(facts),
+        facts=facts(survey.arguments, proven[0]),
         notes=(
-            *request.notes(first.source, first.target),
+            *request.notes(proven[0].source, first.target),
             *target_folder.notes(options.save_dir, survey.iteration),
-            *(f"{name} is unknown, alike in all files, and copied" for name in odd),
             *([f"{shared} bytes are shared with the source, and need no room"] if shared else []),
-            *(f"not copied, no part of a checkpoint: {name}" for name in left),
+            *oddities(survey, proven),
         ),
     )
 
@@ -271,7 +282,10 @@ class _Run:
 
     workers: Workers
     options: Options
-    prepared: Prepared
+    plan: Plan
+    jobs: Sequence[PlanJob]
+    families: Sequence[PlannedFamily]
+    """With contents, unless several processes share the work."""
     listener: Listener
 
     def check_target(self, save_dir: Path) -> set[RankId]:
@@ -283,9 +297,9 @@ class _Run:
             CopyError: there is too little room.
         """
         resume = self.options.resume
-        manifest.check(save_dir, self.prepared.manifest)
+        manifest.check(save_dir, self.plan.manifest)
         self._check_others(save_dir)
-        own = self.prepared.own
+        own = self.plan.own
         if self.options.is_dry_run:
             there = target_folder.filled(save_dir, own, resume=resume)
         else:
@@ -294,34 +308,33 @@ class _Run:
         return there
 
     def _check_others(self, save_dir: Path) -> None:
-        prepared = self.prepared
         target_folder.check_others(
             self.workers,
             save_dir,
-            prepared.survey.ranks,
-            prepared.own,
-            prepared.target.layout,
-            prepared.source.rules,
+            self.plan.survey.ranks,
+            self.plan.own,
+            self.plan.target.layout,
+            self.plan.source.rules,
         )
 
-    def write(self, save_dir: Path, families: Sequence[PlannedFamily]) -> list[RankDone]:
-        """Keep what is there, copy what is missing.
-
-        Args:
-            save_dir: the target.
-            families: with the contents of the own rank folders.
-        """
+    def write(self, save_dir: Path) -> list[RankDone]:
+        """Keep what is there, copy what is missing."""
+        families = self.families
+        if self.plan.part is not None:
+            own = self.plan.part.ranks
+            jobs = [job.narrowed_to(own) for job in self.jobs if job.ranks & own]
+            families = _plan_families(self.workers, jobs, self.listener)
         there = self.check_target(save_dir)
-        is_first = manifest.claim(save_dir, self.prepared.manifest)
+        is_first = manifest.claim(save_dir, self.plan.manifest)
         try:
-            with signs.Heartbeat(save_dir), folders.shown_at_work(save_dir, self.prepared.part):
+            with signs.Heartbeat(save_dir), folders.shown_at_work(save_dir, self.plan.part):
                 done = self._copy(save_dir, families, there)
         except BaseException:
             if is_first:
                 manifest.withdraw(save_dir)
             raise
-        manifest.claim(save_dir, self.prepared.manifest)  # it is there still, and ours
-        if self.prepared.writes_tracker:  # of processes that share, who waited for all reads all
+        manifest.claim(save_dir, self.plan.manifest)  # it is there still, and ours
+        if self.plan.writes_tracker:  # of processes that share, who waited for all reads all
             self._check_others(save_dir)
         return done
 
@@ -330,7 +343,9 @@ class _Run:
     ) -> list[RankDone]:
         depth, listener = self.options.depth, self.listener
         proofs = [
-            Proof(family.folders, family.source.rules, family.frozen, family.target.layout, depth)
+            Proof.of(
+                family.proven, family.target.layout, depth, no_save_optim=self.options.no_save_optim
+            )
             for family in families
         ]
         kept = [
@@ -348,10 +363,10 @@ class _Run:
             log.debug("%s: kept, %.1f s", rank.id.folder, rank.seconds)
             done.append(rank)
             known.setdefault(rank.id.family, {}).update(found)
-        others = target_folder.Others(save_dir, self.prepared.awaited, listener)
-        missing = sum(plan.length for plan in self.prepared.own if plan.id not in there)
+        others = target_folder.Others(save_dir, self.plan.awaited, listener)
+        missing = sum(plan.length for plan in self.plan.own if plan.id not in there)
         read_back = missing if depth is Depth.FULL else 0
-        awaited = sum(plan.length for plan in self.prepared.awaited)
+        awaited = sum(plan.length for plan in self.plan.awaited)
         listener.began(Phase.COPY, missing + read_back + awaited)
         copier = Copier(self.workers, save_dir, finish_rank, listener.advanced, check_copied)
         copies = _copies(
@@ -367,6 +382,7 @@ class _Run:
             log.debug("%s: %.1f s from its first byte", rank.id.folder, rank.seconds)
             done.append(rank)
             others.look()
+        listener.advanced(missing - copier.written)  # what frames the records
         others.wait()
         return done
 

@@ -15,8 +15,8 @@ from ..megatron.ranks import RankId
 from ..options import Depth
 from ..source.files import SourceFile, check_links, open_source, source_files
 from ..target.plan import FilePlan, RankPlan
-from ..verify.compare import Proof, VerifyJob, verify_folder
-from ..verify.in_full import check_source
+from ..verification.compare import Proof, VerifyJob, verify_folder
+from ..verification.in_full import check_source
 from . import copying, folders
 from .folders import TemporaryFolder
 

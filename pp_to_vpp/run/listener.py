@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .convert import Prepared
+    from .convert import Plan
 
 
 class Phase(enum.Enum):
@@ -32,7 +32,7 @@ class Phase(enum.Enum):
 class Listener:
     """The functions do nothing unless replaced. All are called in the process that called."""
 
-    planned: Callable[[Prepared], None] = field(default=lambda _: None)
+    planned: Callable[[Plan], None] = field(default=lambda _: None)
     """The plan stands, and no byte has been written."""
     began: Callable[[Phase, int], None] = field(default=lambda _phase, _total: None)
     """A phase begins; how much there is to do."""

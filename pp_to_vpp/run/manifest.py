@@ -17,19 +17,20 @@ from .. import __version__
 from ..container.archive import MAX_DIVISOR
 from ..errors import UsageError, problem, show
 from ..megatron.megatron import Megatron
-from ..options import CRC32, Depth
+from ..options import CRC32, Depth, Options
 from . import folders
 
 NAME = "pp_to_vpp.json"
 _SCHEMA = 1
 _MAX_BYTES = 1 << 20
 _BLOCK = "block"
+_NO_SAVE_OPTIM = "no_save_optim"
 _LATER = ("verified",)
 """What is added when all folders are there."""
 
 
 def manifest_of(
-    fingerprint: str, iteration: int | None, target: Megatron, block: int, checksums: str
+    fingerprint: str, iteration: int | None, target: Megatron, block: int, options: Options
 ) -> dict[str, Any]:
     """What a conversion is known by.
 
@@ -38,7 +39,7 @@ def manifest_of(
         iteration: of training.
         target: the run that will load it.
         block: bytes of the blocks that it may share with the source; 1 if it cannot.
-        checksums: of its records.
+        options: that change what is written.
     """
     arguments = target.arguments
     words = arguments.placement.arguments(arguments.num_layers, arguments.pp_size)
@@ -52,7 +53,8 @@ def manifest_of(
             "overlap_param_gather_with_optimizer_step": arguments.overlaps_param_gather_with_step,
             # Told where they change what is written.
             **({_BLOCK: block} if block > 1 else {}),
-            **({"checksums": checksums} if checksums != CRC32 else {}),
+            **({"checksums": options.checksums} if options.checksums != CRC32 else {}),
+            **({_NO_SAVE_OPTIM: True} if options.no_save_optim else {}),
         },
     }
 

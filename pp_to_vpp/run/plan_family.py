@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..checkpoint import one_save
 from ..checkpoint.family import Family, RankFiles
 from ..container.crc32 import Derivation, derivable
 from ..container.extents import Extent
-from ..container.pickling import digest
-from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, ConversionError, problem
+from ..errors import CheckpointError, ConversionError
 from ..megatron.megatron import Megatron
-from ..megatron.optimizer_chain import OptimizerKind
-from ..megatron.ranks import OPTIMIZER_FILE, RankId
+from ..megatron.ranks import RankId
 from ..source import fingerprint
 from ..source.files import FamilyFolders, SourceFile, other_files, read_source_rank, source_files
 from ..source.proof import proven_family
+from ..source.proven import ProvenFamily, check_told, proven
 from ..target import check
 from ..target.plan import RankPlan, plan_rank
 from ..target.request import Target
@@ -54,9 +52,8 @@ class PlanJob:
 class PlannedFamily:
     """What planning a family has shown."""
 
-    folders: FamilyFolders
-    source: Megatron
-    """The run that saved it."""
+    proven: ProvenFamily
+    """The source; of some ranks only those that are needed were read."""
     target: Megatron
     """The run that will load it."""
     ranks: tuple[RankPlan, ...]
@@ -64,20 +61,6 @@ class PlannedFamily:
     """The source files as they were."""
     derivations: Mapping[Extent, Derivation]
     """Ranges whose checksums follow from others, if all ranks are copied (``crc32.derivable``)."""
-    kind: OptimizerKind
-    rounding: str
-    """How the 16-bit weights come from their main parameters; "" if there are none."""
-    optimizer_states: Mapping[str, bool]
-    """The optimizer states that the family's parameters have, in words, and whether its own files
-    hold them. Families with the same dense or expert parameters share one."""
-    left_behind: tuple[str, ...]
-    """Files of the rank folders that are no part of the checkpoint."""
-    fingerprints: Mapping[RankId, str]
-    """Those of the rank folders that were read."""
-    frozen: frozenset[str]
-    """Names of the parameters that the run does not train."""
-    groups: Mapping[str, str]
-    """What tells each param group from its siblings, as a digest, by what it is known by."""
 
 
 def plan_family(job: PlanJob) -> PlannedFamily:
@@ -87,14 +70,13 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         CheckpointError: the source cannot be read, proved or converted.
         LayoutError: the target cannot be built.
     """
-    family, rounding = _read(job)
+    whole, rounding = _read(job)
+    family = whole.weights_only() if job.target.no_save_optim else whole
     target = job.target.of(family.megatron)
     plans: list[RankPlan] = []
-    left: list[str] = []
     for pp_rank in job.pp_ranks:
-        others, ignored = other_files(job.folders.directory, job.folders.ranks[pp_rank])
+        others, _ = other_files(job.folders.directory, job.folders.ranks[pp_rank])
         plans.append(plan_rank(family, target, pp_rank, others, job.block))
-        left += ignored
     for path, offset in check.used_twice(plans):
         raise CheckpointError.of(
             path,
@@ -113,24 +95,13 @@ def plan_family(job: PlanJob) -> PlannedFamily:
     if errors:
         raise ConversionError(*(f"{error}; this is an error of pp_to_vpp" for error in errors))
     return PlannedFamily(
-        folders=job.folders,
-        source=family.megatron,
+        proven=proven(whole, rounding, job.folders),
         target=target,
         ranks=tuple(plans if job.needs_contents else map(_without_contents, plans)),
         sources=sources if job.needs_contents else (),
         derivations=_derivations(plans, family)
         if job.needs_contents and not job.is_verified_in_full
         else {},
-        kind=family.kind,
-        rounding=rounding,
-        optimizer_states=_optimizer_states(family),
-        left_behind=tuple(left),
-        fingerprints={
-            rank.files.id: fingerprint.of_rank(rank.files, job.folders.directory)
-            for rank in family.ranks.values()
-        },
-        frozen=family.frozen,
-        groups={repr(kind): digest(told) for kind, told in family.group_identities.items()},
     )
 
 
@@ -139,10 +110,9 @@ def _read(job: PlanJob) -> tuple[Family, str]:
     files: dict[int, RankFiles] = {}
     needed = set(job.pp_ranks)
     while True:
-        files |= job.folders.read(needed)
-        problems = [text for p in needed for text in one_save.differences(files[p], job.told)]
-        if problems:
-            raise CheckpointError(*problems[:8])
+        found = job.folders.read(needed)
+        check_told(found.values(), job.told)
+        files |= found
         family, rounding = proven_family(dict(sorted(files.items())))
         layout = job.target.of(family.megatron).layout
         wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(layout, rank)}
@@ -168,25 +138,8 @@ def fingerprint_rank(job: RankJob) -> str:
         CheckpointError: it is of another save, or cannot be read.
     """
     files = read_source_rank(job.directory, job.id)
-    problems = one_save.differences(files, job.told)
-    if problems:
-        raise CheckpointError(*problems)
+    check_told([files], job.told)
     return fingerprint.of_rank(files, job.directory)
-
-
-def _optimizer_states(family: Family) -> dict[str, bool]:
-    """What ``optimizer_states`` of a planned family says."""
-    if family.kind is not OptimizerKind.DISTRIBUTED:
-        return {}
-    rank = family.any_rank.files.id
-    dense = f"dense optimizer state of tp rank {rank.tp_rank}"
-    found = {dense: family.holds_state(is_expert=False)}
-    if family.has_expert_optimizer:
-        # Consecutive ranks are those of one tensor-parallel group, of experts too.
-        etp_rank = rank.tp_rank % family.megatron.arguments.etp_size
-        experts = f"expert optimizer state of etp rank {etp_rank} and ep rank {rank.ep_rank or 0}"
-        found[experts] = family.holds_state(is_expert=True)
-    return found
 
 
 def _borders(family: Family) -> dict[str, list[int]]:
@@ -214,44 +167,3 @@ def _derivations(plans: Iterable[RankPlan], family: Family) -> Mapping[Extent, D
 def _without_contents(rank: RankPlan) -> RankPlan:
     files = (replace(file, contents=(), archive=None) for file in rank.files)
     return RankPlan(rank.id, tuple(files))
-
-
-def check_families(families: Iterable[PlannedFamily], iteration_dir: str) -> None:
-    """What only all families together can show.
-
-    Raises:
-        CheckpointError: they are not of one save, or optimizer state is missing.
-    """
-    planned = list(families)
-    first = planned[0]
-    for family in planned:
-        if (family.source.rules, family.kind) != (first.source.rules, first.kind):
-            raise CheckpointError.of(
-                iteration_dir,
-                "its families of ranks were written in different ways "
-                f"({family.ranks[0].id.folder} and {first.ranks[0].id.folder})",
-                cure=ONE_SAVE,
-            )
-        common = family.groups.keys() & first.groups.keys()
-        if any(family.groups[kind] != first.groups[kind] for kind in common):
-            raise CheckpointError.of(
-                f"{iteration_dir}/{family.ranks[0].id.folder}",
-                f"a param group differs from that of {first.ranks[0].id.folder}",
-                cure=ONE_SAVE,
-            )
-    is_held: dict[str, bool] = {}
-    for family in planned:
-        for name, here in family.optimizer_states.items():
-            is_held[name] = here or is_held.get(name, False)
-    problems = [
-        problem(
-            iteration_dir,
-            f"no {OPTIMIZER_FILE} holds the {name}",
-            expected="one in the folders of its ranks",
-            cure=COPY_MISSING,
-        )
-        for name, somewhere in is_held.items()
-        if not somewhere
-    ]
-    if problems:
-        raise CheckpointError(*problems)

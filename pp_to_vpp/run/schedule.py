@@ -154,6 +154,8 @@ class Copier(Generic[Result]):
         """Those that have begun and are to be checked still."""
         self._in_work: list[_RankInWork] = []
         """Folders that exist under a temporary name, in order of their first task."""
+        self.written = 0
+        """Bytes of records, up to now."""
 
     def run(self, families: Iterable[FamilyCopy]) -> Iterator[Result]:
         """Copy the folders in order; what ``finish`` returned for each.
@@ -196,6 +198,7 @@ class Copier(Generic[Result]):
                 crc32s = self._workers.result_of(copied)
                 rank.family.ledger.enter((move.piece for move in task.moves), crc32s)
                 rank.tasks_open -= 1
+                self.written += task.length
                 self._advance(task.length)
             for checked in [future for future in checking if future.done()]:
                 self._workers.result_of(checked)

@@ -146,7 +146,10 @@ def wanted_share(
                 cure=f"add {_OPTION} {AUTO}, or start one process",
             )
         return None
-    given = parse(option)
+    try:
+        given = parse(option)
+    except ValueError as error:
+        raise UsageError(f"{_OPTION}: {error}") from None
     if given is None:
         if told is None:
             raise UsageError.of(

@@ -15,7 +15,7 @@ from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import TRACKER, RankId
 from ..megatron.rules import Rules
 from ..target.plan import RankPlan
-from ..verify.compare import told_layout
+from ..verification.compare import told_layout
 from . import folders
 from .folders import is_filled
 from .listener import Listener

@@ -15,12 +15,13 @@ from ..errors import CheckpointError, UsageError, VerificationError
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
 from ..options import Depth, Options
+from ..source import fingerprint
+from ..source.proven import FamilyJob, check_families, prove
 from ..source.survey import Survey, take_survey
 from ..target import request
-from ..verify.compare import Proof, VerifyJob, prepare, rules_of, told_layout, verify_folder
-from ..verify.in_full import check_source
+from ..verification.compare import Proof, VerifyJob, prepare, told_layout, verify_folder
+from ..verification.in_full import check_source
 from . import manifest
-from .convert import fingerprint_source
 from .listener import Listener, Phase
 from .share import deal, number_of_workers, wanted_share
 from .target_folder import check_place
@@ -40,6 +41,12 @@ class Verified:
     length: int
     """Bytes of the target's tensors."""
     seconds: float
+    source_layout: PipelineLayout
+
+    @property
+    def layouts(self) -> tuple[PipelineLayout, PipelineLayout]:
+        """Of source and target."""
+        return self.source_layout, self.layout
 
 
 def verify_existing(options: Options, listener: Listener) -> Verified:
@@ -68,16 +75,21 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
         folders = {key: source.family(key) for key in source.families}
         listener.began(Phase.PLAN, len(source.ranks))
-        found = {}
-        for key, told in zip(folders, workers.map(rules_of, folders.values()), strict=True):
-            found[key] = told
-            listener.advanced(len(folders[key].ranks))
-        known_by = fingerprint_source(workers, source)
-        layout = told_layout((target.path, target.ranks[0], next(iter(found.values()))[0]))
-        _check_manifest(options.save_dir, known_by, source.iteration, layout)
+        families = []
+        for family in workers.map(
+            prove, [FamilyJob(each, source.told) for each in folders.values()]
+        ):
+            families.append(family)
+            listener.advanced(len(family.folders.ranks))
+        check_families(families, source.path)
+        known = {rank: text for each in families for rank, text in each.fingerprints.items()}
+        known_by = fingerprint.of_checkpoint(known)
+        layout = told_layout((target.path, target.ranks[0], families[0].source.rules))
+        _check_manifest(options.save_dir, known_by, source.iteration, layout, options)
+        bare = options.no_save_optim
         proofs = {
-            key: Proof(folders[key], rules, frozen, layout, options.depth)
-            for key, (rules, frozen) in found.items()
+            key: Proof.of(each, layout, options.depth, no_save_optim=bare)
+            for key, each in zip(folders, families, strict=True)
         }
         listener.began(Phase.VERIFY, sum(sizes[rank] for rank in own))
         verified = _verify(workers, target.path, sorted(own), proofs)
@@ -94,6 +106,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         ranks=len(own),
         length=length,
         seconds=time.monotonic() - began,
+        source_layout=families[0].source.layout,
     )
 
 
@@ -158,7 +171,7 @@ def _survey_target(save_dir: Path, source: Survey) -> Survey:
 
 
 def _check_manifest(
-    save_dir: Path, fingerprint: str, iteration: int | None, layout: PipelineLayout
+    save_dir: Path, known_by: str, iteration: int | None, layout: PipelineLayout, options: Options
 ) -> None:
     """Where the target tells which conversion made it, it must be one of this source.
 
@@ -174,8 +187,14 @@ def _check_manifest(
             "fingerprint": source.get("fingerprint"),
             "iteration": source.get("iteration"),
             "layout": target.get("layout"),
+            "no_save_optim": target.get("no_save_optim", False),
         },
-        {"fingerprint": fingerprint, "iteration": iteration, "layout": str(layout)},
+        {
+            "fingerprint": known_by,
+            "iteration": iteration,
+            "layout": str(layout),
+            "no_save_optim": options.no_save_optim,
+        },
         save_dir / manifest.NAME,
     )
     if problems:

@@ -20,7 +20,7 @@ from ..errors import (
     problem,
 )
 from ..megatron.arguments import SavedArguments, read_arguments
-from ..megatron.ranks import TRACKER, RankId
+from ..megatron.ranks import RankId
 from .files import FamilyFolders, check_links, read_rank
 
 _MAX_ITERATION = 1 << 62
@@ -100,24 +100,15 @@ def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
         what = f"its rank folders ({odd[0]}) name no pipeline rank: it was saved with PP 1"
         cure = NOTHING_TO_CONVERT
     elif any(name.startswith(("iter_", "release")) for name in names):
-        what = "this is the checkpoint's root"
-        cure = f"give one of its iteration folders, such as {_latest(path, names)}"
+        what = "this is a checkpoint's root, and no tracker file names its iteration"
+        last = max(name for name in names if name.startswith(("iter_", "release")))
+        cure = f"give one of its iteration folders, such as {last}"
     else:
         what = "it holds no rank folders"
         cure = FROM_MEGATRON
     return problem(
         path, what, expected=expected, found=", ".join(list(names)[:5]) or "nothing", cure=cure
     )
-
-
-def _latest(root: Path, names: Collection[str]) -> str:
-    """The iteration folder that a checkpoint's tracker names, or the last one."""
-    try:
-        told = (root / TRACKER).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        told = ""
-    folder = f"iter_{int(told):07d}" if re.fullmatch("[0-9]{1,18}", told) else told
-    return folder if folder in names else max(n for n in names if n.startswith(("iter_", "rel")))
 
 
 def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> None:

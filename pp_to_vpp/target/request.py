@@ -10,6 +10,7 @@ from ..megatron.arguments import SavedArguments
 from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
 from ..megatron.pipeline import (
+    FORK_SIGN,
     Ends,
     Even,
     HybridPattern,
@@ -30,6 +31,8 @@ class Target:
     placement: Placement
     overlaps: bool
     """overlap_param_gather_with_optimizer_step."""
+    no_save_optim: bool = False
+    """It has no optimizer state."""
 
     def of(self, source: Megatron) -> Megatron:
         """The run that will load it, of the version that saved the source."""
@@ -86,9 +89,9 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
     except LayoutError as error:
         where = f"{options.load_dir}: the source's own arguments tell no possible placement"
         raise CheckpointError(*(f"{where}: {line}" for line in error.problems)) from None
-    wanted = Target(_placement(options, arguments), options.overlaps)
+    wanted = Target(_placement(options, arguments), options.overlaps, options.no_save_optim)
     target = wanted.of(source)
-    if target.is_laid_out_like(source):
+    if target.is_laid_out_like(source) and not wanted.no_save_optim:
         raise LayoutError.of(
             options.load_dir,
             "the source already has the layout that is asked for",
@@ -193,7 +196,7 @@ def notes(source: Megatron, target: Megatron) -> list[str]:
     if is_string and "pipeline_model_parallel_layout" not in known:
         found.append("layout strings need Megatron 0.13 or later to launch; this one is older")
     if isinstance(form, Ends):
-        if form.first_split and "decoder_first_pipeline_num_layers_split" not in known:
+        if form.first_split and FORK_SIGN not in known:
             found.append("the layer splits need Microsoft's fork of Megatron-LM to launch")
         if placement.vp_size > 1 and form.last is not None:
             found += _notes_on_the_last_stage(form, target)

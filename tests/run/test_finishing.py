@@ -27,7 +27,7 @@ from pp_to_vpp.run.plan_family import PlanJob, plan_family
 from pp_to_vpp.run.schedule import Copier, FamilyCopy
 from pp_to_vpp.source.survey import take_survey
 from pp_to_vpp.target.plan import RankPlan
-from pp_to_vpp.verify.compare import Proof
+from pp_to_vpp.verification.compare import Proof
 
 from ..compare import differences
 from ..edit import copy_of, flip_byte
@@ -73,9 +73,7 @@ def copied(
         is_verified_in_full=is_full,
     )
     planned = plan_family(job)
-    proof = Proof(
-        planned.folders, planned.source.rules, planned.frozen, planned.target.layout, depth
-    )
+    proof = Proof.of(planned.proven, planned.target.layout, depth, no_save_optim=False)
     context = FinishContext(proof, planned.sources)
     family = FamilyCopy(planned.ranks, planned.derivations, context, is_full)
 

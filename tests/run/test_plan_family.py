@@ -11,11 +11,11 @@ import pytest
 from pp_to_vpp.checkpoint.family import RankFiles
 from pp_to_vpp.container import crc32
 from pp_to_vpp.container.extents import Extent
-from pp_to_vpp.errors import CheckpointError, ConversionError
+from pp_to_vpp.errors import ConversionError
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.pipeline import LayoutString, Placement
 from pp_to_vpp.megatron.ranks import RankId
-from pp_to_vpp.run.plan_family import PlanJob, PlannedFamily, check_families, plan_family
+from pp_to_vpp.run.plan_family import PlanJob, plan_family
 from pp_to_vpp.source import files
 from pp_to_vpp.source.files import FamilyFolders, read_source_rank
 from pp_to_vpp.source.survey import take_survey
@@ -42,25 +42,20 @@ def job_for(name: str, side: str, number: int = 0, *, needs_contents: bool = Tru
     return PlanJob(folders, found.told, tuple(folders.ranks), target, needs_contents)
 
 
-def planned(name: str, side: str = "source") -> list[PlannedFamily]:
-    """All families of one side."""
-    count = len(surveyed(name, side).families)
-    return [plan_family(job_for(name, side, number)) for number in range(count)]
-
-
 @pytest.mark.parametrize(("name", "side"), SIDES)
 def test_what_planning_a_family_shows(name: str, side: str) -> None:
     for number, of in enumerate(families(name, side)):
         found = plan_family(job_for(name, side, number))
         there = families(name, opposite(side))[number]
-        assert (found.source, found.target.layout) == (of.megatron, there.layout)
+        proven = found.proven
+        assert (proven.source, found.target.layout) == (of.megatron, there.layout)
         assert found.target.is_laid_out_like(there.megatron)
-        assert (found.target.rules, found.kind) == (there.megatron.rules, there.kind)
-        assert found.folders == job_for(name, side, number).folders
-        for text, is_held in found.optimizer_states.items():
+        assert (found.target.rules, proven.kind) == (there.megatron.rules, there.kind)
+        assert proven.folders == job_for(name, side, number).folders
+        for text, is_held in proven.optimizer_states.items():
             assert is_held == there.holds_state(is_expert=text.startswith("expert"))
         assert [rank.id for rank in found.ranks] == [r.files.id for r in of.ranks.values()]
-        assert found.left_behind == ()
+        assert proven.left_behind == ()
         for file in found.sources:
             assert file.length == Path(file.path).stat().st_size
         assert {file.path for file in found.sources} == {
@@ -80,7 +75,9 @@ def test_checksums_that_are_derived_are_those_of_the_bytes(
 
     monkeypatch.setattr(crc32, "_WORTH_DERIVING", 1)
     monkeypatch.setattr(crc32, "_WORTH_READING", 0)
-    found = [d for family in planned(name) for d in family.derivations.items()]
+    count = len(surveyed(name, "source").families)
+    planned = [plan_family(job_for(name, "source", number)) for number in range(count)]
+    found = [d for family in planned for d in family.derivations.items()]
     assert found
     for extent, derivation in found:
         assert derivation.solve(crc32_of) == crc32_of(extent)
@@ -155,7 +152,7 @@ def test_other_files_are_planned_and_named(tmp_path: Path) -> None:
     (source / "mp_rank_00_000" / "notes.txt").touch()
     job = job_for(DENSE, "source")
     found = plan_family(replace(job, folders=FamilyFolders(str(source), job.folders.ranks, 1)))
-    assert found.left_behind == ("mp_rank_00_000/notes.txt",)
+    assert found.proven.left_behind == ("mp_rank_00_000/notes.txt",)
     assert found.ranks[1].files[-1].contents == ((Extent(str(loader), 0, 5),),)
     assert [file.name for file in found.ranks[0].files] == [
         "model_optim_rng.pt",
@@ -183,32 +180,3 @@ def test_everything_must_be_used_if_all_ranks_are_planned(monkeypatch: pytest.Mo
     plan_family(job)
     plan_family(replace(job, pp_ranks=(1,)))
     assert asked == [True, False]
-
-
-@pytest.mark.parametrize(("name", "side"), SIDES)
-def test_real_families_fit_together(name: str, side: str) -> None:
-    check_families(planned(name, side), "here")
-
-
-def test_families_of_two_saves_do_not() -> None:
-    one, other = planned(MOE)
-    own = other.source
-    rules = replace(own.rules, aligns_parameters=not own.rules.aligns_parameters)
-    with pytest.raises(CheckpointError, match=r"written in different ways.*mp_rank_00_000_001"):
-        check_families([one, replace(other, source=replace(own, rules=rules))], "here")
-
-
-def test_one_family_of_those_with_the_same_parameters_holds_their_state() -> None:
-    dense = "dense optimizer state of tp rank 0"
-    experts = [f"expert optimizer state of etp rank 0 and ep rank {rank}" for rank in (0, 1)]
-    found = planned(MOE)
-    assert [dict(of.optimizer_states) for of in found] == [
-        {dense: True, experts[0]: True},
-        {dense: False, experts[1]: True},
-    ]
-    with pytest.raises(CheckpointError, match=f"no distrib_optim.pt holds the {dense}"):
-        check_families(found[1:], "here")
-    less = replace(found[1], optimizer_states={dense: False, experts[1]: False})
-    with pytest.raises(CheckpointError, match=f"no distrib_optim.pt holds the {experts[1]}"):
-        check_families([found[0], less], "here")
-    assert planned(PLAIN)[0].optimizer_states == {}

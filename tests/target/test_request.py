@@ -15,7 +15,7 @@ from pp_to_vpp.megatron.arguments import SavedArguments
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Placement
 from pp_to_vpp.megatron.rules import candidates
-from pp_to_vpp.options import Depth, Options
+from pp_to_vpp.options import Options
 from pp_to_vpp.target import request
 from pp_to_vpp.target.request import wanted_ranks, wanted_target
 
@@ -249,14 +249,6 @@ def test_notes_tell_what_the_version_cannot(name: str) -> None:
     assert [note for note in notes if "0.13 or later" in note] == notes[: int(is_old)]
     found = request.notes(source_of(arguments), target_of(FORK, "truth"))
     assert any("Microsoft's fork" in note for note in found) == ("fork" not in name)
-
-
-def test_without_a_target_a_pair_is_verified() -> None:
-    assert Options(HERE).verifies_only
-    assert not Options(HERE, target_vp_size=1).verifies_only
-    assert not Options(HERE, layout_string="E|L").verifies_only
-    assert not Options(HERE, hybrid_pattern="M|M").verifies_only
-    assert Options(HERE).depth is Depth.STRUCTURE
 
 
 @pytest.mark.parametrize(

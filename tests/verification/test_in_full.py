@@ -16,9 +16,10 @@ from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.run import convert, verify_pair
 from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.source.files import read_directory
+from pp_to_vpp.source.proven import FamilyJob, prove
 from pp_to_vpp.source.survey import take_survey
-from pp_to_vpp.verify.compare import Proof, VerifyJob, rules_of, verify_folder
-from pp_to_vpp.verify.in_full import check_source
+from pp_to_vpp.verification.compare import Proof, VerifyJob, verify_folder
+from pp_to_vpp.verification.in_full import check_source
 
 from ..edit import copy_of, flip_byte
 from ..families import family, target_of
@@ -78,8 +79,9 @@ def test_each_byte_is_read_once_on_either_side(
 
 def proof_of(name: str, source: Path) -> Proof:
     """The first family of a source, and the layout of its truth."""
-    folders = take_survey(str(source)).family((0, 0))
-    return Proof(folders, *rules_of(folders), family(name, "truth").layout, Depth.FULL)
+    survey = take_survey(str(source))
+    proven = prove(FamilyJob(survey.family((0, 0)), survey.told))
+    return Proof.of(proven, family(name, "truth").layout, Depth.FULL, no_save_optim=False)
 
 
 def bytes_of(extent: Extent) -> bytes:

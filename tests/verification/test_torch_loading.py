@@ -18,7 +18,7 @@ from pp_to_vpp.container.pickling import Instance, as_mapping, ordered_dict
 from pp_to_vpp.container.tensors import as_tensor
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.source.files import read_torch_file
-from pp_to_vpp.verify import torch_loading
+from pp_to_vpp.verification import torch_loading
 
 from ..pairs import DENSE, names, pair, rank_files
 

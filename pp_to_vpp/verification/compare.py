@@ -31,7 +31,8 @@ from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
 from ..source.files import FamilyFolders, RangeReader, check_links, other_files, read_rank
-from ..source.proof import known_family, likeliest_family, proven_family, unlike_copies
+from ..source.proof import known_family, likeliest_family, unlike_copies
+from ..source.proven import ProvenFamily
 from . import framing, torch_loading
 from .in_full import UNLIKE_MAIN, Pair, SourceJob, read_in_full
 
@@ -51,6 +52,16 @@ class Proof:
     layout: PipelineLayout
     """That all folders of the target must tell."""
     depth: Depth
+    no_save_optim: bool = False
+    """The target has no optimizer state."""
+
+    @classmethod
+    def of(
+        cls, source: ProvenFamily, layout: PipelineLayout, depth: Depth, *, no_save_optim: bool
+    ) -> Proof:
+        """That of a family that was proved."""
+        rules = source.source.rules
+        return cls(source.folders, rules, source.frozen, layout, depth, no_save_optim)
 
     def source_job(self, found: Mapping[Extent, int]) -> SourceJob:
         """The source to be held to the CRC-32 of its records, given those of what was read."""
@@ -124,17 +135,6 @@ def prepare(depth: Depth) -> None:
             ) from None
 
 
-def rules_of(source: FamilyFolders) -> tuple[Rules, frozenset[str]]:
-    """The rules that explain a family, its bytes included, and the names of the parameters that
-    the run does not train.
-
-    Raises:
-        CheckpointError: no rules do.
-    """
-    family, _ = proven_family(source.read(source.ranks))
-    return family.megatron.rules, family.frozen
-
-
 def verify_folder(job: VerifyJob) -> Verdict:
     """Verify one target rank folder; one that cannot be read or understood has that as a problem.
 
@@ -148,6 +148,10 @@ def verify_folder(job: VerifyJob) -> Verdict:
     except ConversionError as error:
         return Verdict(error.problems, 0, {})
     source = _source_of(proof, target, pp_rank)
+    if _lacks_optimizer(source, target, pp_rank):
+        text = "it holds no optimizer state, which its source does"
+        cure = "add --no-save-optim if it was to hold none, else convert again"
+        return Verdict((problem(files.model.path, text, cure=cure),), 0, {})
     twins = _twins(source, target, pp_rank)
     texts = [] if way is not None else [UNLIKE_MAIN.format(samples[0].name)]
     if target.layout != proof.layout:
@@ -187,7 +191,17 @@ def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
     (own,) = proof.source.read([pp_rank]).values()
     needed = layout_of(own, proof.rules).sources_of(target.layout, pp_rank)
     files = proof.source.read({pp_rank, *needed})
-    return known_family(files, proof.rules, proof.frozen)
+    family = known_family(files, proof.rules, proof.frozen)
+    return family.weights_only() if proof.no_save_optim else family
+
+
+def _lacks_optimizer(source: Family, target: Family, pp_rank: int) -> bool:
+    """Whether a target rank has none at all, and should."""
+    return (
+        target.kind is OptimizerKind.NONE is not source.kind
+        and has_optimizer(target.ranks[pp_rank].parameters, target.megatron)
+        and bool(source.ranks[pp_rank].optimizers)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,162 @@
+"""What reading a family of ranks has shown, and what only all families together can show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..checkpoint import one_save
+from ..checkpoint.family import Family, RankFiles
+from ..container.pickling import digest
+from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, problem
+from ..megatron.megatron import Megatron
+from ..megatron.optimizer_chain import OptimizerKind
+from ..megatron.ranks import OPTIMIZER_FILE, RankId
+from . import fingerprint
+from .files import FamilyFolders, other_files
+from .proof import proven_family
+
+
+@dataclass(frozen=True, slots=True)
+class ProvenFamily:
+    """A family whose bytes agree with the rules, without its objects."""
+
+    folders: FamilyFolders
+    source: Megatron
+    """The run that saved it."""
+    kind: OptimizerKind
+    rounding: str
+    """How the 16-bit weights come from their main parameters; "" if there are none."""
+    optimizer_states: Mapping[str, bool]
+    """The optimizer states that the family's parameters have, in words, and whether its own files
+    hold them. Families with the same dense or expert parameters share one."""
+    left_behind: tuple[str, ...]
+    """Files of the rank folders that are no part of the checkpoint."""
+    fingerprints: Mapping[RankId, str]
+    """Those of the rank folders that were read."""
+    frozen: frozenset[str]
+    """Names of the parameters that the run does not train."""
+    groups: Mapping[str, str]
+    """What tells each param group from its siblings, as a digest, by what it is known by."""
+
+    @property
+    def name(self) -> str:
+        """Its first folder."""
+        return min(self.folders.ranks.values()).folder
+
+
+def proven(family: Family, rounding: str, folders: FamilyFolders) -> ProvenFamily:
+    """What the program must know of a family that was read.
+
+    Raises:
+        CheckpointError: a file of it cannot be read.
+    """
+    read = [rank.files for rank in family.ranks.values()]
+    ignored = (name for files in read for name in other_files(folders.directory, files.id)[1])
+    return ProvenFamily(
+        folders=folders,
+        source=family.megatron,
+        kind=family.kind,
+        rounding=rounding,
+        optimizer_states=_optimizer_states(family),
+        left_behind=tuple(ignored),
+        fingerprints={files.id: fingerprint.of_rank(files, folders.directory) for files in read},
+        frozen=family.frozen,
+        groups={repr(kind): digest(told) for kind, told in family.group_identities.items()},
+    )
+
+
+def check_told(files: Iterable[RankFiles], told: Mapping[str, object]) -> None:
+    """Hold rank files to what all of one save tell alike.
+
+    Raises:
+        CheckpointError: they are of another save.
+    """
+    problems = [text for each in files for text in one_save.differences(each, told)]
+    if problems:
+        raise CheckpointError(*problems[:8])
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyJob:
+    """A family to be read."""
+
+    folders: FamilyFolders
+    told: Mapping[str, object]
+    """What all rank files of the save tell alike."""
+
+
+def read_proven(job: FamilyJob) -> tuple[Family, str]:
+    """All ranks of a family under the first rules that their bytes agree with, and the rounding.
+
+    Raises:
+        CheckpointError: no rules do, or the ranks are not of one save.
+    """
+    files = job.folders.read(job.folders.ranks)
+    check_told(files.values(), job.told)
+    return proven_family(files)
+
+
+def prove(job: FamilyJob) -> ProvenFamily:
+    """Read a family, and prove it.
+
+    Raises:
+        CheckpointError: no rules explain it, or the ranks are not of one save.
+    """
+    return proven(*read_proven(job), job.folders)
+
+
+def _optimizer_states(family: Family) -> dict[str, bool]:
+    """What ``optimizer_states`` of a proven family says."""
+    if family.kind is not OptimizerKind.DISTRIBUTED:
+        return {}
+    rank = family.any_rank.files.id
+    dense = f"dense optimizer state of tp rank {rank.tp_rank}"
+    found = {dense: family.holds_state(is_expert=False)}
+    if family.has_expert_optimizer:
+        # Consecutive ranks are those of one tensor-parallel group, of experts too.
+        etp_rank = rank.tp_rank % family.megatron.arguments.etp_size
+        experts = f"expert optimizer state of etp rank {etp_rank} and ep rank {rank.ep_rank or 0}"
+        found[experts] = family.holds_state(is_expert=True)
+    return found
+
+
+def check_families(families: Iterable[ProvenFamily], iteration_dir: str) -> None:
+    """What only all families together can show.
+
+    Raises:
+        CheckpointError: they are not of one save, or optimizer state is missing.
+    """
+    all_proven = list(families)
+    first = all_proven[0]
+    for family in all_proven:
+        if (family.source.rules, family.kind) != (first.source.rules, first.kind):
+            raise CheckpointError.of(
+                iteration_dir,
+                "its families of ranks were written in different ways "
+                f"({family.name} and {first.name})",
+                cure=ONE_SAVE,
+            )
+        common = family.groups.keys() & first.groups.keys()
+        if any(family.groups[kind] != first.groups[kind] for kind in common):
+            raise CheckpointError.of(
+                f"{iteration_dir}/{family.name}",
+                f"a param group differs from that of {first.name}",
+                cure=ONE_SAVE,
+            )
+    is_held: dict[str, bool] = {}
+    for family in all_proven:
+        for name, here in family.optimizer_states.items():
+            is_held[name] = here or is_held.get(name, False)
+    problems = [
+        problem(
+            iteration_dir,
+            f"no {OPTIMIZER_FILE} holds the {name}",
+            expected="one in the folders of its ranks",
+            cure=COPY_MISSING,
+        )
+        for name, somewhere in is_held.items()
+        if not somewhere
+    ]
+    if problems:
+        raise CheckpointError(*problems)

@@ -1,0 +1,97 @@
+"""A checkpoint described: every layout that is offered converts, with the flags that were told."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pp_to_vpp.megatron.pipeline import LayoutString
+from pp_to_vpp.options import Options
+from pp_to_vpp.run.inspect_checkpoint import Inspection, inspect
+from pp_to_vpp.run.listener import Listener
+
+from ..edit import copy_of, rewrite_all
+from ..families import iteration
+from ..pairs import DENSE, EMPTY, FORK, HYBRID, HYBRID_MOE, LAYER_WISE, LAYOUT, MOE, NOOP, ODD, pair
+from ..runs import Program
+
+
+def inspected(path: Path) -> Inspection:
+    """A checkpoint, by two workers."""
+    return inspect(Options(path, processes=2), Listener())
+
+
+@pytest.mark.parametrize("side", ["source", "truth"])
+@pytest.mark.parametrize("name", [ODD, MOE, EMPTY, HYBRID_MOE, LAYER_WISE, NOOP, FORK])
+def test_a_checkpoint_is_described(name: str, side: str) -> None:
+    path, version = iteration(name, side), pair(name).megatron
+    found = inspected(path)
+    assert found.iteration == 1
+    assert found.notes == ()
+    assert found.folders == len(list(path.glob("mp_rank_*")))
+    assert found.length == sum(file.stat().st_size for file in path.glob("*/*"))
+    since = found.written_by.partition("Megatron-Core ")[2].partition(" or later")[0]
+    if version[0].isdigit() and since:
+        saved = tuple(map(int, version.split(".")[:2]))
+        assert tuple(map(int, since.split("."))) <= saved, found.written_by
+    assert "and its files agree" in found.written_by
+
+
+@pytest.mark.parametrize("name", [DENSE, HYBRID, FORK, LAYOUT])
+def test_every_choice_converts(name: str, program: Program, tmp_path: Path) -> None:
+    found = inspected(pair(name).source)
+    assert found.choices
+    for number, choice in enumerate(found.choices):
+        run = program(
+            "--load-iteration-dir", pair(name).source, "--save-iteration-dir",
+            tmp_path / str(number), *shlex.split(choice.options), "--dry-run",
+        )  # fmt: skip
+        assert run.status == 0, run
+        assert f"launch Megatron with: {choice.launch_flags}\n" in run.output
+
+
+def test_sizes_that_divide_are_offered() -> None:
+    sizes = [choice.options.split()[-1] for choice in inspected(pair(DENSE).source).choices]
+    assert sizes == ["2", "4"]
+    sizes = [choice.options.split()[-1] for choice in inspected(pair(DENSE).truth).choices]
+    assert sizes == ["1", "4"]
+
+
+def test_the_fork_is_offered_its_splits() -> None:
+    (choice,) = inspected(pair(FORK).source).choices
+    assert "--target-first-virtual-pipeline-num-layers-split 4 4" in choice.options
+    assert "--decoder-last-pipeline-num-layers-split 4 3" in choice.launch_flags
+
+
+def test_where_nothing_divides_a_layout_string_is_offered() -> None:
+    found = inspected(pair(LAYOUT).source)
+    form = found.source.arguments.placement.form
+    assert isinstance(form, LayoutString)
+    texts = [choice.options for choice in found.choices]
+    assert all(text.startswith("--target-") for text in texts)
+    hybrid = inspected(pair(HYBRID_MOE).source)
+    assert all("--hybrid-layer-pattern" in choice.launch_flags for choice in hybrid.choices)
+
+
+def test_oddities_are_told(tmp_path: Path) -> None:
+    source = copy_of(pair(MOE).source, tmp_path)
+    (source / "mp_rank_00_000_000" / "notes.txt").touch()
+    (source / "more").mkdir()
+    assert sorted(inspected(source).notes) == [
+        "not copied, no part of a checkpoint: more",
+        "not copied, no part of a checkpoint: mp_rank_00_000_000/notes.txt",
+    ]
+
+
+def test_rules_that_only_the_files_prove_are_told(tmp_path: Path) -> None:
+    """The sign of a change is not there, the change is."""
+    source = copy_of(pair(ODD).source, tmp_path)
+
+    def without_sign(root: Any) -> None:
+        del root["args"].state["deterministic_mode"]
+
+    rewrite_all(source, without_sign)
+    assert "its files prove otherwise: aligns_parameters" in inspected(source).written_by

@@ -1,0 +1,64 @@
+"""What families show together: they are of one save, and somebody holds each state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.source.proven import FamilyJob, ProvenFamily, check_families, prove
+
+from ..families import SIDES, families, surveyed
+from ..pairs import MOE, PLAIN
+
+
+def proven(name: str, side: str = "source") -> list[ProvenFamily]:
+    """All families of one side."""
+    found = surveyed(name, side)
+    return [prove(FamilyJob(found.family(key), found.told)) for key in found.families]
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_real_families_fit_together(name: str, side: str) -> None:
+    found = proven(name, side)
+    check_families(found, "here")
+    for one, other in zip(found, families(name, side), strict=True):
+        assert (one.source, one.kind) == (other.megatron, other.kind)
+        assert one.frozen == other.frozen
+        assert len(one.fingerprints) == len(one.folders.ranks)
+        assert one.left_behind == ()
+
+
+def test_families_of_two_saves_do_not() -> None:
+    one, other = proven(MOE)
+    own = other.source
+    rules = replace(own.rules, aligns_parameters=not own.rules.aligns_parameters)
+    with pytest.raises(CheckpointError, match=r"written in different ways.*mp_rank_00_000_001"):
+        check_families([one, replace(other, source=replace(own, rules=rules))], "here")
+    groups = dict.fromkeys(one.groups, "another")
+    with pytest.raises(CheckpointError, match=r"a param group differs from that of mp_rank_00_000"):
+        check_families([one, replace(other, groups=groups)], "here")
+
+
+def test_one_family_of_those_with_the_same_parameters_holds_their_state() -> None:
+    dense = "dense optimizer state of tp rank 0"
+    experts = [f"expert optimizer state of etp rank 0 and ep rank {rank}" for rank in (0, 1)]
+    found = proven(MOE)
+    assert [dict(of.optimizer_states) for of in found] == [
+        {dense: True, experts[0]: True},
+        {dense: False, experts[1]: True},
+    ]
+    with pytest.raises(CheckpointError, match=f"no distrib_optim.pt holds the {dense}"):
+        check_families(found[1:], "here")
+    less = replace(found[1], optimizer_states={dense: False, experts[1]: False})
+    with pytest.raises(CheckpointError, match=f"no distrib_optim.pt holds the {experts[1]}"):
+        check_families([found[0], less], "here")
+    assert proven(PLAIN)[0].optimizer_states == {}
+
+
+def test_a_family_of_another_save_is_refused() -> None:
+    found = surveyed(MOE, "source")
+    told = {**found.told, "iteration": 7}
+    with pytest.raises(CheckpointError, match="iteration"):
+        prove(FamilyJob(found.family((0, 0)), told))
