@@ -85,9 +85,10 @@ class _Parser(argparse.ArgumentParser):
         return f"; did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
 
 
-def _parser() -> _Parser:
-    """Fills an ``Options``: each ``dest`` is one of its fields, defaults are there."""
-    parser = _Parser(
+def parser() -> _Parser:
+    """Fills an ``Options``: each ``dest`` is one of its fields, defaults are there. Completion for
+    shells is made of it too (see the README)."""
+    made = _Parser(
         prog="pp_to_vpp",
         description="Rewrite a Megatron-LM checkpoint (--ckpt-format torch) from one pipeline "
         "layout into another: plain to virtual (interleaved) pipeline parallelism and back.",
@@ -95,8 +96,8 @@ def _parser() -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    add = parser.add_argument_group("source and target").add_argument
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    add = made.add_argument_group("source and target").add_argument
     add(
         "--load-iteration-dir",
         dest="load_dir",
@@ -126,7 +127,7 @@ def _parser() -> _Parser:
             help=f"{kind} parallel size of the source; taken from the checkpoint, must agree with "
             "it when given",
         )
-    add = parser.add_argument_group("target layout").add_argument
+    add = made.add_argument_group("target layout").add_argument
     add(
         "--target-virtual-pipeline-model-parallel-size",
         dest="target_vp_size",
@@ -167,7 +168,7 @@ def _parser() -> _Parser:
         action="store_true",
         help="leave the optimizer state out of the target, for --no-load-optim runs",
     )
-    add = parser.add_argument_group("running").add_argument
+    add = made.add_argument_group("running").add_argument
     add(
         "--num-max-processing-processes",
         dest="processes",
@@ -225,18 +226,17 @@ def _parser() -> _Parser:
         ("--log-file", "write the log to a file too"),
     ):
         add(option, type=Path, metavar="FILE", help=f"{what}; - is standard output")
-    return parser
+    return made
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
-    parser = _parser()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that it has not
             stream.reconfigure(errors="backslashreplace")
     call = Call(tuple(arguments), time.time())
     try:
-        given = ready(parser.parse_args(arguments, Options(Path())))
+        given = ready(parser().parse_args(arguments, Options(Path())))
         _check_outputs(given)
     except ConversionError as error:
         status = _refuse(error, _report_of_wrong_call(arguments), call)
@@ -255,15 +255,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _report_of_wrong_call(arguments: Sequence[str]) -> Path | None:
     """Where a call that cannot be understood wants its report, if it says so and may."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    bare = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option, field in (
         ("--load-iteration-dir", "load_dir"),
         ("--save-iteration-dir", "save_dir"),
         ("--report", "report"),
     ):
-        parser.add_argument(option, dest=field, type=Path)
+        bare.add_argument(option, dest=field, type=Path)
     try:
-        given, _ = parser.parse_known_args(arguments, Options(Path()))
+        given, _ = bare.parse_known_args(arguments, Options(Path()))
     except argparse.ArgumentError:
         return None
     return None if _why_unwritable(given.report, given) else given.report

@@ -45,6 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name, case in (("ckpt", "moe-pp2ep2-v016"), ("uneven", "uneven-31layers-pp4-fork")):
         shutil.copytree(pair(case).source, folder / name / "iter_0001000")
+        (folder / name / "latest_checkpointed_iteration.txt").write_text("1000")
     commands = folder / "bin"
     commands.mkdir()
     srun = commands / "srun"
@@ -79,7 +80,7 @@ def run_shell(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_commands_run_one_after_the_other(workplace: Path) -> None:
-    blocks = _BLOCK.findall(section("Use")) + _BLOCK.findall(section("Launch examples"))
+    blocks = _BLOCK.findall(section("Use")) + _BLOCK.findall(section("Several nodes"))
     assert len(blocks) >= 6
     for block in blocks:
         other = f"({block.replace('NODE=0', 'NODE=1')}) &" if "NODE=0" in block else ""
@@ -111,13 +112,34 @@ def test_the_first_command_converts_the_sample(workplace: Path) -> None:
 
 def test_the_picture_is_what_the_program_prints(workplace: Path) -> None:
     """Source and target stand side by side in the README."""
-    command = _BLOCK.findall(section("Use"))[0].split("\n\n")[0]
-    printed = [line.split() for line in run_shell(command, workplace).stdout.splitlines()]
-    for line in section("What moves").splitlines():
-        if re.match(r" +(vp0|pp\d)", line):
-            left, right = re.split(r" {7,}(?=pp|vp)", line.strip())
-            assert left.split() in printed, left
-            assert right.split() in printed, right
+    command = _BLOCK.findall(section("Use"))[0].split("\n\n")[1]
+    printed = [line.strip() for line in run_shell(command, workplace).stdout.splitlines()]
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", section("What moves"), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for line in shown.splitlines()]
+    assert len(lines) > 3
+    assert [line for line in lines if line not in printed] == []
+
+
+def test_the_drawing_is_that_of_the_command(workplace: Path) -> None:
+    """As matplotlib draws it here: its letters are outlines, the same everywhere."""
+    pytest.importorskip("matplotlib")
+    (command,) = [block for block in _BLOCK.findall(section("Options")) if "--picture" in block]
+    done = run_shell(command.replace("uneven-vpp", "uneven-drawn"), workplace)
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "uneven.svg").read_text() == (ROOT / "logs" / "picture.svg").read_text()
+
+
+def test_the_library_does_what_its_section_shows(workplace: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (workplace / "library.py").write_text(code)
+    done = run_shell("python library.py", workplace)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Megatron-Core 0.16 or later")
+    assert lines[1].endswith("launch with --num-layers-per-virtual-pipeline-stage 2")
+    assert lines[2] == "plan 0 4"
+    assert "latest_checkpointed_iteration.txt names 1000" in lines[-1]
+    assert _bytes(workplace / "ckpt-library") == _bytes(workplace / "ckpt-vpp")
 
 
 def test_links_lead_to_files_that_ship() -> None:
