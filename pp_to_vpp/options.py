@@ -126,6 +126,8 @@ class Options:
         for name, value in numbers:
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name}: {value!r} is not a positive number")
+        if self.pp_ranks is not None and not self.pp_ranks:
+            raise UsageError("pipeline ranks to process: none is named")
         if self.checksums not in (CRC32, NO_CHECKSUMS):
             raise UsageError(
                 f"checksums: {self.checksums!r} is neither {CRC32!r} nor {NO_CHECKSUMS!r}"

@@ -77,6 +77,10 @@ def _inspection(found: Inspection) -> dict[str, object]:
             **_layout(found.source.layout),
         },
         "written_by": found.written_by,
+        "rules": [
+            {"name": rule.name, "since": rule.since, "in_force": rule.is_in_force}
+            for rule in found.rules
+        ],
         "optimizer_states": [{"name": name, "dtype": dtype} for name, dtype in found.states],
         "proofs": list(found.proofs),
         "stages": [

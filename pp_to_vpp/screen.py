@@ -113,6 +113,7 @@ def _show_outcome(outcome: Outcome) -> None:
     )
     if not plan.writes_tracker:
         return
+    _say_moves(*plan.layouts)  # again, hours later
     bare = "; records without checksums" if outcome.checksums == NO_CHECKSUMS else ""
     _say(f"verified: {outcome.depth.value}{bare}")
     _say(f"tracker: {outcome.tracker}")
@@ -139,6 +140,10 @@ def _show_inspection(found: Inspection) -> None:
     _say(f"it is: {'; '.join(found.facts)}")
     if found.states:
         _say(f"optimizer state: {', '.join(f'{name} ({dtype})' for name, dtype in found.states)}")
+    for is_in_force, words in ((True, "rules in force"), (False, "rules not in force")):
+        rules = [f"{r.name} ({r.since})" for r in found.rules if r.is_in_force is is_in_force]
+        if rules:
+            _say(f"{words}: {', '.join(rules).replace('_', ' ')}")
     for proof in found.proofs:
         _say(f"proved: {proof}")
     _say("stages (E embedding, M multi-token prediction, L loss):")

@@ -55,6 +55,7 @@ def test_a_verification_verifies(fields: dict[str, Any]) -> None:
         ({"target_vp_size": 0}, "virtual pipeline model parallel size: 0 is not a positive number"),
         ({"target_vp_size": True}, "True is not a positive number"),
         ({"target_vp_size": 2, "processes": -1}, "number of processes: -1 is not a positive"),
+        ({"target_vp_size": 2, "pp_ranks": ()}, "none is named"),
         ({"target_vp_size": 2, "checksums": "md5"}, "'md5' is neither 'crc32' nor 'none'"),
         ({"target_vp_size": 2, "first_split": (1, 1)}, "or none"),
         ({"target_vp_size": 2, "first_split": (1,), "last_split": (1, 1)}, "one number for each"),

@@ -13,8 +13,9 @@ import pytest
 
 from pp_to_vpp import __version__, report
 from pp_to_vpp.errors import UsageError
+from pp_to_vpp.megatron.rules import CHANGES
 
-from .pairs import DENSE, MOE, Pair, names, pair
+from .pairs import DENSE, HYBRID_MOE, MOE, Pair, names, pair
 from .runs import Program, run_process
 
 _V2 = ("--target-virtual-pipeline-model-parallel-size", "2")
@@ -112,6 +113,22 @@ def test_a_dry_run_needs_no_target(program: Program, tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert strange(found) == []
     assert found["target"]["path"] is None
+
+
+@pytest.mark.parametrize("name", [DENSE, MOE, HYBRID_MOE])
+def test_an_inspection_is_told(name: str, program: Program, tmp_path: Path) -> None:
+    source, path = pair(name).source, tmp_path / "inspection.json"
+    assert program("--load-iteration-dir", source, "--report", path).status == 0
+    found = json.loads(path.read_text())
+    assert strange(found) == []
+    assert (found["kind"], found["status"], found["source"]["path"]) == (
+        "inspection", 0, str(source),
+    )  # fmt: skip
+    assert found["bytes"] == sum(file.stat().st_size for file in source.glob("*/*"))
+    places = [(stage["pp_rank"], stage["vp_stage"]) for stage in found["stages"]]
+    layers = found["source"]["layers"]
+    assert places == [(p, v) for p, row in enumerate(layers) for v in range(len(row))]
+    assert [rule["name"] for rule in found["rules"]] == [change.rule for change in CHANGES]
 
 
 def test_a_share_is_told(program: Program, tmp_path: Path) -> None:

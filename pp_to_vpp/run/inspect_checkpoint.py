@@ -10,7 +10,7 @@ from ..errors import LayoutError, UsageError
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.pipeline import FORK_SIGN, Order, PipelineLayout, Shape, even_layout_string
-from ..megatron.rules import doubted, era
+from ..megatron.rules import CHANGES, doubted, era
 from ..options import Options
 from ..source.inspection import StageBytes, facts, look_at, oddities, proofs
 from ..source.proven import FamilyJob, check_families
@@ -19,6 +19,17 @@ from ..target import request
 from .listener import Listener, Phase
 from .share import number_of_workers
 from .workers import Workers
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRule:
+    """Whether a rule is in force."""
+
+    name: str
+    """See ``megatron.rules.Rules``."""
+    since: str
+    """Version of Megatron-Core."""
+    is_in_force: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,8 @@ class Inspection:
     """Name and dtype of each kind of optimizer state."""
     written_by: str
     """Versions of Megatron, in words."""
+    rules: tuple[FoundRule, ...]
+    """Which of the rules that changed between versions its files follow."""
     facts: tuple[str, ...]
     proofs: tuple[str, ...]
     """How the rules were proved that explain its files."""
@@ -90,6 +103,10 @@ def inspect(options: Options, listener: Listener) -> Inspection:
         kind=first.proven.kind,
         states=tuple(sorted(frozenset().union(*(look.states for look in looks)))),
         written_by=_written_by(source),
+        rules=tuple(
+            FoundRule(change.rule, change.since, getattr(source.rules, change.rule))
+            for change in CHANGES
+        ),
         facts=facts(survey.arguments, first.proven),
         proofs=proofs(first, sum(look.samples for look in looks)),
         notes=tuple(oddities(survey, families)),

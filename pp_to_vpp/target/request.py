@@ -60,7 +60,7 @@ def wanted_ranks(options: Options, arguments: SavedArguments) -> tuple[int, ...]
         )
         if given is not None and given != found
     ]
-    pp_ranks = options.pp_ranks or range(arguments.pp_size)
+    pp_ranks = range(arguments.pp_size) if options.pp_ranks is None else options.pp_ranks
     problems += [
         problem(
             "--pipeline-ranks-to-process",
