@@ -8,9 +8,9 @@ started threads, or has ``if __name__ == "__main__":`` around what it does elsew
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from .errors import UsageError
 from .options import Depth, Options
@@ -31,49 +31,29 @@ ProgressFunction: TypeAlias = Callable[[str, int, int], None]
 there is: folders while planning, bytes in the other phases."""
 
 
-class Layout(TypedDict, total=False):
-    """The layout of a target: a size, a layout string or a hybrid pattern, as on the command
-    line."""
-
-    virtual_pipeline_model_parallel_size: int
-    """Virtual stages per pipeline rank; 1 for plain pipeline parallelism."""
-    first_virtual_pipeline_num_layers_split: Sequence[int]
-    """Layers of each virtual stage of the first pipeline stage (Microsoft's fork)."""
-    last_virtual_pipeline_num_layers_split: Sequence[int]
-    pipeline_model_parallel_layout: str
-    """Megatron's layout string."""
-    hybrid_layer_pattern: str
-    """Megatron's pattern of a hybrid model."""
-    overlap_param_gather_with_optimizer_step: bool
-    """The target run uses this flag."""
-    no_save_optim: bool
-    """The target has no optimizer state."""
-
-
 class Running(TypedDict, total=False):
-    """How a task is run."""
+    """How a task is run: see ``convert``."""
 
     processes: int
-    """Workers; as many as this process has cores, up to 8, unless told otherwise."""
     follow_links: bool
-    """Files of the source may be links to regular files elsewhere."""
     progress: ProgressFunction
 
 
-class Conversion(Layout, Running, total=False):
-    """What a conversion is asked for."""
+class Conversion(Running, total=False):
+    """What is asked of a conversion: see ``convert``."""
 
+    virtual_pipeline_model_parallel_size: int
+    first_virtual_pipeline_num_layers_split: Sequence[int]
+    last_virtual_pipeline_num_layers_split: Sequence[int]
+    pipeline_model_parallel_layout: str
+    hybrid_layer_pattern: str
+    overlap_param_gather_with_optimizer_step: bool
+    no_save_optim: bool
     verify: str
-    """How deep each folder is verified before it gets its name: ``none``, ``structure`` (the
-    default) or ``full``."""
     checksums: str
-    """``crc32`` (the default) or ``none``."""
     resume: bool
-    """Keep rank folders that an earlier run of the same conversion finished."""
     pipeline_ranks_to_process: Sequence[int]
-    """Only these target pipeline ranks."""
     share: str
-    """``I/N`` or ``auto``: this process is one of several that share the work."""
 
 
 _FIELDS = {
@@ -98,6 +78,10 @@ _FIELDS = {
 def inspect(checkpoint: Folder, **running: Unpack[Running]) -> Inspection:
     """Describe a checkpoint: sizes, rules and how they were proved, bytes, possible layouts.
 
+    Args:
+        checkpoint: to be described.
+        running: processes, follow_links, progress as of ``convert``.
+
     Raises:
         CheckpointError: it cannot be read, or no rules explain it.
         UsageError: an option has an impossible value.
@@ -113,13 +97,7 @@ def plan(source: Folder, target: Folder | None = None, **asked: Unpack[Conversio
     Args:
         source: the checkpoint to be converted.
         target: looked at, if it is named: an existing one, too little room.
-        asked: layout of the target, and how to run.
-
-    Raises:
-        UsageError: options contradict each other or the checkpoint.
-        LayoutError: the layout is impossible.
-        CheckpointError: the source cannot be read, or not be converted exactly.
-        CopyError: there is too little room.
+        asked: as of ``convert``, whose errors this raises too.
     """
     from .run.convert import plan as run
 
@@ -127,12 +105,41 @@ def plan(source: Folder, target: Folder | None = None, **asked: Unpack[Conversio
 
 
 def convert(source: Folder, target: Folder, **asked: Unpack[Conversion]) -> Outcome:
-    """Convert a checkpoint; see ``plan`` for arguments and errors.
+    """Convert a checkpoint.
+
+    Args:
+        source: the checkpoint to be converted.
+        target: what it is converted to; other than the source.
+        asked: one of these asks for a layout:
+
+            virtual_pipeline_model_parallel_size (int): virtual stages per pipeline rank, 1 for
+                plain pipeline parallelism; with first_virtual_pipeline_num_layers_split and
+                last_virtual_pipeline_num_layers_split (numbers), the layers of each virtual stage
+                of the first and last pipeline stage (Microsoft's fork)
+            pipeline_model_parallel_layout (str): Megatron's layout string
+            hybrid_layer_pattern (str): Megatron's pattern of a hybrid model
+
+            and these how the target is made:
+
+            overlap_param_gather_with_optimizer_step (bool): the target run uses this flag
+            no_save_optim (bool): leave the optimizer state out
+            verify (str): how deep each folder is verified before it gets its name, "none",
+                "structure" (unless told otherwise) or "full"
+            checksums (str): of records, "crc32" (unless told otherwise) or "none"
+            resume (bool): keep what an earlier run of the same conversion finished
+            pipeline_ranks_to_process (numbers): only these target pipeline ranks
+            share (str): "I/N" or "auto", where several processes share the work
+            processes (int): workers; as many as this process has cores, up to 8, if not told
+            follow_links (bool): files of the source may be links to regular files elsewhere
+            progress (function): see ``ProgressFunction``
 
     Raises:
+        UsageError: options contradict each other or the checkpoint.
+        LayoutError: the layout is impossible.
+        CheckpointError: the source cannot be read, or not be converted exactly.
+        CopyError: reading or writing failed, or there is too little room.
         VerificationError: what was written is not what it must be. Nothing that is not whole and
             verified has its name.
-        ConversionError: as for ``plan``.
     """
     from .run.convert import convert as run
 
@@ -154,7 +161,7 @@ def verify(
         target: what it was converted to.
         depth: ``structure`` samples the bytes of tensors, ``full`` compares all.
         no_save_optim: the target was written without optimizer state.
-        running: how to run.
+        running: processes, follow_links, progress as of ``convert``.
 
     Raises:
         VerificationError: the target does not hold what the source holds.
@@ -167,7 +174,7 @@ def verify(
 
 
 def _asked(
-    source: Folder, target: Folder | None, asked: object, *, is_dry_run: bool = False
+    source: Folder, target: Folder | None, asked: Mapping[str, object], *, is_dry_run: bool = False
 ) -> tuple[Options, Listener]:
     """What a run needs.
 
@@ -179,8 +186,8 @@ def _asked(
 
     options = Options(Path(source), None if target is None else Path(target), is_dry_run=is_dry_run)
     listener = Listener()
-    assert isinstance(asked, dict)
-    for name, value in asked.items():
+    given: dict[str, Any] = dict(asked)
+    for name, value in given.items():
         if name == "progress":
             _Told(value).listen(listener)
         elif name == "verify":
