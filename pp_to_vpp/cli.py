@@ -350,7 +350,7 @@ def _why_unwritable(path: Path | None, given: Options) -> str | None:
     return None if path is None else outputs.why_unwritable(path, folders)
 
 
-class _LogFile(logging.StreamHandler[TextIO]):
+class _LogFile(logging.StreamHandler):  # type: ignore[type-arg] # Python 3.10 has no [TextIO] here
     """A log file. A full disk ends the log, and is told when the run is over."""
 
     failure: OSError | None = None

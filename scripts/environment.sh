@@ -15,3 +15,11 @@ make_environment() {
     PYTHONPATH="$tools" python3 -m virtualenv --quiet "$environment"
     rm -rf "$tools"
 }
+
+# Arguments: extras of the package, as in "test,megatron".
+install_extras() {
+    # torch first: what depends on it would pull another build
+    "$environment/bin/python" -c 'import torch' 2>/dev/null ||
+        "$environment/bin/python" -m pip install --quiet torch==2.13.0
+    "$environment/bin/python" -m pip install --quiet --editable "$repository[$1]"
+}

@@ -8,6 +8,7 @@ Needs matplotlib: pip install '.[plots]'.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -34,15 +35,16 @@ _STYLE = {
     "lines.linewidth": 1,
     "lines.markersize": 3,
 }
-_FIRST_CELL, _CELL = 9, 31
+_FIRST_CELL, _CELL = 9, 17
 """Widths of the columns in a log of losses."""
+_MODEL = re.compile(r"tests.training.resume (\w+)")
 _BENCHMARK_ROW = re.compile(r"\| ([\d.]+) GB \| ([^|]+) \| ([\d.]+) s \|.*?\| (\d+) MB \|")
 _MEASURES = ("cp -r", "diff -rq")
 _RATIO_ROW = re.compile(r"GB \| ([^|]+) \| [\d.]+ s \| ([\d.]+) \(([\d.]+) to ([\d.]+)\)")
 
 
 def read_losses(log: str) -> dict[str, dict[int, float]]:
-    """The losses of each run by iteration, exact; the uninterrupted run comes first."""
+    """The losses of each run by iteration; equal ones are equal. The uninterrupted run is first."""
     lines = iter(log.splitlines())
     head = next(line for line in lines if line.startswith("iteration"))
     starts = range(_FIRST_CELL, len(head), _CELL)
@@ -53,28 +55,45 @@ def read_losses(log: str) -> dict[str, dict[int, float]]:
         if not line.strip():
             break
         for start, losses in zip(starts, runs.values(), strict=True):
-            cell = line[start : start + _CELL].split()
+            cell = line[start : start + _CELL].strip()
             if cell:
-                losses[int(line[:_FIRST_CELL])] = float.fromhex(cell[-1])
+                losses[int(line[:_FIRST_CELL])] = float(cell)
     return runs
 
 
 def draw_losses(log: str, figure: Figure) -> None:
     """The losses of all runs, and below how far each is from the uninterrupted one."""
     (name, whole), *others = read_losses(log).items()
-    losses, differences = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    losses.plot(whole.keys(), whole.values(), color="#b3b3b3", linewidth=3, label=name)
+    losses, away = figure.subplots(2, sharex=True, height_ratios=(5, 4))
+    losses.plot(whole.keys(), whole.values(), color="#c8c8c8", linewidth=4, label=name)
     colors = (_COLORS[0], "#009e73", _COLORS[3], "#e69f00")
-    styles = zip(colors, "os^D", (4, 4, 3, 3), strict=True)
-    for (title, run), (color, marker, level) in zip(others, styles, strict=False):
-        style = {"color": color, "marker": marker, "zorder": level}
+    apart: list[float] = []
+    for (title, run), color, marker in zip(others, colors, "os^D", strict=True):
+        is_equal = all(loss == whole[iteration] for iteration, loss in run.items())
+        style = {"color": color, "marker": marker, "zorder": 4 if is_equal else 3}
         losses.plot(run.keys(), run.values(), label=title, **style)
-        away = [loss - whole[iteration] for iteration, loss in run.items()]
-        differences.plot(run.keys(), away, **style)
-    losses.set_title(f"loss of the {log.partition(':')[0]} model")
-    losses.legend()
-    differences.set_title("difference to the run that was never interrupted")
-    differences.set_xlabel("iteration")
+        differences = [abs(loss - whole[iteration]) for iteration, loss in run.items()]
+        away.plot(run.keys(), differences, clip_on=False, **style)
+        apart += filter(None, differences)
+    for title, run in others[:2]:
+        for panel in (losses, away):
+            panel.axvline(min(run) - 0.5, color="#8c8c8c", linestyle=":")
+        where = {"xycoords": losses.get_xaxis_transform(), "textcoords": "offset points"}
+        losses.annotate(f"converted {title}", (min(run) - 0.5, 1), (0, 6), **where)
+    losses.set_title(f"model: {_MODEL.findall(log)[0]}")
+    losses.set_ylabel("loss")
+    losses.legend(loc="lower left")
+    least, most = math.floor(math.log10(min(apart))), math.ceil(math.log10(max(apart)))
+    decades = [10.0**power for power in range(least, most + 1)]
+    away.set_yscale("symlog", linthresh=decades[0])
+    away.set_yticks([0, *decades], ["0, bit for bit", *(f"{decade:g}" for decade in decades)])
+    away.set_ylim(-decades[0] / 3, decades[-1])
+    away.axhline(0, color="#444444")
+    away.minorticks_off()
+    away.set_title("distance from the uninterrupted run, logarithmic")
+    away.set_ylabel("difference of losses")
+    away.set_xlabel("iteration")
+    away.set_xlim(0.5, max(whole) + 0.5)
 
 
 def draw_benchmark(log: str, figure: Figure) -> None:

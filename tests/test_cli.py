@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from .compare import differences
+from .compatibility.minimums import PROMISES, interpreter
 from .edit import copy_of, set_arguments
 from .pairs import DENSE, MOE, pair
 from .runs import ROOT, Program, Run, command, environment, run_process
@@ -37,6 +38,16 @@ def test_help_tells_every_option() -> None:
         "--log-file", "--follow-links", "--share",
     ):  # fmt: skip
         assert option in run.output
+
+
+def test_the_oldest_python_promised_starts_it() -> None:
+    """Without any package; conversions are for ``tests.compatibility.minimums``."""
+    python = interpreter(PROMISES["python"])
+    if python is None:
+        pytest.skip(f"there is no Python {PROMISES['python']} here")
+    words = [python, "-m", "pp_to_vpp", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_conversion_imports_neither_torch_nor_megatron(tmp_path: Path) -> None:

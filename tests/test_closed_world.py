@@ -642,7 +642,9 @@ def test_layers_without_parameters_are_shown_and_drop_a_list(
     set_arguments(source, num_layer_list="1,7")
     run = program.convert(source, tmp_path / "x" / "iter_0000001", pair(NOOP).options)
     assert run.status == 0
-    assert "    pp0  E 0 1    4 (5)\n    pp1  (2) (3)  6 7 L" in run.output
+    lines = run.output.splitlines()
+    assert "    pp0  E 0-1 (2-3)    pp0  E 0-1    4<1 (5)<1" in lines
+    assert "    pp1  4 (5) 6-7 L    pp1  (2-3)<0  6-7 L" in lines
 
 
 # -- hybrids ------------------------------------------------------------------------------------

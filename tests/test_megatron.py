@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from .training.cases import CASES, DENSE, virtual
 from .training.installed import NEEDS_MEGATRON
 from .training.judge import Judge
 from .training.launch import RankError
-from .training.resume import RUNS, experiment, lacking
+from .training.resume import RUNS, Experiment, experiment, lacking
 from .training.spec import Run
 
 pytestmark = NEEDS_MEGATRON
@@ -47,6 +49,25 @@ def test_a_missing_chunk_stops_loading(judge: Judge) -> None:
     """Loading is strict: a run with virtual stages does not take a checkpoint without."""
     with pytest.raises(RankError, match="KeyError: 'model0'"):
         judge.loaded(virtual(DENSE), judge.saved(DENSE).root)
+
+
+_LOSSES = {i: float(i).hex() for i in range(1, 10)}
+_DAMAGE: dict[str, dict[str, Any]] = {
+    "the uninterrupted run did not train": {"plain": {1: "0x1p+0"}},
+    "VPP is not bit": {"virtual": {**_LOSSES, 5: "0x1.4000001p+2"}},
+    "PP after VPP is not bit": {"back": {8: _LOSSES[8], 9: _LOSSES[9]}},
+    "do not depend on the optimizer": {"without": {4: _LOSSES[4], 5: _LOSSES[5]}},
+}
+
+
+@pytest.mark.parametrize("said", _DAMAGE)
+def test_wrong_losses_are_seen(said: str) -> None:
+    """The judgement of training can fail."""
+    first, last = ({i: _LOSSES[i] for i in range(n, n + 3)} for n in (4, 7))
+    other = {4: _LOSSES[4], 5: _LOSSES[6]}
+    right = Experiment(_LOSSES, first, last, control=other, without=other, steps=3)
+    assert list(right.problems()) == []
+    assert any(said in problem for problem in replace(right, **_DAMAGE[said]).problems())
 
 
 @pytest.mark.parametrize("model", RUNS)

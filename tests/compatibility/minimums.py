@@ -30,11 +30,12 @@ from ..runs import ROOT
 from . import old_torch
 
 _CACHE = ROOT / "build" / "minimums"
-_PROMISES = dict(
+PROMISES = dict(
     re.findall(
         r'(python|numpy|torch|tqdm)(?: = ")?>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()
     )
 )
+"""The oldest version of each that pyproject.toml allows."""
 _WINDOW = struct.pack("4H", 24, 80, 0, 0)
 """Lines and columns."""
 _VERSIONS = """\
@@ -64,10 +65,10 @@ class Environment:
         return "-".join(filter(None, [self.python, self.numpy, self.tqdm, self.torch]))
 
 
-_OLDEST = (_PROMISES["python"], f"numpy=={_PROMISES['numpy']}", f"tqdm=={_PROMISES['tqdm']}")
+_OLDEST = (PROMISES["python"], f"numpy=={PROMISES['numpy']}", f"tqdm=={PROMISES['tqdm']}")
 ENVIRONMENTS = (
     Environment(*_OLDEST, torch=None),
-    Environment(*_OLDEST, torch=_PROMISES["torch"]),
+    Environment(*_OLDEST, torch=PROMISES["torch"]),
     Environment("3.13", "numpy", "tqdm", torch=None),
 )
 
@@ -115,7 +116,7 @@ def made(environment: Environment, cache: Path) -> Program | None:
     folder = cache / environment.folder
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        base = _interpreter(environment.python)
+        base = interpreter(environment.python)
         if base is None:
             return None
         subprocess.run([base, "-m", "venv", "--clear", str(folder)], check=True)
@@ -127,7 +128,7 @@ def made(environment: Environment, cache: Path) -> Program | None:
     return Program(python, {} if environment.torch is None else old_torch.environment(python))
 
 
-def _interpreter(version: str) -> str | Path | None:
+def interpreter(version: str) -> str | Path | None:
     """A Python of this version: on the path, or one of pyenv's."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates: list[str | Path] = [

@@ -36,7 +36,9 @@ SEQUENCE_LENGTH = 16
 VOCABULARY = 96
 HEADS = 4
 EXPERTS = 4
-STEPS = 20
+STEPS = 200
+"""Of the learning rate's decay. So many that it hardly falls in a few dozens: where --no-load-optim
+begins it anew, what is lost shows, not another rate."""
 
 
 def training_arguments(run: Run, rank: int = 0) -> Namespace:

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unittest.mock import MagicMock
@@ -107,6 +108,7 @@ def install() -> None:
     _list_split_sizes()
     _gather_any_sizes()
     _allow_triton()
+    _allow_override()
     mamba.install()
     # Kernels are compiled when first called, by a compiler that a test machine may not have.
     torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
@@ -192,6 +194,12 @@ def _allow_triton() -> None:
             stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
             stub.__version__ = "3.5"
             sys.modules[name] = stub
+
+
+def _allow_override() -> None:
+    """emerging-optimizers marks methods with it, which Python 3.12 brought; nothing reads them."""
+    if not hasattr(typing, "override"):
+        typing.override = lambda method: method  # type: ignore[attr-defined]
 
 
 def patch_megatron() -> None:

@@ -328,7 +328,8 @@ def _numbered(numbers: Iterator[int], numel: int) -> Any:
 
 def version(_: Run) -> str:
     """Which Megatron-Core this is."""
-    return str(megatron.core.__version__)  # a work tree has no other metadata
+    # A work tree has no other metadata. After "+" stands a commit of any repository this runs in.
+    return str(megatron.core.__version__).partition("+")[0]
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
