@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .fuzz import run
 
-_INPUTS = 150
+_INPUTS = 80
 _SEED = 5
 
 
