@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +98,36 @@ def _bytes(root: Path) -> dict[str, bytes]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def test_it_installs_as_shown(tmp_path: Path) -> None:
+    """Into an environment of its own, beside what is here already: nothing is fetched, and nothing
+    here is touched."""
+    project, fresh = tmp_path / "project", tmp_path / "fresh"
+    project.mkdir()
+    shutil.copytree(ROOT / "pp_to_vpp", project / "pp_to_vpp")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, project)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
+    (packages,) = fresh.glob("lib/python*/site-packages")
+    (packages / "here.pth").write_text(sysconfig.get_path("purelib"))
+    for command in ("pip", "shtab"):
+        script = fresh / "bin" / command
+        script.write_text(f'#!/bin/sh\nexec "{fresh}/bin/python" -m {command} "$@"\n')
+        script.chmod(0o755)
+    pip = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1"}
+    path = f"{fresh / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    blocks = _BLOCK.findall(section("Install"))
+    assert len(blocks) == 3
+    for block in blocks:
+        wanted = block.replace("--index-url https://download.pytorch.org/whl/cpu", "")
+        done = subprocess.run(
+            ["bash", "-e", "-c", wanted], cwd=project, capture_output=True, text=True, check=False,
+            env={**os.environ, **pip, "PATH": path},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    assert (packages / "pp_to_vpp" / "report.schema.json").exists()
+    assert "complete" in (project / "completion.bash").read_text()
 
 
 def test_the_first_command_converts_the_sample(workplace: Path) -> None:
