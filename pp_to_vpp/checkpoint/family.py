@@ -24,6 +24,7 @@ from ..errors import (
     ONE_SAVE,
     CheckpointError,
     LayoutError,
+    located,
     show,
 )
 from ..megatron import naming
@@ -335,7 +336,8 @@ def read_family(
     for is_told, rules in ways:
         try:
             reading = _Reading(Megatron(arguments, rules), agree, is_told, frozen)
-            family = _read_family(files, reading)
+            with located(f"{where}, or a file of its family"):  # who reads a file knows it better
+                family = _read_family(files, reading)
         except (CheckpointError, Unexplained) as failure:
             failures.append(failure)
         except LayoutError as error:

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from ..container.pickling import as_mapping
-from ..container.tensors import TensorRef, as_tensor, unwrap_tensor
+from ..container.tensors import TensorRef, unwrap_tensor
+from ..errors import FormatError
 from ..megatron.buffers import bucket_policy
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import ChainedOptimizer, items_by_group
@@ -158,9 +159,17 @@ def _flat_mains(entry: Any) -> Iterator[TensorRef]:
     for buffer in (as_mapping(entry) or {}).values():
         for states in (as_mapping(buffer) or {}).values():
             known = as_mapping(states) or {}
-            main = as_tensor(known.get(PARAM))
+            main = _tensor(known.get(PARAM))
             if main is not None and known.get(NUMEL) == main.numel:
                 yield main
+
+
+def _tensor(node: Any) -> TensorRef | None:
+    """A tensor; None for what is none, or is damaged: whoever reads it says so."""
+    try:
+        return unwrap_tensor(node)
+    except FormatError:
+        return None
 
 
 def marked(
@@ -206,7 +215,7 @@ def told_groups(
         if not isinstance(mains, list) or len(mains) != len(entry.groups):
             raise Unexplained("no main parameters tell the groups of parameters")
         for key, own in zip(keys_of_groups(entry.groups), mains, strict=True):
-            nodes = [unwrap_tensor(node) for node in own] if isinstance(own, list) else [None]
+            nodes = [_tensor(node) for node in own] if isinstance(own, list) else [None]
             for item in only_alignment(nodes, candidates, partial(may_be_main, agree)):
                 if told.setdefault(item, key) is not key:
                     raise Unexplained(f"{item.name} could be in two param groups")

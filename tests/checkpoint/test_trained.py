@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,13 +14,25 @@ from pp_to_vpp.checkpoint.chunks import ChunkContents
 from pp_to_vpp.checkpoint.family import read_family as read_family_by
 from pp_to_vpp.checkpoint.flat_states import Unexplained
 from pp_to_vpp.checkpoint.trained import answers, marked
-from pp_to_vpp.container.pickling import as_mapping
+from pp_to_vpp.container.pickling import Instance, as_mapping
 from pp_to_vpp.container.tensors import TensorRef
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.source.proof import likeliest_family
 
+from ..edit import copy_of, rewrite
 from ..families import families, family, read_family
-from ..pairs import DENSE, FROZEN_LAYER_WISE, FROZEN_MOST, FROZEN_PLAIN, LONE, PLAIN
+from ..pairs import (
+    DENSE,
+    FROZEN,
+    FROZEN_LAYER_WISE,
+    FROZEN_MOST,
+    FROZEN_PLAIN,
+    LONE,
+    MUP,
+    PLAIN,
+    pair,
+)
+from ..runs import Program
 
 PROJECTION = "decoder.layers.{}.self_attention.linear_proj.weight"
 
@@ -145,6 +160,40 @@ def test_layer_wise_files_of_equal_bytes_do_not_tell() -> None:
     }
     with pytest.raises(CheckpointError, match="only all layer-wise files together tell"):
         list(read_family(alone))
+
+
+def _damage(tensor: Instance) -> None:
+    storage, offset, _, *rest = tensor.arguments
+    tensor.arguments = (storage, offset, (1 << 40,), *rest)
+
+
+def _first_flat(root: Any) -> Any:
+    entry = root[0] if isinstance(root, list) else root
+    return next(iter(entry[0].values()))["param"]
+
+
+def _first_plain(root: Any) -> Any:
+    return root["optimizer"]["fp32_from_fp16_params"][0][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "first"),
+    [
+        (FROZEN, "distrib_optim.pt", _first_flat),
+        (FROZEN_MOST, "distrib_optim.pt", _first_flat),
+        (FROZEN_PLAIN, "model_optim_rng.pt", _first_plain),
+        (MUP, "model_optim_rng.pt", _first_plain),
+    ],
+)
+def test_damaged_main_parameters_tell_nothing(
+    name: str, file: str, first: Callable[[Any], Instance], program: Program, tmp_path: Path
+) -> None:
+    """And whoever reads them for themselves says where they are."""
+    source = copy_of(pair(name).source, tmp_path)
+    path = sorted(source.glob(f"*/{file}"))[0]
+    rewrite(path, lambda root: _damage(first(root)))
+    run = program.convert(source, tmp_path / "x", pair(name).options)
+    program.refuses(4, run, str(path.parent))
 
 
 def test_marking_nothing_changes_nothing() -> None:
