@@ -44,6 +44,7 @@ from tests.pairs import (
     EMPTY_OLD,
     ETP,
     FROZEN,
+    FROZEN_PLAIN,
     HYBRID_MOE,
     LAYER_WISE,
     LION,
@@ -54,8 +55,8 @@ from tests.pairs import (
 from tests.runs import Run
 
 PAIRS = {
-    BUCKETS: 17, DENSE: 1, PLAIN: 1, MOE: 1, LION: 1, ETP: 1, EMPTY_OLD: 1, LAYER_WISE: 1,
-    HYBRID_MOE: 1, FROZEN: 1,
+    BUCKETS: 8, DENSE: 1, PLAIN: 1, MOE: 1, LION: 1, ETP: 1, EMPTY_OLD: 1, LAYER_WISE: 1,
+    HYBRID_MOE: 1, FROZEN: 1, FROZEN_PLAIN: 1,
 }  # fmt: skip
 """The checkpoints that are mutated, and how often."""
 _ALLOWED = (0, 2, 3, 4, 5, 6)
