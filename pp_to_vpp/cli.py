@@ -289,13 +289,14 @@ def _guarded_run(given: Options, call: Call) -> int:
     """Run; the exit status of whatever happens."""
     try:
         done = _run(given)
-        from . import screen  # --help must not wait for numpy
+        from . import picture, screen  # --help must not wait for numpy
 
         screen.show(done, given)
-        if given.picture is not None:
-            _draw(given.picture, done)
+        if given.picture is not None and not _is_told_by_another(done):
+            source, target = done.layouts
+            outputs.write_output(given.picture, picture.drawn(source, target, given.picture))
         if given.report is not None:
-            outputs.write_report(given.report, report.of(done, call))
+            outputs.write_output(given.report, report.of(done, call))
     except ConversionError as error:
         return _refuse(error, given.report, call)
     except KeyboardInterrupt:
@@ -316,7 +317,7 @@ def _refuse(error: ConversionError, path: Path | None, call: Call) -> int:
         logging.getLogger("pp_to_vpp").error("%s", line)
     if path is not None:
         with contextlib.suppress(CopyError):  # the lines have said all
-            outputs.write_report(path, report.of_refusal(error, call))
+            outputs.write_output(path, report.of_refusal(error, call))
     return error.exit_status
 
 
@@ -417,24 +418,16 @@ def _run(given: Options) -> Done:
 
         def planned(found: Plan) -> None:
             progress.close()
-            if found.writes_tracker or given.is_dry_run:  # one of several processes tells all
+            if given.is_dry_run or not _is_told_by_another(found):
                 screen.show_plan(found)
 
         listener.planned = planned
         return tasks[given.task](given, listener)
 
 
-def _draw(path: Path, done: Done) -> None:
-    """Draw what moves.
+def _is_told_by_another(done: Done) -> bool:
+    """Whether this is one of several processes of a conversion, and not the first."""
+    from .run.convert import Plan
 
-    Raises:
-        CopyError: it cannot be written.
-    """
-    from . import picture
-    from .run.folders import copy_error
-
-    source, target = done.layouts
-    try:
-        picture.draw(source, target, path)
-    except OSError as error:
-        raise copy_error(path, "cannot be written", error) from None
+    plan = getattr(done, "plan", done)
+    return isinstance(plan, Plan) and not plan.writes_tracker

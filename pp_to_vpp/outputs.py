@@ -1,4 +1,5 @@
-"""Where reports and logs go: beside a checkpoint, never into one, never over what is no plain file.
+"""Where reports, pictures and logs go: beside a checkpoint, never into one, and never over what is
+no plain file.
 
 ``-`` is standard output.
 """
@@ -80,8 +81,8 @@ def open_output(path: Path, *, append: bool) -> TextIO:
     )
 
 
-def write_report(path: Path, text: str) -> None:
-    """Write a report: a plain file as a whole or not at all, anything else through.
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a report or a picture: a plain file as a whole or not at all, anything else through.
 
     Raises:
         CopyError: it cannot be written.
@@ -89,11 +90,11 @@ def write_report(path: Path, text: str) -> None:
     from .run.folders import write_whole  # --help must not wait for numpy
 
     if not _is_special(path):
-        write_whole(path, text)
+        write_whole(path, content)
         return
     try:
         with open_output(path, append=False) as file:
-            file.write(text)
+            file.buffer.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise _output_error(path, error) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,16 +174,13 @@ def check_drawing(path: Path) -> None:
         ) from None
 
 
-def draw(source: PipelineLayout, target: PipelineLayout | None, path: Path) -> None:
-    """Draw a layout, or two side by side with one colour for all that comes from a rank.
+def drawn(source: PipelineLayout, target: PipelineLayout | None, path: Path) -> bytes:
+    """A drawing of a layout, or of two side by side with one colour for all that comes from a rank.
 
     Args:
         source: of the checkpoint.
         target: None where nothing is to be converted.
-        path: what it is drawn to; its ending tells the format.
-
-    Raises:
-        OSError: it cannot be written.
+        path: where it will be; its ending tells the format.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -205,8 +203,10 @@ def draw(source: PipelineLayout, target: PipelineLayout | None, path: Path) -> N
         )
     # The same picture, the same bytes.
     told = {"Date": None} if path.suffix == ".svg" else None
+    content = io.BytesIO()
     with rc_context({"svg.hashsalt": "pp_to_vpp"}):
-        figure.savefig(path, dpi=150, metadata=told)
+        figure.savefig(content, format=path.suffix[1:], dpi=150, metadata=told)
+    return content.getvalue()
 
 
 def _column(cells: Sequence[Sequence[Cell]]) -> float:

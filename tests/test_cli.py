@@ -210,6 +210,13 @@ def test_what_moves_is_drawn(program: Program, tmp_path: Path) -> None:
         path = tmp_path / f"{len(options)}.svg"
         assert program(*call, *options, "--picture", path).status == 0
         assert "pp1" in path.read_text()
+    shared = ("--share", "1/2", "--picture", tmp_path / "shared.svg")
+    assert program(*call, *_V2, "--dry-run", *shared).status == 0
+    assert not (tmp_path / "shared.svg").exists()  # the first process draws it
+    link = tmp_path / "link.svg"
+    link.symlink_to(tmp_path / "linked")
+    assert program(*call, "--picture", link).status == 0
+    assert (link.is_symlink(), (tmp_path / "linked").read_bytes()[:5]) == (True, b"<?xml")
     inside = (*call, *_V2, "--dry-run", "--picture", pair(MOE).source / "x.svg")
     program.refuses(2, program(*inside), "--picture", "lies in the checkpoint")
     run = program(*call, "--picture", tmp_path / "x.gif")

@@ -189,13 +189,13 @@ def shown_at_work(save_dir: Path, share: object | None) -> Iterator[None]:
             path.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file so that it is there as a whole or not at all.
 
     Raises:
         CopyError: writing failed.
     """
-    with _written(path, text) as temporary:
+    with _written(path, content) as temporary:
         temporary.replace(path)
 
 
@@ -222,13 +222,13 @@ def write_first(path: Path, text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _written(path: Path, text: str) -> Iterator[Path]:
-    """A text on disk under a private name beside ``path``, which is removed afterwards."""
+def _written(path: Path, content: str | bytes) -> Iterator[Path]:
+    """Content on disk under a private name beside ``path``, which is removed afterwards."""
     name = path.name.replace(".", "-")  # the mark comes after the first dot
     temporary = path.with_name(f"{SMALL}{name}.{own_mark()}")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         yield temporary
