@@ -80,6 +80,7 @@ def test_the_layout_may_stay(program: Program, tmp_path: Path) -> None:
     run = program.convert(case.source, target, options, *_FULL)
     assert run.status == 0, run
     assert differing(target, "source") == []
+    assert "launch Megatron with: --no-load-optim\n" in run.output
 
 
 def test_it_is_another_conversion(program: Program, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from .arguments import SavedArguments
 from .pipeline import PipelineLayout, Placement
 from .rules import Rules
 
+NO_FLAGS = "(none: plain pipeline parallelism)"
+
 
 @dataclass(frozen=True)
 class Megatron:
@@ -39,7 +41,7 @@ class Megatron:
         flags = arguments.placement.launch_flags(arguments.num_layers, arguments.pp_size)
         if arguments.overlaps_param_gather_with_step:
             flags += " --overlap-param-gather-with-optimizer-step"
-        return flags or "(none: plain pipeline parallelism)"
+        return flags or NO_FLAGS
 
     def relaunched(self, placement: Placement, *, overlaps: bool) -> Megatron:
         """The same run with another placement, and with or without

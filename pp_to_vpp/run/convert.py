@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..container.extents import Extent
-from ..megatron.megatron import Megatron
+from ..megatron.megatron import NO_FLAGS, Megatron
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import MODEL_FILE, RankId
 from ..options import CRC32, Depth, Options
@@ -105,7 +105,10 @@ class Plan:
     @property
     def launch_flags(self) -> str:
         """Megatron's flags to train from the target."""
-        return self.target.launch_flags + (" --no-load-optim" if self.no_save_optim else "")
+        flags = self.target.launch_flags
+        if self.no_save_optim:
+            return f"{'' if flags == NO_FLAGS else flags} --no-load-optim".strip()
+        return flags
 
 
 @dataclass(frozen=True, slots=True)
