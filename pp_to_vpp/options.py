@@ -104,7 +104,7 @@ class Options:
         self._check_values()
         task = self.task
         if task is Task.INSPECT and self._wants_a_target():
-            raise UsageError(_GIVE_LAYOUT)
+            raise UsageError(f"{_GIVE_LAYOUT}; or --save-iteration-dir, to verify what is there")
         verifies = task is Task.VERIFY
         if verifies and (self.is_dry_run or self.resume or self.depth is Depth.NONE):
             raise UsageError(_GIVE_LAYOUT)
