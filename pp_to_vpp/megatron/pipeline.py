@@ -482,6 +482,8 @@ _ARGUMENTS: Mapping[str, object] = {
 PLACEMENT_ARGUMENTS = frozenset(_ARGUMENTS)
 FORK_SIGN = "decoder_first_pipeline_num_layers_split"
 """An argument that Microsoft's fork alone knows."""
+LAYOUT_SIGN = "pipeline_model_parallel_layout"
+"""The argument of layout strings, which Megatron knows from 0.13 on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from ..errors import LayoutError, UsageError
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
-from ..megatron.pipeline import FORK_SIGN, Order, PipelineLayout, Shape, even_layout_string
+from ..megatron.pipeline import (
+    FORK_SIGN,
+    LAYOUT_SIGN,
+    Order,
+    PipelineLayout,
+    Shape,
+    even_layout_string,
+)
 from ..megatron.rules import CHANGES, doubted, era
 from ..options import Options
 from ..source.inspection import StageBytes, facts, look_at, oddities, proofs
@@ -129,7 +136,7 @@ def _written_by(source: Megatron) -> str:
 
 def _choices(options: Options, survey: Survey, source: Megatron) -> Iterator[Choice]:
     """The virtual pipeline sizes that divide the layers; if none do, stages of the fork, or an even
-    layout string."""
+    layout string, where the version that saved it can launch them."""
     layout, is_divided = source.layout, False
     for vp_size in range(1, max(len(chunk.layers) for chunk in layout.chunks) * layout.vp_size + 2):
         asked = replace(options, target_vp_size=vp_size)
@@ -154,7 +161,7 @@ def _choices(options: Options, survey: Survey, source: Megatron) -> Iterator[Cho
     mtp = arguments.mtp_num_layers
     shape = Shape(arguments.num_layers, arguments.pp_size, 2, mtp, Order.INTERLEAVED)
     text = even_layout_string(shape)
-    if text is not None:
+    if text is not None and LAYOUT_SIGN in arguments.names:
         asked = replace(options, layout_string=text)
         for flags in _launch_flags(asked, survey, source):
             yield Choice(f"--target-pipeline-model-parallel-layout '{text}'", flags)

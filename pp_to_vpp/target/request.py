@@ -11,6 +11,7 @@ from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
 from ..megatron.pipeline import (
     FORK_SIGN,
+    LAYOUT_SIGN,
     Ends,
     Even,
     HybridPattern,
@@ -193,7 +194,7 @@ def notes(source: Megatron, target: Megatron) -> list[str]:
     placement, known = target.arguments.placement, source.arguments.names
     form, own = placement.form, source.arguments.placement.form
     is_string = isinstance(form, LayoutString)
-    if is_string and "pipeline_model_parallel_layout" not in known:
+    if is_string and LAYOUT_SIGN not in known:
         found.append("layout strings need Megatron 0.13 or later to launch; this one is older")
     if isinstance(form, Ends):
         if form.first_split and FORK_SIGN not in known:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pp_to_vpp.megatron.pipeline import LayoutString
+from pp_to_vpp.megatron.megatron import Megatron
+from pp_to_vpp.megatron.pipeline import LAYOUT_SIGN, Ends, Placement
+from pp_to_vpp.megatron.rules import candidates
 from pp_to_vpp.options import Options
+from pp_to_vpp.run import inspect_checkpoint
 from pp_to_vpp.run.inspect_checkpoint import Inspection, inspect
 from pp_to_vpp.run.listener import Listener
 
 from ..edit import copy_of, rewrite_all
-from ..families import iteration
+from ..families import iteration, surveyed
 from ..pairs import DENSE, EMPTY, FORK, HYBRID, HYBRID_MOE, LAYER_WISE, LAYOUT, MOE, NOOP, ODD, pair
 from ..runs import Program
 
@@ -66,14 +70,22 @@ def test_the_fork_is_offered_its_splits() -> None:
     assert "--decoder-last-pipeline-num-layers-split 4 3" in choice.launch_flags
 
 
-def test_where_nothing_divides_a_layout_string_is_offered() -> None:
-    found = inspected(pair(LAYOUT).source)
-    form = found.source.arguments.placement.form
-    assert isinstance(form, LayoutString)
-    texts = [choice.options for choice in found.choices]
-    assert all(text.startswith("--target-") for text in texts)
-    hybrid = inspected(pair(HYBRID_MOE).source)
-    assert all("--hybrid-layer-pattern" in choice.launch_flags for choice in hybrid.choices)
+@pytest.mark.parametrize("knows", [True, False])
+def test_where_nothing_divides_a_layout_string_is_offered(knows: bool) -> None:
+    """If the version could launch it."""
+    found = surveyed(DENSE, "source")
+    names = found.arguments.names if knows else found.arguments.names - {LAYOUT_SIGN}
+    arguments = replace(
+        found.arguments, num_layers=7, placement=Placement(1, Ends(first=4)), names=names
+    )
+    source = Megatron(arguments, next(candidates(arguments.names)))
+    choices = list(
+        inspect_checkpoint._choices(
+            Options(Path(found.path)), replace(found, arguments=arguments), source
+        )
+    )
+    texts = [choice.options for choice in choices]
+    assert texts == (["--target-pipeline-model-parallel-layout 'Et|(tt|)*2ttL'"] if knows else [])
 
 
 def test_oddities_are_told(tmp_path: Path) -> None:
