@@ -19,9 +19,10 @@ from .run.ready import ready
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .run.convert import Outcome, Plan
+    from .run.convert import Outcome
     from .run.inspect_checkpoint import Inspection
     from .run.listener import Listener, Phase
+    from .run.plan import Plan
     from .run.verify_pair import Verified
 
 Folder: TypeAlias = "str | os.PathLike[str]"

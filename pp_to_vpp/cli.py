@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from .report import Done
-    from .run.convert import Plan
     from .run.listener import Listener
+    from .run.plan import Plan
 
 logging.getLogger("pp_to_vpp").addHandler(logging.NullHandler())  # a call may be refused before
 
@@ -427,7 +427,7 @@ def _run(given: Options) -> Done:
 
 def _is_told_by_another(done: Done) -> bool:
     """Whether this is one of several processes of a conversion, and not the first."""
-    from .run.convert import Plan
+    from .run.plan import Plan
 
     plan = getattr(done, "plan", done)
     return isinstance(plan, Plan) and not plan.writes_tracker

@@ -13,8 +13,9 @@ from .errors import ConversionError
 
 if TYPE_CHECKING:
     from .megatron.pipeline import PipelineLayout
-    from .run.convert import Outcome, Part, Plan
+    from .run.convert import Outcome
     from .run.inspect_checkpoint import Inspection
+    from .run.plan import Part, Plan
     from .run.verify_pair import Verified
 
     Done: TypeAlias = Inspection | Plan | Outcome | Verified
@@ -34,8 +35,9 @@ class Call:
 
 def of(done: Done, call: Call) -> str:
     """What was done, as JSON."""
-    from .run.convert import Outcome, Plan  # --help must not wait for numpy
+    from .run.convert import Outcome  # --help must not wait for numpy
     from .run.inspect_checkpoint import Inspection
+    from .run.plan import Plan
 
     if isinstance(done, Inspection):
         kind, content = "inspection", _inspection(done)

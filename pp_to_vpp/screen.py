@@ -11,8 +11,9 @@ from . import picture
 from .errors import CopyError
 from .options import NO_CHECKSUMS
 from .progress import size
-from .run.convert import Outcome, Plan
+from .run.convert import Outcome
 from .run.inspect_checkpoint import Inspection
+from .run.plan import Plan
 from .run.share import number_of_workers
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..container.extents import Extent
-from ..megatron.megatron import NO_FLAGS, Megatron
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import MODEL_FILE, RankId
 from ..options import CRC32, Depth, Options
@@ -26,89 +25,13 @@ from . import folders, manifest, signs, target_folder
 from .cloning import shared_block
 from .finishing import FinishContext, KeptJob, RankDone, check_copied, check_kept, finish_rank
 from .listener import Listener, Phase
+from .plan import Part, Plan
 from .plan_family import PlanJob, PlannedFamily, RankJob, fingerprint_rank, plan_family
 from .schedule import Copier, FamilyCopy
 from .share import Share, deal, number_of_workers, wanted_share
 from .workers import Workers
 
 log = logging.getLogger("pp_to_vpp")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one of several processes does."""
-
-    share: Share
-    ranks: frozenset[RankId]
-    """The rank folders that it writes."""
-    length: int
-    """Their bytes."""
-    largest_over_mean: float
-    """Of the bytes of all processes: 1 if they share evenly."""
-
-    def __str__(self) -> str:
-        return str(self.share)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A run before its first byte: what will be done."""
-
-    survey: Survey
-    save_dir: Path | None
-    source: Megatron
-    """The run that saved the source."""
-    target: Megatron
-    """The run that will load the target."""
-    no_save_optim: bool
-    """The target has no optimizer state."""
-    manifest: Mapping[str, Any]
-    """What this conversion is known by."""
-    ranks: tuple[RankPlan, ...]
-    """What the target will hold; after a dry run, without contents."""
-    facts: tuple[str, ...]
-    """What the source was found to be."""
-    notes: tuple[str, ...]
-    """What the user should know."""
-    part: Part | None = None
-    """What this process does, if several share the work."""
-
-    @property
-    def length(self) -> int:
-        """Bytes of the target."""
-        return sum(rank.length for rank in self.ranks)
-
-    @property
-    def own(self) -> tuple[RankPlan, ...]:
-        """What this process writes."""
-        part = self.part
-        return tuple(rank for rank in self.ranks if part is None or rank.id in part.ranks)
-
-    @property
-    def awaited(self) -> tuple[RankPlan, ...]:
-        """What others write and this process waits for."""
-        part = self.part
-        if part is None or not self.writes_tracker:
-            return ()
-        return tuple(rank for rank in self.ranks if rank.id not in part.ranks)
-
-    @property
-    def writes_tracker(self) -> bool:
-        """Whether this process waits for the others, and ends the conversion."""
-        return self.part is None or self.part.share.index == 0
-
-    @property
-    def layouts(self) -> tuple[PipelineLayout, PipelineLayout]:
-        """Of source and target."""
-        return self.source.layout, self.target.layout
-
-    @property
-    def launch_flags(self) -> str:
-        """Megatron's flags to train from the target."""
-        flags = self.target.launch_flags
-        if self.no_save_optim:
-            return f"{'' if flags == NO_FLAGS else flags} --no-load-optim".strip()
-        return flags
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .convert import Plan
+    from .plan import Plan
 
 
 class Phase(enum.Enum):
