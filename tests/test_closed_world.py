@@ -769,3 +769,43 @@ def test_refusals_write_their_report(program: Program, tmp_path: Path) -> None:
         for line in run.errors.splitlines()
         if line.startswith("pp_to_vpp: error: ")
     ]
+
+
+# -- param groups that were lost ------------------------------------------------------------------
+
+
+def _groups(root: Any) -> list[list[Any]]:
+    node = root["optimizer"]
+    entries = node if isinstance(node, list) else [node]
+    return [entry.get("optimizer", entry)["param_groups"] for entry in entries]
+
+
+@pytest.mark.parametrize("change", ["first", "last", "all", "key"])
+@pytest.mark.parametrize("name", [DENSE, MOE, HYBRID_MOE])
+def test_a_rank_that_lost_a_group_is_refused(
+    name: str, change: str, program: Program, tmp_path: Path
+) -> None:
+    """From 0.14 on every rank has the groups of all, of parameters that it does not hold too."""
+
+    def lose(root: Any) -> None:
+        groups = _groups(root)[-1]
+        if change == "key":
+            node = root["optimizer"]
+            (node[-1] if isinstance(node, list) else node)["optimizer"].pop("param_groups")
+        elif change == "all":
+            groups.clear()
+        else:
+            groups.pop(0 if change == "first" else -1)
+
+    case, target = pair(name), tmp_path / "iter_0000001"
+    source = copy_of(case.source, tmp_path)
+    first = sorted(source.glob("*/model_optim_rng.pt"))[0]
+    rewrite(first, lose)
+    run = program.convert(source, target, case.options)
+    program.refuses(4, run, f"{first}: it lacks a param group that others have (")
+    assert "GroupKey" not in run.errors
+    assert program.convert(case.source, target, case.options).status == 0
+    written = sorted(target.glob("*/model_optim_rng.pt"))[-1]
+    rewrite(written, lose)
+    run = program("--load-iteration-dir", case.source, "--save-iteration-dir", target)
+    program.refuses(6, run, f"{written}: it lacks the source's param group for ")

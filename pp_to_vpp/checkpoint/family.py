@@ -204,6 +204,25 @@ class Family:
                 found.setdefault((own.kind.takes_matrices, key), identity(group))
         return found
 
+    def lost_groups(self) -> Iterator[tuple[str, str]]:
+        """Path and text about ranks without a param group that others have, where every rank has
+        those of all (optimizer/__init__.py ``gathered_params_key``, 0.14 and later)."""
+        for rank in self.ranks.values() if self.megatron.rules.keeps_all_groups else ():
+            for own in rank.optimizers:
+                found = set(keys_of_groups(own.entry.groups))
+                lost = [
+                    key
+                    for takes_matrices, key in self.group_identities
+                    if takes_matrices == own.kind.takes_matrices
+                    and own.kind.is_expert in (None, key.is_expert)
+                    and key not in found
+                ]
+                if lost:
+                    yield (
+                        rank.files.model.path,
+                        f"it lacks a param group that others have ({lost[0]})",
+                    )
+
     @cached_property
     def odd_groups(self) -> tuple[tuple[SourceRank, OptimizerEntry], ...]:
         """The ranks and entries whose param groups the rules do not make of their parameters, or

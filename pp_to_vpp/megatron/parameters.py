@@ -25,6 +25,13 @@ class GroupKey:
     own: str = ""
     """Digest of all that the group says of itself, where the rest does not tell it from others."""
 
+    def __str__(self) -> str:
+        """For messages."""
+        words = ["experts" if self.is_expert else "no experts"]
+        words.append("with weight decay" if self.decays else "without weight decay")
+        words += ["with a learning rate of their own"] * self.is_decoupled
+        return f"{' '.join(words)}" + (", by rules of the run's own" if self.own else "")
+
     @property
     def usual(self) -> GroupKey:
         """Without what is its own."""

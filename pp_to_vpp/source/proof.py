@@ -30,7 +30,7 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
             expected="16-bit weights that follow from the fp32 main parameters",
             cure=ONE_SAVE,
         )
-    for path, text in unlike_copies(family):
+    for path, text in (*unlike_copies(family), *family.lost_groups()):
         raise CheckpointError.of(path, text, cure=ONE_SAVE)
     return family, way
 

@@ -158,7 +158,7 @@ def verify_folder(job: VerifyJob) -> Verdict:
         told = f"({target.layout}) than the target's ({proof.layout})"
         texts.append(f"its arguments tell another layout {told}")
     texts += [*_compare_rest(source, target, pp_rank), *_check_groups(target, pp_rank)]
-    texts += [*twins.problems, *_compare_others(job)]
+    texts += [*_lost_groups(source, target), *twins.problems, *_compare_others(job)]
     found: Mapping[Extent, int] = {}
     differing: Collection[Pair]
     if proof.depth is Depth.FULL:
@@ -300,6 +300,13 @@ def _compare_others(job: VerifyJob) -> Iterator[str]:
                 is_same = reader.ends(found) == reader.ends(wanted)
             if not is_same:
                 yield f"{name} differs from its source"
+
+
+def _lost_groups(source: Family, target: Family) -> Iterator[str]:
+    """Param groups that the target lacks, where every rank has those of all."""
+    if target.megatron.rules.keeps_all_groups and target.kind is not OptimizerKind.NONE:
+        for _, key in source.group_identities.keys() - target.group_identities.keys():
+            yield f"it lacks the source's param group for {key}"
 
 
 def _check_groups(target: Family, pp_rank: int) -> Iterator[str]:
