@@ -218,7 +218,8 @@ def _beside(root: dict[Any, Any]) -> dict[str, Any]:
 def _groups_of(root: dict[Any, Any]) -> list[dict[str, Any]]:
     node = root.get("optimizer", [])
     entries = node if isinstance(node, list) else [node]
-    return [group for entry in entries for group in entry.get("optimizer", entry)["param_groups"]]
+    inner = [entry.get("optimizer", entry) for entry in entries]
+    return [group for entry in inner for group in entry.get("param_groups", ())]
 
 
 def _without_counts(group: dict[str, Any]) -> dict[str, Any]:
@@ -258,10 +259,10 @@ def make_input(seed: int, index: int) -> tuple[str, str, bytes]:
     random = Random(f"{seed}/{index}")
     (name,) = random.choices(list(PAIRS), list(PAIRS.values()))
     file = random.choice(files_of(name))
-    others = [other for other in files_of(name) if Path(other).name == Path(file).name]
     if random.random() < _EXCHANGED:
         side = random.choice((pair(name).source, pair(name).truth))
-        return name, file, (side / random.choice(others)).read_bytes()
+        others = sorted(side.glob(f"*/{Path(file).name}"))
+        return name, file, random.choice(others).read_bytes()
     return name, file, mutated((pair(name).source / file).read_bytes(), random)
 
 
