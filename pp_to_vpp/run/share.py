@@ -109,17 +109,17 @@ def _first_number(environment: Mapping[str, str], names: Iterable[str]) -> int |
     return None
 
 
-def parse(text: str) -> Share | None:
+def _parse(text: str) -> Share | None:
     """``--share`` in words: ``2/16``, or ``auto``, which is None.
 
     Raises:
-        ValueError: it is neither.
+        UsageError: it is neither.
     """
     if text == AUTO:
         return None
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"{text} is neither {AUTO} nor I/N with I from 0 to N-1")
+        raise UsageError(f"{_OPTION}: {text} is neither {AUTO} nor I/N with I from 0 to N-1")
     return Share(int(match[1]), int(match[2]))
 
 
@@ -146,10 +146,7 @@ def wanted_share(
                 cure=f"add {_OPTION} {AUTO}, or start one process",
             )
         return None
-    try:
-        given = parse(option)
-    except ValueError as error:
-        raise UsageError(f"{_OPTION}: {error}") from None
+    given = _parse(option)
     if given is None:
         if told is None:
             raise UsageError.of(
