@@ -80,9 +80,12 @@ class TensorRef:
     @property
     def span(self) -> int:
         """Elements of the storage from the first to the last one that the tensor covers."""
-        if not self.numel:
-            return 0
-        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        last = 0
+        for n, step in zip(self.shape, self.stride, strict=True):
+            if not n:
+                return 0
+            last += (n - 1) * step
+        return 1 + last
 
     @property
     def is_contiguous(self) -> bool:
@@ -97,12 +100,12 @@ class TensorRef:
     @property
     def extent(self) -> Extent:
         """The bytes it covers in the file that it was read from, first to last element."""
-        start, length = self.offset * self.item_bytes, self.span * self.item_bytes
-        return self.storage.extent.cut(start, length)
+        size = self.item_bytes
+        return self.storage.extent.cut(self.offset * size, self.span * size)
 
     def segment(self, start: int, numel: int) -> TensorRef:
         """The flat tensor of some elements of this flat one."""
-        return replace(self, offset=self.offset + start, shape=(numel,))
+        return TensorRef(self.storage, self.offset + start, (numel,), self.stride, self.node)
 
     def moved(self, storage: Storage, offset: int) -> Instance:
         """The node of the same tensor as a view of another storage."""

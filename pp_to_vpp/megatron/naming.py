@@ -8,6 +8,7 @@ other keys belong to a section whose chunk follows from the pipeline layout.
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections.abc import Collection
 from typing import Any
@@ -21,6 +22,8 @@ _NOT_A_PARAMETER = re.compile(r"(?:^|\.)(?:_extra_state\d*|router\.expert_bias|r
 _CLIPPED = re.compile(r"(?:^|\.)linear_(?:qkv|q_proj|q_up_proj|kv_up_proj)\.weight$")
 _MAMBA_PROJECTION = re.compile(r"(?:^|\.)mixer\.in_proj\.weight$")
 _NUMBER = re.compile(r"[0-9]{1,4}")
+_KEYS_KEPT = 1 << 13
+"""Of a chunk each key is asked about several times, and the layers of all have the same."""
 
 MODEL = "model"
 """What is trained, among the models in a rank file."""
@@ -64,6 +67,7 @@ class Section(enum.IntEnum):
     """``output_layer`` and whatever else stands after the layers of the last chunk."""
 
 
+@functools.lru_cache(_KEYS_KEPT)
 def split_layer(key: str) -> tuple[str, int, str] | None:
     """``decoder.layers.3.mlp.weight`` -> ("decoder", 3, ".mlp.weight"); None for other keys.
 
@@ -108,6 +112,7 @@ def name_in(model: str, name: str) -> str:
     return name if model == MODEL else f"{name} ({model})"
 
 
+@functools.lru_cache(_KEYS_KEPT)
 def is_parameter(key: str) -> bool:
     """Whether a tensor of this name is a parameter, trained or frozen.
 
@@ -117,6 +122,7 @@ def is_parameter(key: str) -> bool:
     return _NOT_A_PARAMETER.search(key) is None
 
 
+@functools.lru_cache(_KEYS_KEPT)
 def is_expert(key: str) -> bool:
     """Whether a parameter belongs to a routed expert; shared experts are dense."""
     return _EXPERT.search(key) is not None

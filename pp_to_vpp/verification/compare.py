@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.family import Family, RankFiles, TensorName, layout_of
 from ..checkpoint.optimizer_entries import OPTIMIZER
@@ -226,9 +227,13 @@ def _twins(source: Family, target: Family, pp_rank: int) -> _Twins:
     texts = [f"{name} is missing" for name in wanted if name not in found]
     texts += (f"{name} does not belong here" for name in found if name not in wanted)
     common = [name for name in wanted if name in found]
-    for name in (name for name in common if name not in target.elsewhere):
-        if not is_same(source.values(wanted[name]), target.values(found[name])):
-            texts.append(f"{name} or a number of its optimizer state differs from its source")
+    here = [name for name in common if name not in target.elsewhere]
+    values = (
+        {name: source.values(wanted[name]) for name in here},
+        {name: target.values(found[name]) for name in here},
+    )
+    for name in _differing(*values):
+        texts.append(f"{name} or a number of its optimizer state differs from its source")
     ours = target.manifest(found[name] for name in common)
     theirs = {
         label: tensor
@@ -269,17 +274,28 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
         is_expected = OPTIMIZER in theirs
     if (OPTIMIZER in ours) != is_expected:
         yield f"its entry {OPTIMIZER!r} is {'missing' if is_expected else 'one too many'}"
-    for key in left:
-        if not is_same(ours[key], theirs[key]):
-            yield f"entry {show(key)} differs from its source"
+    for key in _differing(*({key: root[key] for key in left} for root in (ours, theirs))):
+        yield f"entry {show(key)} differs from its source"
     forms = [side.megatron.arguments.placement.form for side in (target, source)]
     kinds = {form.kinds if isinstance(form, HybridPattern) else None for form in forms}
     if len(kinds) > 1:
         yield "args.hybrid_layer_pattern tells other layers than its source's"
     mine, yours = (namespace_values(root["args"], "args") for root in (ours, theirs))
-    for name in {*mine, *yours} - FOLLOWING_PLACEMENT:
-        if name not in mine or name not in yours or not is_same(mine[name], yours[name]):
-            yield f"args.{name} differs from its source"
+    names = sorted({*mine, *yours} - FOLLOWING_PLACEMENT)
+    kept = ({name: own[name] for name in names if name in own} for own in (mine, yours))
+    for name in _differing(*kept):
+        yield f"args.{name} differs from its source"
+
+
+def _differing(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> list[Any]:
+    """The keys whose values differ; those of two mappings that differ in nothing are not compared
+    one by one."""
+    if is_same(dict(ours), dict(theirs)):
+        return []
+    keys = dict.fromkeys((*ours, *theirs))
+    both = [key for key in keys if key in ours and key in theirs]
+    alike = {key for key in both if is_same(ours[key], theirs[key])}
+    return [key for key in keys if key not in alike]
 
 
 def _compare_others(job: VerifyJob) -> Iterator[str]:
