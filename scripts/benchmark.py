@@ -38,8 +38,9 @@ _NAIVE_MEMORY = 0.75
 _METHOD = """\
 Time includes start-up and bringing the files to disk. Memory is the sum of the proportional set
 sizes of all processes, sampled 5 times a second. Bytes are those that all processes moved by read,
-write and copy_file_range, as the kernel counts them, in parts of the checkpoint's size; what
-copy_file_range shares counts too. New blocks are those by which the file system became fuller.
+write and copy_file_range, as the kernel counts them, in parts of the checkpoint's size; those
+written that made the file system no fuller were shared, and read by nobody: they count as written
+alone. New blocks are those by which the file system became fuller.
 `cp -r` is run with --reflink=never. Verification is of a finished pair, `diff -rq` of a copy."""
 
 

@@ -150,7 +150,9 @@ def run_column(column: str, root: Path, target: Path) -> Measured:
     before = _used(target.parent)
     try:
         run = _run(column, root, target)
-        return replace(run, new_bytes=_used(target.parent) - before)
+        new = _used(target.parent) - before
+        shared = max(0, run.written_bytes - new)  # the kernel counts it as read and as written
+        return replace(run, new_bytes=new, read_bytes=run.read_bytes - shared)
     finally:
         shutil.rmtree(target, ignore_errors=True)
         if target.parent.exists():

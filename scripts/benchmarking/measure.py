@@ -37,7 +37,7 @@ class Measured:
     peak_bytes: int
     """Highest sum of the proportional set sizes of its processes."""
     read_bytes: int
-    """Those of copy_file_range count, also where it shares blocks."""
+    """Those that copy_file_range copies count."""
     written_bytes: int
     new_bytes: int = 0
     """By which the file system has become fuller."""

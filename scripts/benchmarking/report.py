@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -54,7 +55,8 @@ def machine(where: Path) -> str:
     return (
         f"{os.cpu_count()} cores ({model[1] if model else platform.machine()}), "
         f"{memory / 2**30:.0f} GiB of memory, {file_system(where)}, "
-        f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}; "
+        f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}, "
+        f"CRC-32 by {'ISA-L' if importlib.util.find_spec('isal') else 'zlib'}; "
         f"load average {os.getloadavg()[0]:.1f} before the first run"
     )
 
