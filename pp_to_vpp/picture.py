@@ -32,26 +32,31 @@ class Part:
     """That is another one than the target's."""
 
 
-def parts(chunk: ModelChunk, source: PipelineLayout) -> Iterator[Part]:
-    """What a chunk of a target is made of, in order; those of the source come from themselves."""
-    layers = {layer: held.pp_rank for held in source.chunks for layer in held.layers}
-    sections = {section: held.pp_rank for held in source.chunks for section in held.sections}
+class _Origins:
+    """The pipeline ranks of a source that hold its layers and sections."""
 
-    def marks(*, before: bool) -> Iterator[Part]:
+    def __init__(self, source: PipelineLayout) -> None:
+        self._layers = {layer: held.pp_rank for held in source.chunks for layer in held.layers}
+        self._sections = {own: held.pp_rank for held in source.chunks for own in held.sections}
+
+    def parts(self, chunk: ModelChunk) -> Iterator[Part]:
+        """What a chunk of a target is made of, in order; those of the source come from
+        themselves."""
+        yield from self._marks(chunk, before=True)
+        for (origin, is_noop), group in itertools.groupby(
+            chunk.layers, lambda layer: (self._layers[layer], layer in chunk.noop_layers)
+        ):
+            run = list(group)
+            text = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+            text = f"({text})" if is_noop else text
+            yield Part(text, len(run), origin, origin != chunk.pp_rank)
+        yield from self._marks(chunk, before=False)
+
+    def _marks(self, chunk: ModelChunk, *, before: bool) -> Iterator[Part]:
         for section in chunk.sections:
             if section in _MARKS and (section < Section.LAYERS) == before:
-                origin = sections.get(section, chunk.pp_rank)
+                origin = self._sections.get(section, chunk.pp_rank)
                 yield Part(_MARKS[section], 1, origin, origin != chunk.pp_rank)
-
-    yield from marks(before=True)
-    for (origin, is_noop), group in itertools.groupby(
-        chunk.layers, lambda layer: (layers[layer], layer in chunk.noop_layers)
-    ):
-        run = list(group)
-        text = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
-        text = f"({text})" if is_noop else text
-        yield Part(text, len(run), origin, origin != chunk.pp_rank)
-    yield from marks(before=False)
 
 
 Cell = Sequence[Part]
@@ -66,7 +71,7 @@ def moves(
     What comes from another rank is followed by that rank, ``4-5<1``; where that takes more than
     ``width`` columns, by a star, and where that does too, the target stands below the source.
     """
-    sides = _cells(source, source), _cells(target, source)
+    sides = grid(source, source), grid(target, source)
     titles = "source", "target"
 
     def from_rank(part: Part) -> str:
@@ -102,10 +107,12 @@ def travelling(source: PipelineLayout, target: PipelineLayout) -> tuple[int, int
     return len(after) - leaving, leaving
 
 
-def _cells(layout: PipelineLayout, source: PipelineLayout) -> list[list[Cell]]:
-    """By pipeline rank and virtual stage."""
+def grid(layout: PipelineLayout, source: PipelineLayout) -> list[list[Cell]]:
+    """What each chunk of a layout is made of, by pipeline rank and virtual stage, when it comes
+    from ``source``."""
+    origins = _Origins(source)
     return [
-        [tuple(parts(chunk, source)) for chunk in layout.rank_chunks(pp_rank)]
+        [tuple(origins.parts(chunk)) for chunk in layout.rank_chunks(pp_rank)]
         for pp_rank in range(layout.pp_size)
     ]
 
@@ -185,7 +192,7 @@ def drawn(source: PipelineLayout, target: PipelineLayout | None, path: Path) -> 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    sides = [_cells(layout, source) for layout in (source, target) if layout is not None]
+    sides = [grid(layout, source) for layout in (source, target) if layout is not None]
     widths = [len(side[0]) * _column(side) for side in sides]
     inches = min(_MAX_INCHES, max(_MIN_INCHES, _INCHES_PER_LAYER * sum(widths) + 1))
     height = 0.34 * source.pp_size + 1.1

@@ -163,10 +163,11 @@ def _show_inspection(found: Inspection) -> None:
 def _stages(found: Inspection) -> str:
     """Layers and bytes of each (pipeline rank, virtual stage)."""
     layout = found.source.layout
+    cells = picture.grid(layout, layout)
     rows = [("", "", "layers", "weights", "optimizer")]
     for chunk in sorted(layout.chunks, key=lambda chunk: (chunk.pp_rank, chunk.vp_stage)):
         stage = found.stages[chunk.pp_rank, chunk.vp_stage]
-        layers = " ".join(part.text for part in picture.parts(chunk, layout)) or "-"
+        layers = " ".join(part.text for part in cells[chunk.pp_rank][chunk.vp_stage]) or "-"
         is_first = chunk.vp_stage == 0
         rows.append(
             (

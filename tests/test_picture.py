@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def test_where_nothing_moves_nothing_is_explained() -> None:
 
 def test_layers_without_parameters_stand_in_parentheses() -> None:
     layout = Placement(1).place(8, 2, noop_layers=[2, 3, 7])
-    cells = [" ".join(part.text for part in picture.parts(c, layout)) for c in layout.chunks]
+    rows = picture.grid(layout, layout)
+    cells = [" ".join(part.text for part in cell) for row in rows for cell in row]
     assert cells == ["E 0-1 (2-3)", "4-6 (7) L"]
 
 
@@ -94,9 +96,9 @@ def test_every_layer_is_there_with_its_origin(
     source, target = (data.draw(_layouts(layers, pp_size)) for _ in range(2))
     home = {layer: c.pp_rank for c in source.chunks for layer in c.layers}
     found: dict[int, int] = {}
-    for chunk in target.chunks:
-        for part in picture.parts(chunk, source):
-            assert part.moves == (part.origin != chunk.pp_rank)
+    for pp_rank, row in enumerate(picture.grid(target, source)):
+        for part in itertools.chain.from_iterable(row):
+            assert part.moves == (part.origin != pp_rank)
             numbers = [int(number) for number in re.findall(r"\d+", part.text)]
             if numbers:
                 assert part.size == numbers[-1] - numbers[0] + 1
