@@ -10,6 +10,8 @@ from pathlib import Path
 from .errors import UsageError
 
 CRC32, NO_CHECKSUMS = "crc32", "none"
+MANIFEST = "pp_to_vpp.json"
+"""In the iteration folder of a target: which conversion wrote it."""
 _GIVE_LAYOUT = (
     "give --target-virtual-pipeline-model-parallel-size, "
     "--target-pipeline-model-parallel-layout or --target-hybrid-layer-pattern"

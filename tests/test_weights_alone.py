@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pp_to_vpp.run.manifest import NAME
+from pp_to_vpp.options import MANIFEST
 
 from .compare import differences, load
 from .edit import copy_of, flip_byte
@@ -66,7 +66,7 @@ def test_the_weights_are_those_of_a_whole_conversion(
     both = ("--load-iteration-dir", case.source, "--save-iteration-dir", target)
     assert program(*both, *_FULL).status == 0
     program.refuses(6, program(*both), "(no_save_optim), expected False, found True")
-    (target / NAME).unlink()
+    (target / MANIFEST).unlink()
     run = program(*both)
     program.refuses(6, run, "it holds no optimizer state", "add --no-save-optim if it was to")
     assert len(run.errors.splitlines()) <= 8
@@ -87,7 +87,7 @@ def test_it_is_another_conversion(program: Program, tmp_path: Path) -> None:
     case, target = pair(DENSE), tmp_path / "iter_0000001"
     ranks = ("--pipeline-ranks-to-process",)
     assert program.convert(case.source, target, _V2, "--no-save-optim", *ranks, "0").status == 0
-    assert json.loads((target / NAME).read_text())["target"]["no_save_optim"] is True
+    assert json.loads((target / MANIFEST).read_text())["target"]["no_save_optim"] is True
     run = program.convert(case.source, target, _V2, *ranks, "1")
     program.refuses(2, run, "another conversion", "no_save_optim")
     run = program.convert(case.source, target, _V2, "--no-save-optim", *ranks, "1")

@@ -17,10 +17,9 @@ from .. import __version__
 from ..container.archive import MAX_DIVISOR
 from ..errors import UsageError, problem, show
 from ..megatron.megatron import Megatron
-from ..options import CRC32, Depth, Options
+from ..options import CRC32, MANIFEST, Depth, Options
 from . import folders
 
-NAME = "pp_to_vpp.json"
 _SCHEMA = 1
 _MAX_BYTES = 1 << 20
 _BLOCK = "block"
@@ -74,7 +73,7 @@ def read_manifest(save_dir: Path) -> Mapping[str, Any] | None:
         UsageError: it is no manifest.
         CopyError: it cannot be read.
     """
-    path = save_dir / NAME
+    path = save_dir / MANIFEST
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(_MAX_BYTES))
@@ -131,7 +130,7 @@ def claim(save_dir: Path, manifest: Mapping[str, Any]) -> bool:
         UsageError: another conversion has this target.
         CopyError: it cannot be written.
     """
-    path = save_dir / NAME
+    path = save_dir / MANIFEST
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,7 +148,7 @@ def check(save_dir: Path, manifest: Mapping[str, Any]) -> None:
         UsageError: another conversion has this target.
     """
     found = read_manifest(save_dir)
-    problems = [] if found is None else differences(found, manifest, save_dir / NAME)
+    problems = [] if found is None else differences(found, manifest, save_dir / MANIFEST)
     if problems:
         raise UsageError(problems[0])
 
@@ -160,14 +159,14 @@ def finish(save_dir: Path, manifest: Mapping[str, Any], depth: Depth) -> None:
     Raises:
         CopyError: it cannot be written.
     """
-    folders.write_whole(save_dir / NAME, _text({**manifest, "verified": depth.value}))
+    folders.write_whole(save_dir / MANIFEST, _text({**manifest, "verified": depth.value}))
 
 
 def withdraw(save_dir: Path) -> None:
     """Remove the manifest of a run that has published nothing, unless another run has begun."""
     with contextlib.suppress(OSError):
-        if [entry.name for entry in os.scandir(save_dir)] == [NAME]:
-            (save_dir / NAME).unlink()
+        if [entry.name for entry in os.scandir(save_dir)] == [MANIFEST]:
+            (save_dir / MANIFEST).unlink()
             save_dir.rmdir()
 
 

@@ -14,7 +14,7 @@ from ..container.extents import Extent
 from ..errors import CheckpointError, UsageError, VerificationError
 from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
-from ..options import Depth, Options
+from ..options import MANIFEST, Depth, Options
 from ..source import fingerprint
 from ..source.proven import FamilyJob, check_families, prove
 from ..source.survey import Survey, take_survey
@@ -195,7 +195,7 @@ def _check_manifest(
             "layout": str(layout),
             "no_save_optim": options.no_save_optim,
         },
-        save_dir / manifest.NAME,
+        save_dir / MANIFEST,
     )
     if problems:
         raise VerificationError(*problems)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..checkpoint.family import Family
 from ..megatron.arguments import SavedArguments
 from ..megatron.optimizer_chain import OptimizerKind
+from ..options import MANIFEST
 from .proven import FamilyJob, ProvenFamily, proven, read_proven
 from .survey import Survey
 
@@ -105,7 +106,7 @@ def oddities(survey: Survey, families: Iterable[ProvenFamily]) -> list[str]:
     """What of a source a user should know that is no part of a checkpoint, or that nobody knows."""
     odd = [name for name in survey.told if name.startswith("entry ")]
     left = [name for family in families for name in family.left_behind]
-    left += [name for name in survey.ignored if not name.startswith(".")]
+    left += [name for name in survey.ignored if not name.startswith(".") and name != MANIFEST]
     return [
         *(f"{name} is unknown, alike in all files, and copied" for name in odd),
         *(f"not copied, no part of a checkpoint: {name}" for name in left),
