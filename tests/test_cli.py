@@ -167,7 +167,7 @@ def test_quiet_says_nothing_and_verbose_more(program: Program, tmp_path: Path) -
     run = program.convert(case.source, tmp_path / "q" / "iter_0000001", _V2, "--quiet")
     program.refuses(2, run, "the target exists already")
     run = program.convert(case.source, tmp_path / "v" / "iter_0000001", _V2, "--verbose")
-    assert "mp_rank_00_000 and its family: planned" in run.errors
+    assert "mp_rank_00_000 and its family: read" in run.errors
     assert "mp_rank_00_001: " in run.errors
     assert "s from its first byte" in run.errors
 

@@ -24,7 +24,7 @@ from ..verification.compare import Proof, prepare
 from . import folders, manifest, signs, target_folder
 from .cloning import shared_block
 from .finishing import FinishContext, KeptJob, RankDone, check_copied, check_kept, finish_rank
-from .listener import Listener, Phase
+from .listener import Listener, Phase, read_families
 from .plan import Part, Plan
 from .plan_family import PlanJob, PlannedFamily, RankJob, fingerprint_rank, plan_family
 from .schedule import Copier, FamilyCopy
@@ -125,7 +125,7 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
             )
             for key in survey.families
         ]
-        families = _plan_families(workers, jobs, listener)
+        families = read_families(workers, plan_family, jobs, listener)
         check_families((family.proven for family in families), survey.path)
         known_by = manifest.manifest_of(
             _fingerprint(workers, survey, families),
@@ -139,19 +139,6 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
             found = replace(found, part=_part_of(share, found.ranks))
         listener.planned(found)
         yield _Run(workers, options, found, jobs, families, listener)
-
-
-def _plan_families(
-    workers: Workers, jobs: Sequence[PlanJob], listener: Listener
-) -> list[PlannedFamily]:
-    """The plans of families."""
-    listener.began(Phase.PLAN, sum(len(job.folders.ranks) for job in jobs))
-    families = []
-    for family in workers.map(plan_family, jobs):
-        families.append(family)
-        listener.advanced(len(family.proven.folders.ranks))
-        log.debug("%s and its family: planned", family.ranks[0].id.folder)
-    return families
 
 
 def _fingerprint(workers: Workers, survey: Survey, families: Sequence[PlannedFamily]) -> str:
@@ -249,7 +236,7 @@ class _Run:
         if self.plan.part is not None:
             own = self.plan.part.ranks
             jobs = [job.narrowed_to(own) for job in self.jobs if job.ranks & own]
-            families = _plan_families(self.workers, jobs, self.listener)
+            families = read_families(self.workers, plan_family, jobs, self.listener)
         there = self.check_target(save_dir)
         is_first = manifest.claim(save_dir, self.plan.manifest)
         try:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from ..source.files import FamilyFolders
+from .workers import Workers
 
 if TYPE_CHECKING:
     from .plan import Plan
+
+log = logging.getLogger("pp_to_vpp")
+
+
+class _OfFamily(Protocol):
+    """A job about a family of the source."""
+
+    @property
+    def folders(self) -> FamilyFolders:
+        """Of its ranks."""
+
+
+_Job = TypeVar("_Job", bound=_OfFamily)
+_Found = TypeVar("_Found")
 
 
 class Phase(enum.Enum):
@@ -44,3 +62,16 @@ class Listener:
     """The run waits for another one; for whom, and until when."""
     looked: Callable[[], None] = field(default=lambda: None)
     """Nothing new, about once a second: time may be shown."""
+
+
+def read_families(
+    workers: Workers, read: Callable[[_Job], _Found], jobs: Sequence[_Job], listener: Listener
+) -> list[_Found]:
+    """What reading families of the source in workers has shown; folders count as they are read."""
+    listener.began(Phase.PLAN, sum(len(job.folders.ranks) for job in jobs))
+    found = []
+    for job, family in zip(jobs, workers.map(read, jobs), strict=True):
+        found.append(family)
+        listener.advanced(len(job.folders.ranks))
+        log.debug("%s and its family: read", min(job.folders.ranks.values()).folder)
+    return found

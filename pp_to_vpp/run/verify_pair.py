@@ -22,7 +22,7 @@ from ..target import request
 from ..verification.compare import Proof, VerifyJob, prepare, told_layout, verify_folder
 from ..verification.in_full import check_source
 from . import manifest
-from .listener import Listener, Phase
+from .listener import Listener, Phase, read_families
 from .share import deal, number_of_workers, wanted_share
 from .target_folder import check_place
 from .workers import Workers
@@ -74,13 +74,8 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
         folders = {key: source.family(key) for key in source.families}
-        listener.began(Phase.PLAN, len(source.ranks))
-        families = []
-        for family in workers.map(
-            prove, [FamilyJob(each, source.told) for each in folders.values()]
-        ):
-            families.append(family)
-            listener.advanced(len(family.folders.ranks))
+        jobs = [FamilyJob(each, source.told) for each in folders.values()]
+        families = read_families(workers, prove, jobs, listener)
         check_families(families, source.path)
         known = {rank: text for each in families for rank, text in each.fingerprints.items()}
         known_by = fingerprint.of_checkpoint(known)
