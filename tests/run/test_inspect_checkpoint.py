@@ -12,7 +12,7 @@ import pytest
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.pipeline import LAYOUT_SIGN, Ends, Placement
 from pp_to_vpp.megatron.rules import candidates
-from pp_to_vpp.options import Options
+from pp_to_vpp.options import MANIFEST, Options
 from pp_to_vpp.run import inspect_checkpoint
 from pp_to_vpp.run.inspect_checkpoint import Inspection, inspect
 from pp_to_vpp.run.listener import Listener
@@ -96,6 +96,17 @@ def test_oddities_are_told(tmp_path: Path) -> None:
         "not copied, no part of a checkpoint: more",
         "not copied, no part of a checkpoint: mp_rank_00_000_000/notes.txt",
     ]
+
+
+def test_the_note_of_a_conversion_is_no_oddity(program: Program, tmp_path: Path) -> None:
+    target = tmp_path / "iter_0000001"
+    run = program(
+        "--load-iteration-dir", pair(DENSE).source, "--save-iteration-dir", target,
+        "--target-virtual-pipeline-model-parallel-size", "2",
+    )  # fmt: skip
+    assert run.status == 0, run
+    assert (target / MANIFEST).exists()
+    assert inspected(target).notes == ()
 
 
 def test_rules_that_only_the_files_prove_are_told(tmp_path: Path) -> None:
