@@ -15,14 +15,14 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .megatron.pipeline import PipelineLayout
+    from .megatron.layout import PipelineLayout
 else:
 
     def __getattr__(name):
         """The one name that is looked up when it is wanted: ``--help`` must not wait for it."""
         if name != "PipelineLayout":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from .megatron.pipeline import PipelineLayout
+        from .megatron.layout import PipelineLayout
 
         return PipelineLayout
 

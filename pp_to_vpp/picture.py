@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .megatron.layout import ModelChunk, PipelineLayout
 from .megatron.naming import Section
-from .megatron.pipeline import ModelChunk, PipelineLayout
 
 _MARKS = {Section.EMBEDDING: "E", Section.MTP: "M", Section.HEAD: "L"}
 _FORMATS = (".svg", ".png", ".pdf")

@@ -12,7 +12,7 @@ from . import __version__
 from .errors import ConversionError
 
 if TYPE_CHECKING:
-    from .megatron.pipeline import PipelineLayout
+    from .megatron.layout import PipelineLayout
     from .run.convert import Outcome
     from .run.inspect_checkpoint import Inspection
     from .run.plan import Part, Plan

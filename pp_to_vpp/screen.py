@@ -17,7 +17,7 @@ from .run.plan import Plan
 from .run.share import number_of_workers
 
 if TYPE_CHECKING:
-    from .megatron.pipeline import PipelineLayout
+    from .megatron.layout import PipelineLayout
     from .options import Options
     from .report import Done
     from .run.verify_pair import Verified

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pp_to_vpp.checkpoint import family as family_module
+from pp_to_vpp.checkpoint import reading
 from pp_to_vpp.checkpoint.family import Family, RankFiles
 from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.pickling import Instance, as_mapping
 from pp_to_vpp.container.tensors import TensorRef
 from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.megatron.megatron import Megatron
@@ -102,7 +104,7 @@ def read_family(
 ) -> Iterator[Family]:
     """The product's own, comparing the bytes of the files where nothing else tells."""
     with RangeReader() as reader:
-        yield from family_module.read_family(files, SampledAgreement(reader), only, frozen)
+        yield from reading.read_family(files, SampledAgreement(reader), only, frozen)
 
 
 def target_of(name: str, other: str) -> Megatron:
@@ -129,3 +131,29 @@ def values_at(extent: Extent, dtype: torch.dtype) -> torch.Tensor:
     """What torch makes of a range of a file."""
     data = Path(extent.path).read_bytes()[extent.offset : extent.offset + extent.length]
     return torch.frombuffer(bytearray(data), dtype=dtype)
+
+
+def files_of(of: Family) -> dict[int, RankFiles]:
+    """Those of each rank that was read."""
+    return {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
+
+
+def edited(files: RankFiles, **changes: Any) -> RankFiles:
+    """Rank files with other entries at the top of the model file; None takes one away."""
+    root = {**(as_mapping(files.model.root) or {}), **changes}
+    kept = {key: value for key, value in root.items() if value is not None}
+    return replace(files, model=replace(files.model, root=kept))
+
+
+def with_arguments(files: RankFiles, **changes: Any) -> RankFiles:
+    """Rank files with other arguments."""
+    node = (as_mapping(files.model.root) or {})["args"]
+    args = Instance(node.factory, node.arguments, node.by_new, state={**node.state, **changes})
+    return edited(files, args=args)
+
+
+def without_argument(files: RankFiles, name: str) -> RankFiles:
+    """Rank files that do not have an argument."""
+    node = (as_mapping(files.model.root) or {})["args"]
+    state = {key: value for key, value in node.state.items() if key != name}
+    return edited(files, args=Instance(node.factory, node.arguments, node.by_new, state=state))

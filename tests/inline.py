@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Listed, Placement
+from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString, Listed
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.run import convert
 from pp_to_vpp.run.listener import Listener

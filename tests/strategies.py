@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.megatron.arguments import SavedArguments
 from pp_to_vpp.megatron.buffers import BucketPolicy, BufferParameter
-from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Placement
+from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.megatron.rules import CHANGES, Rules
 
 rules = st.builds(Rules, **{change.rule: st.booleans() for change in CHANGES})

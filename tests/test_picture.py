@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from pp_to_vpp import picture
 from pp_to_vpp.errors import UsageError
-from pp_to_vpp.megatron.pipeline import Ends, LayoutString, Order, PipelineLayout, Placement
+from pp_to_vpp.megatron.forms import Ends, LayoutString, Order
+from pp_to_vpp.megatron.layout import PipelineLayout
+from pp_to_vpp.megatron.placement import Placement
 
 from .examples import examples
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from pp_to_vpp.megatron.forms import Ends, LayoutString
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
-from pp_to_vpp.megatron.pipeline import Ends, LayoutString, Placement
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.options import Depth
 from pp_to_vpp.source.survey import take_survey
 

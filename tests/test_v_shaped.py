@@ -15,7 +15,7 @@ import pytest
 
 from pp_to_vpp.container import torch_file
 from pp_to_vpp.container.extents import Extent
-from pp_to_vpp.megatron.pipeline import Order
+from pp_to_vpp.megatron.forms import Order
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.source.files import read_torch_file
 from pp_to_vpp.source.survey import take_survey

@@ -26,9 +26,9 @@ from ..errors import (
     show,
 )
 from ..megatron import naming
+from ..megatron.layout import ModelChunk, PipelineLayout
 from ..megatron.naming import Section
 from ..megatron.parameters import Item
-from ..megatron.pipeline import ModelChunk, PipelineLayout
 
 METADATA = "_metadata"
 

@@ -14,8 +14,9 @@ from ..errors import ONE_SAVE, problem, show
 from ..megatron.arguments import namespace_values
 from ..megatron.naming import AVERAGE, chunk_keys
 from ..megatron.param_groups import STEP
-from .family import RankFiles, rank_root
+from .family import RankFiles
 from .optimizer_entries import OPTIMIZER, read_entries
+from .reading import rank_root
 from .top_level import unknown_values
 
 _OWN_ARGUMENTS = ("rank", "local_rank")

@@ -19,11 +19,11 @@ from ..container.pickling import as_mapping
 from ..container.tensors import TensorRef, unwrap_tensor
 from ..errors import FormatError
 from ..megatron.buffers import bucket_policy
+from ..megatron.layout import ModelChunk
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import ChainedOptimizer, items_by_group
 from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import GroupKey, Item, is_in_expert_buffer
-from ..megatron.pipeline import ModelChunk
 from ..megatron.rounding import SIXTEEN_BIT
 from ..megatron.rules import candidates
 from .chunks import ChunkContents

@@ -24,19 +24,9 @@ from ..errors import (
     problem,
     show,
 )
+from .forms import Ends, Even, Form, HybridPattern, LayoutString, Listed, Order
 from .naming import chunk_keys
-from .pipeline import (
-    LISTS,
-    PLACEMENT_ARGUMENTS,
-    Ends,
-    Even,
-    Form,
-    HybridPattern,
-    LayoutString,
-    Listed,
-    Order,
-    Placement,
-)
+from .placement import LISTS, PLACEMENT_ARGUMENTS, Placement
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError
+from .layout import ModelChunk
 from .megatron import Megatron
 from .optimizer_chain import ChainedOptimizer
 from .parameters import Items, is_in_expert_buffer, is_shared_embedding
-from .pipeline import ModelChunk
 from .rules import Rules
 
 _PARAMETER_ALIGNMENT = 64

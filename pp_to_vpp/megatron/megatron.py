@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .arguments import SavedArguments
-from .pipeline import PipelineLayout, Placement
+from .layout import PipelineLayout
+from .placement import Placement
 from .rules import Rules
 
 NO_FLAGS = "(none: plain pipeline parallelism)"

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 from ..container.tensors import TensorRef
 from . import naming
+from .layout import ModelChunk
 from .megatron import Megatron
 from .naming import Section
-from .pipeline import ModelChunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..container.extents import Extent
-from ..megatron.pipeline import PipelineLayout
+from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import MODEL_FILE, RankId
 from ..options import CRC32, Depth, Options
 from ..source import fingerprint

@@ -7,16 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import LayoutError, UsageError
+from ..megatron.forms import Order, Shape, even_layout_string
+from ..megatron.layout import PipelineLayout
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
-from ..megatron.pipeline import (
-    FORK_SIGN,
-    LAYOUT_SIGN,
-    Order,
-    PipelineLayout,
-    Shape,
-    even_layout_string,
-)
+from ..megatron.placement import FORK_SIGN, LAYOUT_SIGN
 from ..megatron.rules import CHANGES, doubted, era
 from ..options import Options
 from ..source.inspection import StageBytes, facts, look_at, oddities, proofs

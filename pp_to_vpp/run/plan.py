@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..megatron.layout import PipelineLayout
 from ..megatron.megatron import NO_FLAGS, Megatron
-from ..megatron.pipeline import PipelineLayout
 from ..megatron.ranks import RankId
 from ..source.survey import Survey
 from ..target.plan import RankPlan

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import CopyError, UsageError, show
-from ..megatron.pipeline import PipelineLayout
+from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import TRACKER, RankId
 from ..megatron.rules import Rules
 from ..target.plan import RankPlan

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..container.extents import Extent
 from ..errors import CheckpointError, UsageError, VerificationError
-from ..megatron.pipeline import PipelineLayout
+from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import RankId
 from ..options import MANIFEST, Depth, Options
 from ..source import fingerprint

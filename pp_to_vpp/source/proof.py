@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from ..checkpoint.family import Family, RankFiles, Sample, read_family
+from ..checkpoint.family import Family, RankFiles, Sample
+from ..checkpoint.reading import read_family
 from ..container.extents import Extent
 from ..container.tensors import FLOAT_BYTES, TensorRef, item_bytes
 from ..errors import ONE_SAVE, CheckpointError

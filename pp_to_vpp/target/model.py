@@ -13,11 +13,11 @@ from ..container.pickling import Instance, Storage, fresh, ordered_dict
 from ..container.tensors import gathered
 from ..megatron import naming
 from ..megatron.buffers import Buffer, RankBuffers, buffers_of
+from ..megatron.layout import ModelChunk
 from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.parameters import Item, Parameters
-from ..megatron.pipeline import ModelChunk
 
 
 @dataclass(frozen=True, slots=True, eq=False)

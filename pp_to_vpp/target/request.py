@@ -7,20 +7,10 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError, LayoutError, UsageError, problem, show
 from ..megatron.arguments import SavedArguments
+from ..megatron.forms import Ends, Even, HybridPattern, LayoutString, Listed, Order, parse_layout
 from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
-from ..megatron.pipeline import (
-    FORK_SIGN,
-    LAYOUT_SIGN,
-    Ends,
-    Even,
-    HybridPattern,
-    LayoutString,
-    Listed,
-    Order,
-    Placement,
-    parse_layout,
-)
+from ..megatron.placement import FORK_SIGN, LAYOUT_SIGN, Placement
 from ..megatron.rules import candidates
 from ..options import Options
 

@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.family import Family, RankFiles, TensorName, layout_of
+from ..checkpoint.family import Family, RankFiles, TensorName
 from ..checkpoint.optimizer_entries import OPTIMIZER
+from ..checkpoint.reading import layout_of
 from ..container.crc32 import Checksums
 from ..container.extents import Extent
 from ..container.pickling import is_same
 from ..errors import ConversionError, UsageError, VerificationError, problem, show
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
+from ..megatron.forms import HybridPattern
+from ..megatron.layout import PipelineLayout
 from ..megatron.naming import all_chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer
 from ..megatron.param_groups import are_sorted, keys_of_groups, steps
-from ..megatron.pipeline import HybridPattern, PipelineLayout
 from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth

@@ -18,9 +18,8 @@ from pp_to_vpp.container.torch_file import TorchFile
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 
-from ..families import families, family, of_kind, read_family, values_of
+from ..families import families, family, of_kind, read_family, values_of, with_arguments
 from ..pairs import LAYER_WISE, LAYER_WISE_ODD
-from .test_family import with_arguments
 
 SIDES = of_kind(OptimizerKind.LAYER_WISE)
 

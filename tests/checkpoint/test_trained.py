@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.checkpoint.chunks import ChunkContents
-from pp_to_vpp.checkpoint.family import read_family as read_family_by
 from pp_to_vpp.checkpoint.flat_states import Unexplained
+from pp_to_vpp.checkpoint.reading import read_family as read_family_by
 from pp_to_vpp.checkpoint.trained import answers, marked
 from pp_to_vpp.container.pickling import Instance, as_mapping
 from pp_to_vpp.container.tensors import TensorRef

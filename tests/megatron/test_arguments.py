@@ -15,7 +15,8 @@ from pp_to_vpp.megatron.arguments import (
     patch_arguments,
     read_arguments,
 )
-from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Placement
+from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString
+from pp_to_vpp.megatron.placement import Placement
 
 _BASE = {
     "num_layers": 8,

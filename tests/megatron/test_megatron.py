@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 
 from pp_to_vpp.errors import LayoutError
+from pp_to_vpp.megatron.forms import Ends, LayoutString
 from pp_to_vpp.megatron.megatron import Megatron
-from pp_to_vpp.megatron.pipeline import Ends, LayoutString, Placement
+from pp_to_vpp.megatron.placement import Placement
 
 from ..families import SIDES, families, family
 from ..pairs import DENSE, OVERLAP

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.container.pickling import Global, Instance
-from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Listed
+from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString, Listed
 from pp_to_vpp.source.survey import take_survey
 
 from ..compare import differences

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pp_to_vpp.megatron.forms import Ends
 from pp_to_vpp.megatron.megatron import Megatron
-from pp_to_vpp.megatron.pipeline import LAYOUT_SIGN, Ends, Placement
+from pp_to_vpp.megatron.placement import LAYOUT_SIGN, Placement
 from pp_to_vpp.megatron.rules import candidates
 from pp_to_vpp.options import MANIFEST, Options
 from pp_to_vpp.run import inspect_checkpoint

@@ -12,8 +12,9 @@ from pp_to_vpp.checkpoint.family import RankFiles
 from pp_to_vpp.container import crc32
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.errors import ConversionError
+from pp_to_vpp.megatron.forms import LayoutString
 from pp_to_vpp.megatron.megatron import Megatron
-from pp_to_vpp.megatron.pipeline import LayoutString, Placement
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.run.plan_family import PlanJob, plan_family
 from pp_to_vpp.source import files

@@ -12,8 +12,9 @@ from pp_to_vpp.checkpoint.flat_states import COALESCED, FlatState
 from pp_to_vpp.checkpoint.optimizer_entries import optimizer_entries
 from pp_to_vpp.container.extents import Zeros
 from pp_to_vpp.container.tensors import as_tensor
+from pp_to_vpp.megatron.forms import LayoutString
 from pp_to_vpp.megatron.megatron import Megatron
-from pp_to_vpp.megatron.pipeline import LayoutString, Placement
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.target.flat_file import flat_root
 from pp_to_vpp.target.model import target_rank
 from pp_to_vpp.target.optimizer_entry import target_chain

@@ -10,10 +10,11 @@ import pytest
 from pp_to_vpp.checkpoint.family import Family, SourceRank
 from pp_to_vpp.checkpoint.optimizer_entries import GROUPS, OPTIMIZER, read_entries
 from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.megatron.forms import LayoutString
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.megatron.param_groups import keys_of_groups
-from pp_to_vpp.megatron.pipeline import LayoutString, Placement
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.target.model import target_rank
 from pp_to_vpp.target.optimizer import target_optimizer
 from pp_to_vpp.target.optimizer_entry import place_entry, target_chain

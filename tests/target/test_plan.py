@@ -18,7 +18,7 @@ from pp_to_vpp.container import archive
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.container.pickling import Instance
 from pp_to_vpp.errors import CheckpointError
-from pp_to_vpp.megatron.pipeline import Placement
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.megatron.ranks import MODEL_FILE, RankId
 from pp_to_vpp.target import check
 from pp_to_vpp.target.plan import FilePlan, RankPlan, plan_rank

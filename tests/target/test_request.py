@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.errors import LayoutError, UsageError
 from pp_to_vpp.megatron.arguments import SavedArguments
+from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString
 from pp_to_vpp.megatron.megatron import Megatron
-from pp_to_vpp.megatron.pipeline import Ends, Even, HybridPattern, LayoutString, Placement
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.megatron.rules import candidates
 from pp_to_vpp.options import Options
 from pp_to_vpp.target import request

@@ -23,20 +23,15 @@ from pp_to_vpp.container.pickling import Global, Instance
 from pp_to_vpp.errors import CheckpointError, LayoutError
 from pp_to_vpp.megatron.arguments import read_arguments
 from pp_to_vpp.megatron.buffers import BucketPolicy, Buffer, BufferParameter, chunk_buffers
+from pp_to_vpp.megatron.forms import Ends, Even, LayoutString, parse_layout
 from pp_to_vpp.megatron.layer_wise import deal
+from pp_to_vpp.megatron.layout import PipelineLayout
 from pp_to_vpp.megatron.megatron import Megatron as MegatronRun
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import items_by_group
 from pp_to_vpp.megatron.param_groups import keys_of_groups
 from pp_to_vpp.megatron.parameters import GroupKey
-from pp_to_vpp.megatron.pipeline import (
-    Ends,
-    Even,
-    LayoutString,
-    PipelineLayout,
-    Placement,
-    parse_layout,
-)
+from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.megatron.rules import CHANGES, Rules
 from pp_to_vpp.source.proof import proven_family
 from pp_to_vpp.source.survey import take_survey

@@ -13,20 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pp_to_vpp.errors import LayoutError
-from pp_to_vpp.megatron import pipeline
+from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString, Listed, Order
+from pp_to_vpp.megatron.layout import PipelineLayout
 from pp_to_vpp.megatron.naming import Section
-from pp_to_vpp.megatron.pipeline import (
-    Ends,
-    Even,
-    HybridPattern,
-    LayoutString,
-    Listed,
-    Order,
-    PipelineLayout,
-    Placement,
-    Shape,
-    parse_layout,
-)
+from pp_to_vpp.megatron.placement import Placement
 
 from ..strategies import hybrid_patterns, layout_strings, placements
 
@@ -106,19 +96,6 @@ def test_layers_without_parameters_count_like_others(
     assert [set(chunk.layers) & noop for chunk in found.chunks] == [
         chunk.noop_layers for chunk in found.chunks
     ]
-
-
-@given(placements())
-def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Placement]) -> None:
-    num_layers, pp_size, placement = case
-    assume(num_layers % pp_size == 0)
-    source = placement.place(num_layers, pp_size)
-    target = Placement().place(num_layers, pp_size)
-    for p in range(pp_size):
-        needed = {layer for chunk in target.rank_chunks(p) for layer in chunk.layers}
-        holders = {c.pp_rank for c in source.chunks if needed & set(c.layers)}
-        ends = {0} if p == 0 else {source.chunks[-1].pp_rank} if p == pp_size - 1 else set()
-        assert set(source.sources_of(target, p)) == (holders | ends or {0})
 
 
 def layers_of(layout: PipelineLayout) -> list[list[list[int]]]:
@@ -207,21 +184,6 @@ def test_the_final_norm_stays_last_without_mtp() -> None:
     assert Section.FINAL_NORM in layout.rank_chunks(1)[1].sections
 
 
-@pytest.mark.parametrize(
-    ("text", "stages"),
-    [
-        ("Et|tL", ["Et", "tL"]),
-        ("Et*4|t*3L", ["Etttt", "tttL"]),
-        ("E,t*3,|(tt|)*2,m|L", ["Ettt", "tt", "tt", "m", "L"]),
-        ("Ettt|t|t|t|t|t||L", ["Ettt", "t", "t", "t", "t", "t", "", "L"]),
-        ("E(t|)*3L", ["Et", "t", "t", "L"]),
-        ("E(tt)*2|L", ["Etttt", "L"]),
-    ],
-)
-def test_layout_strings(text: str, stages: list[str]) -> None:
-    assert list(parse_layout(text)) == stages
-
-
 @given(st.integers(0, 20), st.integers(2, 6), st.integers(0, 2), st.data())
 def test_layout_strings_place_what_they_say(
     num_layers: int, pp_size: int, mtp: int, data: st.DataObject
@@ -259,49 +221,6 @@ def test_a_hybrid_pattern_without_stages_is_for_plain_ones() -> None:
     ends = Placement(1, HybridPattern("M*M-M*/", Ends(first=1)))
     assert [chunk.letters for chunk in ends.place(6, 2).chunks] == ["M", "*M-M*"]
     assert ends.arguments(6, 2)["decoder_first_pipeline_num_layers"] == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "vp_size", "reason"),
-    [
-        ("M*M-M*", 2, "1 stages do not make 2 virtual stages on 2 pipeline ranks; give 4"),
-        ("M*|M-|M*", 1, "3 stages do not make 1 virtual stages"),
-        ("M*|M-M", 1, "5 layers where args.num_layers tells 6"),
-        ("M*M|-M*/*", 1, "1 MTP layers where args.mtp_num_layers tells 0"),
-    ],
-)
-def test_hybrid_patterns_that_megatron_could_not_build(
-    text: str, vp_size: int, reason: str
-) -> None:
-    with pytest.raises(LayoutError, match=re.escape(reason)):
-        Placement(vp_size, HybridPattern(text)).place(6, 2)
-
-
-@pytest.mark.parametrize("vp_size", [1, 2, 3])
-def test_a_hybrid_pattern_is_cut_evenly(vp_size: int) -> None:
-    whole = HybridPattern("M|*M-M*M*ME--/*E/*E")
-    found = whole.divided(2, vp_size)
-    assert {len(stage) for stage in found.stages} == {12 // (2 * vp_size)}
-    assert len(found.stages) == 2 * vp_size
-    assert found.kinds == whole.kinds == "M*M-M*M*ME--/*E/*E"
-    with pytest.raises(LayoutError, match=r"12 layers do not divide into 2 .* x 5 .*layer-pattern"):
-        whole.divided(2, 5)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("Et|tx", "letter 'x'"),
-        ("Et| tL", "letter ' '"),
-        ("E(t", r"groups are written \(...\)\*n"),
-        ("E((t|)*2)*3tt|L", "do not nest"),
-        ("E" + "t*99999999", "absurdly long"),
-        ("E((t)*9999)*9999|L", "absurdly long|groups"),
-    ],
-)
-def test_bad_strings_are_refused_at_once(text: str, reason: str) -> None:
-    with pytest.raises(LayoutError, match=reason):
-        parse_layout(text)
 
 
 @pytest.mark.parametrize(
@@ -383,36 +302,3 @@ def test_mtp_layers_may_stand_on_the_first_stage() -> None:
 )  # fmt: skip
 def test_launch_flags(placement: Placement, num_layers: int, flags: str) -> None:
     assert placement.launch_flags(num_layers, 2) == flags
-
-
-def test_sizes_that_divide_are_told() -> None:
-    with pytest.raises(LayoutError, match=r"choose another VPP size \(2 or 4\), or give a layout"):
-        Placement(3).place(8, 2)
-    with pytest.raises(LayoutError, match=r"divides them: give \S+-layout 'Et\|tt\|t\|tL'"):
-        Placement(2).place(5, 2)
-    with pytest.raises(
-        LayoutError, match=r"\(all: 4 6 6 4\) do not .* VPP size \(2\), or give --t"
-    ):
-        Placement(3, Ends(first=4, last=4)).place(20, 4)
-    with pytest.raises(LayoutError, match=r"\(all: 3 5 5 3\) do not divide .* stages; give --targ"):
-        Placement(2, Ends(first=3, last=3)).place(16, 4)
-    with pytest.raises(LayoutError, match=r"VPP size \(2 or 4\), or give --target-hybrid"):
-        HybridPattern("M*M*M*M*").divided(2, 3)
-    with pytest.raises(LayoutError, match=r"no VPP size divides them: give \S+-layout$"):
-        Placement(4).place(5, 2)
-
-
-@given(st.integers(2, 6), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2))
-def test_the_layout_string_that_is_offered_works(
-    pp_size: int, vp_size: int, num_layers: int, mtp_num_layers: int
-) -> None:
-    """It places all layers, as evenly as can be, the ends not more than the others."""
-    shape = Shape(num_layers, pp_size, vp_size, mtp_num_layers, Order.INTERLEAVED)
-    text = pipeline.even_layout_string(shape)
-    if text is None:
-        assert num_layers < shape.chunks
-        return
-    counts = LayoutString(text).cut(shape).counts
-    assert sum(counts) == num_layers
-    assert max(counts) - min(counts) <= 1
-    assert counts[-1] == min(counts) or num_layers % shape.chunks == shape.chunks - 1
