@@ -170,7 +170,12 @@ def test_the_library_does_what_its_section_shows(workplace: Path) -> None:
     assert lines[1].endswith("launch with --num-layers-per-virtual-pipeline-stage 2")
     assert lines[2] == "plan 0 4"
     assert "latest_checkpointed_iteration.txt names 1000" in lines[-1]
-    assert _bytes(workplace / "ckpt-library") == _bytes(workplace / "ckpt-vpp")
+    command = (
+        "python -m pp_to_vpp --load-iteration-dir ckpt --save-iteration-dir ckpt-command "
+        "--target-virtual-pipeline-model-parallel-size 2"
+    )
+    assert run_shell(command, workplace).returncode == 0
+    assert _bytes(workplace / "ckpt-library") == _bytes(workplace / "ckpt-command")
 
 
 def test_links_lead_to_files_that_ship() -> None:
