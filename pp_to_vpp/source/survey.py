@@ -136,6 +136,13 @@ def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> 
         raise CheckpointError(*problems)
 
 
+_NEVER_SAVED = (
+    "Megatron never saved the others, for expert_tensor_parallel_size times "
+    "expert_model_parallel_size is less: no run can load it; save with a larger expert tensor size"
+)
+"""FORMAT 1.3."""
+
+
 def _odd_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> list[str]:
     """Sizes that are not those of the folders; they may be absurd."""
     sizes = (
@@ -148,13 +155,14 @@ def _odd_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> li
         missing = next(number for number in itertools.count() if number not in numbers)
         if missing != size or len(numbers) != size:
             is_missing = f", rank {missing} is missing" if missing < size else ""
+            is_lost = kind == "tensor" and missing == arguments.etp_size * arguments.ep_size
             problems.append(
                 problem(
                     path,
                     f"its folders do not fit {kind}_model_parallel_size",
                     expected=f"ranks 0 to {size - 1}",
                     found=f"{len(numbers)} of them{is_missing}",
-                    cure=COPY_MISSING,
+                    cure=_NEVER_SAVED if is_lost else COPY_MISSING,
                 )
             )
     return problems

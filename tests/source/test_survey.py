@@ -86,6 +86,14 @@ def test_a_whole_family_that_is_missing_is_noticed(tmp_path: Path) -> None:
         take_survey(str(source))
 
 
+def test_tensor_ranks_that_were_never_saved_are_told(tmp_path: Path) -> None:
+    """As Megatron 0.13.1 saves with TP 2, expert TP 1 and EP 1: tensor rank 1 has no folder."""
+    source = copy_of(pair(DENSE).source, tmp_path)
+    set_arguments(source, tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
+    with pytest.raises(CheckpointError, match="rank 1 is missing; Megatron never saved the others"):
+        take_survey(str(source))
+
+
 def test_rank_files_that_are_no_dictionaries_are_refused(tmp_path: Path) -> None:
     source = copy_of(pair(DENSE).source, tmp_path)
     rewrite_all(source, lambda _: [1, 2])
