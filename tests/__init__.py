@@ -10,6 +10,6 @@ what workers do in this process, ``strategies`` draws layouts and buffers, ``exa
 many. ``compare`` is the independent judge of a converted folder, on torch alone.
 
 Three inert unpicklers exist on purpose, so that none is judged by itself: the product's
-(``container.pickling``), that of its check (``verify.torch_loading``) and the judge's
+(``container.pickling``), that of its check (``verification.torch_loading``) and the judge's
 (``tests.compare``).
 """
