@@ -283,7 +283,7 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     if len(kinds) > 1:
         yield "args.hybrid_layer_pattern tells other layers than its source's"
     mine, yours = (namespace_values(root["args"], "args") for root in (ours, theirs))
-    names = sorted({*mine, *yours} - FOLLOWING_PLACEMENT)
+    names = [name for name in dict.fromkeys((*mine, *yours)) if name not in FOLLOWING_PLACEMENT]
     kept = ({name: own[name] for name in names if name in own} for own in (mine, yours))
     for name in _differing(*kept):
         yield f"args.{name} differs from its source"
