@@ -16,8 +16,7 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from ..container.pickling import as_mapping
-from ..container.tensors import TensorRef, unwrap_tensor
-from ..errors import FormatError
+from ..container.tensors import TensorRef, tensor_at
 from ..megatron.buffers import bucket_policy
 from ..megatron.layout import ModelChunk
 from ..megatron.megatron import Megatron
@@ -159,17 +158,9 @@ def _flat_mains(entry: Any) -> Iterator[TensorRef]:
     for buffer in (as_mapping(entry) or {}).values():
         for states in (as_mapping(buffer) or {}).values():
             known = as_mapping(states) or {}
-            main = _tensor(known.get(PARAM))
+            main = tensor_at(known.get(PARAM))
             if main is not None and known.get(NUMEL) == main.numel:
                 yield main
-
-
-def _tensor(node: Any) -> TensorRef | None:
-    """A tensor; None for what is none, or is damaged: whoever reads it says so."""
-    try:
-        return unwrap_tensor(node)
-    except FormatError:
-        return None
 
 
 def marked(
@@ -215,7 +206,7 @@ def told_groups(
         if not isinstance(mains, list) or len(mains) != len(entry.groups):
             raise Unexplained("no main parameters tell the groups of parameters")
         for key, own in zip(keys_of_groups(entry.groups), mains, strict=True):
-            nodes = [_tensor(node) for node in own] if isinstance(own, list) else [None]
+            nodes = [tensor_at(node) for node in own] if isinstance(own, list) else [None]
             for item in only_alignment(nodes, candidates, partial(may_be_main, agree)):
                 if told.setdefault(item, key) is not key:
                     raise Unexplained(f"{item.name} could be in two param groups")

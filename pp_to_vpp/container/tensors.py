@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,12 +124,14 @@ def as_tensor(node: Any) -> TensorRef | None:
     """The tensor that a node rebuilds, None when it is no plain tensor.
 
     Raises:
-        FormatError: negative or non-integer sizes, or a view that leaves its storage.
+        FormatError: negative or non-integer sizes, a view that leaves its storage, or another
+            storage beside it.
     """
     if not isinstance(node, Instance):
         return None
     if node.factory == _REBUILD_PARAMETER and node.arguments:
         inner = as_tensor(node.arguments[0])
+        _check_holds_none(node.arguments[1:])
         return None if inner is None else replace(inner, node=node)
     is_npu = node.factory.name == _REBUILD_NPU_TENSOR and node.factory.module.startswith(
         "torch_npu"
@@ -138,7 +140,8 @@ def as_tensor(node: Any) -> TensorRef | None:
         return None
     if len(node.arguments) != _ARGUMENTS + is_npu or node.by_new:
         raise FormatError("a tensor with unknown arguments")
-    storage, offset, shape, stride = node.arguments[:4]
+    storage, offset, shape, stride, *rest = node.arguments
+    _check_holds_none(rest)
     if not isinstance(storage, Storage) or storage_item_bytes(storage.type) is None:
         raise FormatError("a tensor without a storage of a known type")
     if not (isinstance(shape, tuple) and isinstance(stride, tuple)) or len(shape) != len(stride):
@@ -156,15 +159,49 @@ def as_tensor(node: Any) -> TensorRef | None:
     return tensor
 
 
+def _check_holds_none(parts: Sequence[Any]) -> None:
+    """What a tensor carries besides itself holds no bytes of another: nobody would know them.
+
+    Raises:
+        FormatError: it does.
+    """
+    pending, seen = list(parts), set()
+    while pending:
+        part = pending.pop()
+        if not part or id(part) in seen:  # mostly an empty dict of hooks
+            continue
+        seen.add(id(part))
+        match part:
+            case Storage():
+                raise FormatError("a tensor that carries another one")
+            case dict():
+                pending += (*part, *part.values())
+            case list() | tuple():
+                pending += part
+            case Instance():
+                pending += (part.arguments, part.entries, part.appended, part.state)
+            case _:
+                pass
+
+
 def unwrap_tensor(node: Any) -> TensorRef | None:
     """Like ``as_tensor``, also for a tensor that carries Python attributes."""
     if isinstance(node, Instance) and node.factory == _REBUILD_WITH_ATTRIBUTES:
         match node.arguments:
-            case (Global() as rebuild, Global(), tuple() as arguments, _):
+            case (Global() as rebuild, Global(), tuple() as arguments, attributes):
+                _check_holds_none([attributes])
                 return as_tensor(Instance(rebuild, arguments))
             case _:
                 return None
     return as_tensor(node)
+
+
+def tensor_at(node: Any) -> TensorRef | None:
+    """Like ``unwrap_tensor``; None also for what is damaged: whoever must understand it says so."""
+    try:
+        return unwrap_tensor(node)
+    except FormatError:
+        return None
 
 
 def on_device(node: Any, device: str) -> Any:

@@ -19,6 +19,7 @@ from pp_to_vpp.container.tensors import (
     item_bytes,
     sharing_lists,
     storage_item_bytes,
+    tensor_at,
     unwrap_tensor,
 )
 from pp_to_vpp.errors import FormatError
@@ -192,6 +193,34 @@ def test_tensors_with_attributes_are_unwrapped() -> None:
     assert tensor is not None
     assert tensor.shape == (4,)
     assert as_tensor(wrapped) is None
+
+
+@pytest.mark.parametrize("place", ["hooks", "format", "attributes", "parameter"])
+def test_a_tensor_that_carries_another_is_refused(place: str) -> None:
+    """Its bytes would be copied where nobody knows them."""
+    flat = node(_STORAGE, 0, (4,), (1,))
+    stranger = [("deep", {"down": Instance(Global("a", "B"), (flat,))})]
+    if place == "hooks":
+        found = Instance(_REBUILD, (*flat.arguments[:5], stranger))
+    elif place == "format":
+        npu = Global("torch_npu.utils.storage", "_rebuild_npu_tensor")
+        found = Instance(npu, (*flat.arguments, _STORAGE))
+    elif place == "attributes":
+        factory = Global("torch._tensor", "_rebuild_from_type_v2")
+        arguments = (_REBUILD, Global("torch", "Tensor"), flat.arguments, {"mine": stranger})
+        found = Instance(factory, arguments)
+    else:
+        found = Instance(Global("torch._utils", "_rebuild_parameter"), (flat, True, stranger))
+    with pytest.raises(FormatError, match="a tensor that carries another one"):
+        unwrap_tensor(found)
+    assert tensor_at(found) is None
+
+
+def test_an_attribute_may_hold_itself() -> None:
+    knot: list[Any] = []
+    knot.append(knot)
+    flat = node(_STORAGE, 0, (4,), (1,))
+    assert as_tensor(Instance(_REBUILD, (*flat.arguments[:5], knot))) is not None
 
 
 def test_lists_of_attributes_are_shared() -> None:
