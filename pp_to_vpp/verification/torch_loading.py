@@ -14,7 +14,7 @@ from typing import Any
 
 from ..container.extents import Extent
 from ..container.pickling import as_mapping
-from ..container.tensors import TensorRef, unwrap_tensor
+from ..container.tensors import TensorRef, tensor_at
 from ..container.torch_file import TorchFile
 
 _COMPARED = 16
@@ -109,7 +109,7 @@ def differences(file: TorchFile, read: Callable[[Extent], bytes]) -> Iterator[st
         yield f"torch.load fails: {error}"
         return
     for where, ours, theirs in _pairs(file.root, loaded, "top level", set()):
-        tensor = unwrap_tensor(ours)
+        tensor = tensor_at(ours)
         if tensor is None:
             yield f"{where}: torch.load finds something else"
         else:
@@ -136,7 +136,7 @@ def _pairs(
             return
         for value, other in zip(ours, theirs, strict=True):
             yield from _pairs(value, other, where, seen)
-    elif unwrap_tensor(ours) is not None:
+    elif tensor_at(ours) is not None:
         yield where, ours, theirs
 
 

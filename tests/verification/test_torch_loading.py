@@ -181,6 +181,13 @@ def test_tensors_of_all_kinds_agree(
         assert len([name for name in file.namelist() if "/data/" in name]) == 1
 
 
+def test_tensors_that_only_torch_understands_are_left_to_it(tmp_path: Path) -> None:
+    """A conjugate view has an argument more; it stands in no model, and is copied as it is."""
+    path = tmp_path / "odd.pt"
+    torch.save({"rng_state": torch.ones(2, dtype=torch.complex64).conj(), "iteration": 1}, path)
+    assert found_in(read_torch_file(path)) == []
+
+
 def test_loading_torch_leaves_one_thread() -> None:
     """Each worker has a core of its own at most."""
     before = torch.get_num_threads()
