@@ -182,23 +182,19 @@ class Family:
         return found
 
     def lost_groups(self) -> Iterator[tuple[str, str]]:
-        """Path and text about ranks without a param group that others have, where every rank has
-        those of all (optimizer/__init__.py ``gathered_params_key``, 0.14 and later)."""
-        for rank in self.ranks.values() if self.megatron.rules.keeps_all_groups else ():
-            for own in rank.optimizers:
-                found = set(keys_of_groups(own.entry.groups))
-                lost = [
-                    key
-                    for takes_matrices, key in self.group_identities
-                    if takes_matrices == own.kind.takes_matrices
-                    and own.kind.is_expert in (None, key.is_expert)
-                    and key not in found
-                ]
-                if lost:
-                    yield (
-                        rank.files.model.path,
-                        f"it lacks a param group that others have ({lost[0]})",
-                    )
+        """Path and text about ranks without a param group that the same optimizer has on others,
+        where it has those of all ranks everywhere (optimizer/__init__.py ``gathered_params_key``,
+        0.14 and later)."""
+        if not self.megatron.rules.keeps_all_groups:
+            return
+        places = [(rank, own) for rank in self.ranks.values() for own in rank.optimizers]
+        known: dict[ChainedOptimizer, dict[GroupKey, None]] = {}
+        for _, own in places:
+            known.setdefault(own.kind, {}).update(dict.fromkeys(keys_of_groups(own.entry.groups)))
+        for rank, own in places:
+            lost = known[own.kind].keys() - set(keys_of_groups(own.entry.groups))
+            for key in (key for key in known[own.kind] if key in lost):
+                yield rank.files.model.path, f"it lacks a param group that others have ({key})"
 
     @cached_property
     def odd_groups(self) -> tuple[tuple[SourceRank, OptimizerEntry], ...]:

@@ -16,6 +16,7 @@ from ..source.files import FamilyFolders, SourceFile, other_files, read_source_r
 from ..source.proof import proven_family
 from ..source.proven import ProvenFamily, check_told, proven
 from ..target import check
+from ..target.optimizer_entry import needs_all_ranks
 from ..target.plan import RankPlan, plan_rank
 from ..target.request import Target
 
@@ -114,8 +115,10 @@ def _read(job: PlanJob) -> tuple[Family, str]:
         check_told(found.values(), job.told)
         files |= found
         family, rounding = proven_family(dict(sorted(files.items())))
-        layout = job.target.of(family.megatron).layout
-        wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(layout, rank)}
+        target = job.target.of(family.megatron)
+        wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(target.layout, rank)}
+        if needs_all_ranks(target):
+            wanted = set(job.folders.ranks)
         needed = wanted - files.keys()
         if not needed:
             return family, rounding

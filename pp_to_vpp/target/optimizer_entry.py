@@ -8,7 +8,7 @@ only, and loading matched them by position; from 0.14 every rank has all groups 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..checkpoint.optimizer_entries import GROUPS, MAINS, OPTIMIZER, STATE, Opti
 from ..checkpoint.plain_states import PlainState
 from ..container.tensors import on_device, sharing_lists
 from ..errors import ONE_SAVE, CheckpointError, show
+from ..megatron.megatron import Megatron
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import (
     ChainedOptimizer,
@@ -25,14 +26,21 @@ from ..megatron.optimizer_chain import (
     chain_of,
     has_expert_optimizer,
     has_optimizer,
+    items_by_group,
 )
 from ..megatron.param_groups import STEP, are_sorted, keys_of_groups, steps
 from ..megatron.parameters import GroupKey, Item
-from .model import TargetRank, device_tag
+from .model import TargetRank, device_tag, target_chunk
 
 _TELLING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr")
 _PARAMS = "params"
 """Numbers of the parameters of a group, in optimizers that save their own state."""
+
+
+def needs_all_ranks(target: Megatron) -> bool:
+    """Whether the groups of a rank follow from the parameters of all: every rank has the groups of
+    all, and its first chunk has an optimizer of its own, for which others may have none."""
+    return target.rules.keeps_all_groups and target.arguments.overlaps_param_gather_with_step
 
 
 def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
@@ -150,26 +158,49 @@ class EntryWriter:
         if odd is not None and not self._rank.megatron.rules.keeps_all_groups:
             raise _unknown_order(*odd)
         # By what they say, not by position, loading matches these.
-        if odd is not None or are_sorted(own):
+        if odd is not None:
             return [dict(group) for group in own]
+        if are_sorted(own):
+            return [dict(group) for group in self._sorted_groups()]
         known = dict(zip(keys_of_groups(own), own, strict=True))
         for entry in self._entries():
             for key, group in zip(keys_of_groups(entry.groups), entry.groups, strict=True):
                 if key not in known:
                     known[key] = _sharing(group, known.values())
         keys = list(self._by_key)
-        self._check_keys(known)
+        self._check_keys(known, keys)
         groups = [known[key] for key in keys]
         if self._rank.megatron.rules.keeps_all_groups:
             family, source = self._rank.family, self._rank.own
             first = source if keys else family.ranks.get(0, source)
             order = [k for entry in self._entries_of(first) for k in keys_of_groups(entry.groups)]
-            groups += [known[key] for key in dict.fromkeys(order) if key not in keys]
+            others = (key for key in dict.fromkeys(order) if key not in keys)
+            groups += [known[key] for key in others if key in self._keys_of_all(order)]
         return [dict(group) for group in groups]
 
-    def _check_keys(self, known: Collection[GroupKey]) -> None:
+    def _sorted_groups(self) -> list[dict[Any, Any]]:
+        """Those of all ranks, in the order in which an entry of the source has all of them: where
+        the dense parameters have two optimizers, one of those may have less."""
+        entries = list(self._entries())
+        fullest = max(entries, key=lambda entry: len(entry.groups)).groups
+        found = keys_of_groups(fullest)
+        there = dict.fromkeys(key for entry in entries for key in keys_of_groups(entry.groups))
+        wanted = self._keys_of_all(there)
+        self._check_keys(found, wanted)
+        return [group for key, group in zip(found, fullest, strict=True) if key in wanted]
+
+    def _keys_of_all(self, known: Collection[GroupKey]) -> Collection[GroupKey]:
+        """Of the known groups those of the parameters that this optimizer has on any rank."""
+        megatron, family = self._rank.megatron, self._rank.family
+        if self._optimizer.is_expert or not needs_all_ranks(megatron):
+            return known
+        chunks = map(megatron.layout.rank_chunks, range(megatron.layout.pp_size))
+        ranks = ([target_chunk(family, chunk).parameters for chunk in own] for own in chunks)
+        return {key for own in ranks for key in items_by_group(own, self._optimizer, megatron)}
+
+    def _check_keys(self, known: Collection[GroupKey], wanted: Iterable[GroupKey]) -> None:
         """Each parameter has a group: without one its state would be left behind."""
-        missing = [key for key in self._by_key if key not in known]
+        missing = [key for key in wanted if key not in known]
         if missing:
             raise CheckpointError.of(
                 self._rank.own.files.model.path,
@@ -228,7 +259,7 @@ class EntryWriter:
         numbered_groups = []
         count = 0
         keys = keys_of_groups(groups)
-        self._check_keys(keys)
+        self._check_keys(keys, self._by_key)
         for key, group in zip(keys, groups, strict=True):
             items = self._by_key.get(key, [])
             numbers = list(range(count, count + len(items)))

@@ -154,6 +154,12 @@ def test_a_manifest_of_some_items() -> None:
     assert of.manifest([]) == {}
 
 
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_megatron_loses_no_group(name: str, side: str) -> None:
+    for of in families(name, side):
+        assert list(of.lost_groups()) == []
+
+
 def test_tensors_are_told_apart_by_name_and_kind() -> None:
     assert str(TensorName("a.weight", "")) == "a.weight"
     assert str(TensorName("a.weight", "exp_avg")) == "a.weight [exp_avg]"

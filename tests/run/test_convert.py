@@ -16,7 +16,17 @@ from pp_to_vpp.source.survey import take_survey
 
 from ..compare import differences
 from ..edit import copy_of, rewrite_all
-from ..pairs import DENSE, LAYER_WISE_WIDE, MOE, OVERLAP, OWN_RATES, names, pair
+from ..pairs import (
+    DENSE,
+    LAYER_WISE_WIDE,
+    MOE,
+    OVERLAP,
+    OVERLAP_EMPTY,
+    OVERLAP_EMPTY_MOE,
+    OWN_RATES,
+    names,
+    pair,
+)
 from ..runs import Program
 
 
@@ -83,6 +93,19 @@ def test_the_overlap_flag_alone_is_a_conversion(program: Program, tmp_path: Path
     assert differences(again, case.truth, case.truth) == []
     refused = program.convert(case.truth, tmp_path / "no" / "iter_0000001", (), flag)
     program.refuses(3, refused, "already has the layout")
+
+
+@pytest.mark.parametrize("name", [OVERLAP_EMPTY, OVERLAP_EMPTY_MOE])
+def test_groups_of_all_are_those_of_the_same_optimizer(
+    name: str, program: Program, tmp_path: Path
+) -> None:
+    """With the overlap the first chunks have an optimizer of their own, and here no layers, so it
+    has no group without weight decay on any rank: one rank alone cannot tell that."""
+    case, target = pair(name), tmp_path / "iter_0000001"
+    for pp_rank in (1, 0):
+        one = ("--pipeline-ranks-to-process", str(pp_rank))
+        assert program.convert(case.source, target, case.options, *one).status == 0
+    assert differences(target, case.truth, case.source) == []
 
 
 def few_arguments(root: dict[str, Any]) -> None:
