@@ -17,7 +17,7 @@ from ..container.torch_file import TorchFile
 from ..errors import COPY_MISSING, NOT_CONVERTED, ONE_SAVE, CheckpointError, located
 from ..megatron import layer_wise
 from ..megatron.megatron import Megatron
-from ..megatron.optimizer_chain import ChainedOptimizer, Share
+from ..megatron.optimizer_chain import ChainedOptimizer, Share, in_rank_order
 from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import GroupKey, Item, Parameters
 from ..megatron.ranks import layer_wise_file
@@ -119,6 +119,9 @@ def read_layer_wise_states(
     chain, groups = routed_chain(entries, len(parameters)), _group_keys(entries)
     if not chain:
         raise Unexplained(f"no optimizer takes matrices ({first})")
+    for optimizer, keys in zip(chain, groups, strict=True):
+        if in_rank_order(keys, optimizer, lambda: [parameters], megatron) != keys:
+            raise Unexplained(f"param groups stand in another order than computed ({first})")
     dealt = layer_wise.shares(parameters, zip(chain, groups, strict=True), megatron)
     by_name: dict[str, PlainState] = {}
     for dp_rank, (found, path) in read.items():

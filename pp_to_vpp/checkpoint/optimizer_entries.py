@@ -5,7 +5,7 @@ A dict if there is one optimizer, else a list (FORMAT 6.1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,13 @@ _KNOWN_KEYS = frozenset((OPTIMIZER, STATE, GROUPS, MAINS, "grad_scaler"))
 
 def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[ChainedOptimizer, ...]:
     """The optimizers of a chain in which some take matrices alone, as their param groups tell; ()
-    if none does. Every rank has them all, in the same order.
+    if none does. Every rank has them all.
 
     From 0.18 the groups of all other parameters name their optimizer; before, Muon was the only one
     and is known by its own options.
     """
     groups = [group for entry in entries for group in entry.groups]
-    is_named = any(_ROUTED in group for group in groups)
+    is_named = names_optimizers(entries)
     if not (is_named or any(map(_is_muon, groups))):
         return ()
 
@@ -45,6 +45,11 @@ def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[Chain
 
     stages = tuple(range(vp_size))
     return tuple(ChainedOptimizer(is_expert(e), stages, takes_matrices(e)) for e in entries)
+
+
+def names_optimizers(entries: Iterable[OptimizerEntry]) -> bool:
+    """Whether param groups name the optimizer that takes them (0.18 and later)."""
+    return any(_ROUTED in group for entry in entries for group in entry.groups)
 
 
 def _is_muon(group: Mapping[Any, Any]) -> bool:

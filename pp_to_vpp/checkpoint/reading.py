@@ -26,12 +26,13 @@ from ..megatron.naming import Section
 from ..megatron.optimizer_chain import (
     ChainedOptimizer,
     OptimizerKind,
+    chain_in_rank_order,
     chain_of,
     has_expert_optimizer,
     has_optimizer,
     share_of,
 )
-from ..megatron.param_groups import STEP
+from ..megatron.param_groups import STEP, keys_of_groups
 from ..megatron.parameters import Item, Parameters
 from ..megatron.ranks import layer_wise_file
 from ..megatron.rules import Rules, candidates
@@ -39,7 +40,13 @@ from .chunks import ChunkContents, read_chunks
 from .family import Family, RankFiles, SourceOptimizer, SourceRank
 from .flat_states import FlatState, RankStates, Unexplained, are_views_of_buffers, read_flat_states
 from .layer_wise_states import read_layer_wise_states, told_trained
-from .optimizer_entries import OPTIMIZER, OptimizerEntry, read_entries, routed_chain
+from .optimizer_entries import (
+    OPTIMIZER,
+    OptimizerEntry,
+    names_optimizers,
+    read_entries,
+    routed_chain,
+)
 from .plain_states import PlainState, read_plain_states
 from .trained import Agreement, answers, marked, told_groups, without_trained
 
@@ -359,7 +366,12 @@ def _with_plain(
     chain = _chain(entries, [content.parameters for content in contents], megatron, where)
     if agree is not None:
         contents = told_groups(contents, entries, chain, megatron, agree)
-    share = share_of([content.parameters for content in contents], chain, megatron)
+    parameters = [content.parameters for content in contents]
+    if names_optimizers(entries):
+        heads = {o: keys_of_groups(e.groups)[0] for o, e in zip(chain, entries, strict=True)}
+        if chain_in_rank_order(chain, heads, lambda: [parameters], megatron) != chain:
+            raise Unexplained(f"its optimizers stand in another order than computed ({where})")
+    share = share_of(parameters, chain, megatron)
     states = read_plain_states(entries, chain, share, where)
     optimizers = (
         SourceOptimizer(*own, holds_state=False) for own in zip(chain, entries, share, strict=True)

@@ -9,7 +9,8 @@ chained with an Adam or Lion for all other parameters (muon.py, 0.16 and 0.17;
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -97,3 +98,111 @@ def share_of(
 ) -> Share:
     """All parameters of a rank, as its optimizers take them."""
     return [items_by_group(parameters, optimizer, megatron) for optimizer in chain]
+
+
+def in_rank_order(
+    keys: Sequence[GroupKey],
+    optimizer: ChainedOptimizer,
+    ranks: Callable[[], Iterable[Parameters]],
+    megatron: Megatron,
+) -> list[GroupKey]:
+    """The groups of an optimizer as a rank has them, by the versions that sort them.
+
+    They are sorted by what they override, and the sort is stable and does not look at buffers. So
+    the group of experts and the other one that overrides the same stand as their first parameters
+    do on the rank, or else on the first rank that has some: mostly experts come after a router, but
+    not where that is frozen (optimizer/__init__.py ``_get_param_groups``, 0.16 and later).
+
+    Args:
+        keys: the groups, sorted, in the order of any rank.
+        optimizer: which takes both.
+        ranks: parameters of the rank, then of all ranks; not asked for more than it takes.
+        megatron: the run.
+    """
+    runs = [list(run) for _, run in itertools.groupby(keys, key=_without_buffer)]
+    return [key for run in runs for key in first_seen(run, optimizer, ranks(), megatron)]
+
+
+def first_seen(
+    keys: Sequence[GroupKey],
+    optimizer: ChainedOptimizer,
+    ranks: Iterable[Parameters],
+    megatron: Megatron,
+) -> list[GroupKey]:
+    """Groups in the order in which ranks bring their first parameters; those that none brings
+    last. One alone has no order, so nobody is asked for it.
+
+    Args:
+        keys: the groups.
+        optimizer: which takes them.
+        ranks: parameters of each; not asked for more than it takes.
+        megatron: the run.
+    """
+    left, found = list(dict.fromkeys(keys)), []
+    asked = iter(ranks)
+    while len(left) > 1 and (parameters := next(asked, None)) is not None:
+        brought = items_by_group(parameters, optimizer, megatron)
+        found += [key for key in brought if key in left]
+        left = [key for key in left if key not in brought]
+    return found + left
+
+
+def chain_in_rank_order(
+    chain: Sequence[ChainedOptimizer],
+    first: Mapping[ChainedOptimizer, GroupKey],
+    ranks: Callable[[], Iterable[Parameters]],
+    megatron: Megatron,
+) -> tuple[ChainedOptimizer, ...]:
+    """A chain whose elements stand as the first of their groups do: where matrices, or all others,
+    have an optimizer for dense parameters and one for experts (optimizer/__init__.py
+    ``_get_megatron_emerging_optimizer``, 0.18 and later).
+
+    Args:
+        chain: as any rank has it.
+        first: the first group of each.
+        ranks: see ``in_rank_order``.
+        megatron: the run.
+    """
+    found = list(chain)
+    for takes_matrices in (True, False):
+        both = [o for o in chain if o.takes_matrices is takes_matrices and o.is_expert is not None]
+        keys = [first[optimizer] for optimizer in both if optimizer in first]
+        if len(keys) == 2 and len(set(map(_without_buffer, keys))) == 1:
+            taker = replace(both[0], is_expert=None)
+            order = in_rank_order(keys, taker, ranks, megatron)
+            places = sorted(map(found.index, both))
+            for index, key in zip(places, order, strict=True):
+                found[index] = replace(taker, is_expert=key.is_expert)
+    return tuple(found)
+
+
+def has_own_order(
+    keys: Iterable[GroupKey],
+    optimizer: ChainedOptimizer,
+    parameters: Parameters,
+    megatron: Megatron,
+    *,
+    are_sorted: bool,
+) -> bool:
+    """Whether a rank's own parameters tell the order of its groups.
+
+    Args:
+        keys: of the groups.
+        optimizer: that takes them, on any rank.
+        parameters: of the rank.
+        megatron: the run.
+        are_sorted: as by newer versions (``in_rank_order``).
+    """
+    taker = replace(optimizer, vp_stages=tuple(range(len(parameters))))
+    if not are_sorted:
+        own = items_by_group(parameters, taker, megatron)
+        return len(set(keys) - own.keys()) < 2
+    if optimizer.takes_matrices is None:
+        return True
+    taker = replace(taker, is_expert=None)
+    seen = set(map(_without_buffer, items_by_group(parameters, taker, megatron)))
+    return seen.issuperset(_without_buffer(key) for key in keys if key.is_expert)
+
+
+def _without_buffer(key: GroupKey) -> GroupKey:
+    return replace(key, is_expert=False)

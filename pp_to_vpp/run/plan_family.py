@@ -117,7 +117,7 @@ def _read(job: PlanJob) -> tuple[Family, str]:
         family, rounding = proven_family(dict(sorted(files.items())))
         target = job.target.of(family.megatron)
         wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(target.layout, rank)}
-        if needs_all_ranks(target):
+        if any(needs_all_ranks(family, target, rank) for rank in job.pp_ranks):
             wanted = set(job.folders.ranks)
         needed = wanted - files.keys()
         if not needed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,13 @@ class TargetRank:
     def parameters(self) -> Parameters:
         """Those of each virtual stage."""
         return [chunk.parameters for chunk in self.chunks]
+
+    def parameters_of_all(self) -> Iterator[Parameters]:
+        """Those of this rank, then of all ranks in order, for which all must have been read."""
+        yield self.parameters
+        layout = self.megatron.layout
+        for chunks in map(layout.rank_chunks, range(layout.pp_size)):
+            yield [target_chunk(self.family, chunk).parameters for chunk in chunks]
 
 
 def target_rank(family: Family, megatron: Megatron, pp_rank: int) -> TargetRank:

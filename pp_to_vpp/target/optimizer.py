@@ -15,7 +15,6 @@ from ..checkpoint.optimizer_entries import OPTIMIZER
 from ..errors import NOT_CONVERTED, CheckpointError
 from ..megatron import layer_wise
 from ..megatron.optimizer_chain import ChainedOptimizer, OptimizerKind, share_of
-from ..megatron.param_groups import keys_of_groups
 from ..megatron.ranks import OPTIMIZER_FILE, layer_wise_file
 from .flat_file import flat_root
 from .model import TargetRank
@@ -60,8 +59,7 @@ def _layer_wise(rank: TargetRank, chain: Sequence[ChainedOptimizer]) -> TargetOp
             cure="which parameters they hold decides which data-parallel rank keeps them, and "
             f"nothing tells: {NOT_CONVERTED}",
         )
-    templates = [EntryWriter(rank, optimizer, {}).template for optimizer in chain]
-    groups = [keys_of_groups(template.groups) for template in templates]
+    groups = [EntryWriter(rank, optimizer, {}).group_keys() for optimizer in chain]
     dealt = layer_wise.shares(rank.parameters, zip(chain, groups, strict=True), rank.megatron)
     own = layer_wise.file_ranks(rank.own.files.id.ep_rank or 0, rank.megatron)
     files = {layer_wise_file(dp): rank_entries(rank, chain, dealt[dp]) for dp in own}

@@ -12,8 +12,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.family import SourceRank
-from ..checkpoint.optimizer_entries import GROUPS, MAINS, OPTIMIZER, STATE, OptimizerEntry
+from ..checkpoint.family import Family, SourceRank
+from ..checkpoint.optimizer_entries import (
+    GROUPS,
+    MAINS,
+    OPTIMIZER,
+    STATE,
+    OptimizerEntry,
+    names_optimizers,
+)
 from ..checkpoint.plain_states import PlainState
 from ..container.tensors import on_device, sharing_lists
 from ..errors import ONE_SAVE, CheckpointError, show
@@ -23,9 +30,13 @@ from ..megatron.optimizer_chain import (
     ChainedOptimizer,
     OptimizerKind,
     Share,
+    chain_in_rank_order,
     chain_of,
+    first_seen,
     has_expert_optimizer,
     has_optimizer,
+    has_own_order,
+    in_rank_order,
     items_by_group,
 )
 from ..megatron.param_groups import STEP, are_sorted, keys_of_groups, steps
@@ -37,10 +48,31 @@ _PARAMS = "params"
 """Numbers of the parameters of a group, in optimizers that save their own state."""
 
 
-def needs_all_ranks(target: Megatron) -> bool:
-    """Whether the groups of a rank follow from the parameters of all: every rank has the groups of
-    all, and its first chunk has an optimizer of its own, for which others may have none."""
-    return target.rules.keeps_all_groups and target.arguments.overlaps_param_gather_with_step
+def needs_all_ranks(family: Family, target: Megatron, pp_rank: int) -> bool:
+    """Whether the groups of a target rank follow from the parameters of all, where it has the
+    groups of all: its first chunk has an optimizer of its own, for which others may have none; or
+    its own parameters do not tell the order.
+
+    Until all is read that it is made of, the answer may be no.
+    """
+    if not target.rules.keeps_all_groups:
+        return False
+    layout = target.layout
+    if target.arguments.overlaps_param_gather_with_step:
+        return True
+    if not family.ranks.keys() >= set(family.layout.sources_of(layout, pp_rank)):
+        return False
+    parameters = [target_chunk(family, own).parameters for own in layout.rank_chunks(pp_rank)]
+    return not all(
+        has_own_order(
+            keys_of_groups(own.entry.groups),
+            own.kind,
+            parameters,
+            target,
+            are_sorted=are_sorted(own.entry.groups),
+        )
+        for own in family.any_rank.optimizers
+    )
 
 
 def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
@@ -53,7 +85,13 @@ def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
     kinds = dict.fromkeys(own.kind for own in rank.own.optimizers)
     routed = [kind for kind in kinds if kind.takes_matrices is not None]
     if routed:
-        return tuple(replace(kind, vp_stages=tuple(range(len(rank.chunks)))) for kind in routed)
+        chain = [replace(kind, vp_stages=tuple(range(len(rank.chunks)))) for kind in routed]
+        entries = [own.entry for own in rank.own.optimizers]
+        if not names_optimizers(entries):
+            return tuple(chain)
+        heads = (keys_of_groups(entry.groups)[0] for entry in entries)
+        first = dict(zip(chain, heads, strict=False))
+        return chain_in_rank_order(chain, first, rank.parameters_of_all, rank.megatron)
     has_experts = has_expert_optimizer(
         rank.parameters, rank.megatron, others_have=family.has_expert_optimizer
     )
@@ -150,9 +188,9 @@ class EntryWriter:
     def _groups(self, own: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
         """The param groups in the order of the version.
 
-        Where they are sorted, or made by rules of the run's own, as in the source. Before: those of
-        the rank's parameters in first-seen order, then, from 0.14, all others in the order in which
-        the ranks of the run bring them: that of the first rank where this one brings none.
+        Where they are made by rules of the run's own, as in the source. Before they were sorted:
+        those of the rank's parameters in first-seen order, then, from 0.14, all others in the order
+        in which the ranks of the run bring them.
         """
         odd = next(iter(self._rank.family.odd_groups), None)
         if odd is not None and not self._rank.megatron.rules.keeps_all_groups:
@@ -171,31 +209,36 @@ class EntryWriter:
         self._check_keys(known, keys)
         groups = [known[key] for key in keys]
         if self._rank.megatron.rules.keeps_all_groups:
-            family, source = self._rank.family, self._rank.own
-            first = source if keys else family.ranks.get(0, source)
-            order = [k for entry in self._entries_of(first) for k in keys_of_groups(entry.groups)]
-            others = (key for key in dict.fromkeys(order) if key not in keys)
-            groups += [known[key] for key in others if key in self._keys_of_all(order)]
+            others = [key for key in self._keys_of_all(known) if key not in keys]
+            ranks = self._rank.parameters_of_all()
+            order = first_seen(others, self._optimizer, ranks, self._rank.megatron)
+            groups += [known[key] for key in order]
         return [dict(group) for group in groups]
 
     def _sorted_groups(self) -> list[dict[Any, Any]]:
-        """Those of all ranks, in the order in which an entry of the source has all of them: where
-        the dense parameters have two optimizers, one of those may have less."""
+        """Those of all ranks, from an entry of the source that has all of them: where the dense
+        parameters have two optimizers, one of those may have less."""
         entries = list(self._entries())
         fullest = max(entries, key=lambda entry: len(entry.groups)).groups
         found = keys_of_groups(fullest)
         there = dict.fromkeys(key for entry in entries for key in keys_of_groups(entry.groups))
         wanted = self._keys_of_all(there)
         self._check_keys(found, wanted)
-        return [group for key, group in zip(found, fullest, strict=True) if key in wanted]
+        by_key = {key: of for key, of in zip(found, fullest, strict=True) if key in wanted}
+        ranks = self._rank.parameters_of_all
+        order = in_rank_order(list(by_key), self._optimizer, ranks, self._rank.megatron)
+        return [by_key[key] for key in order]
+
+    def group_keys(self) -> list[GroupKey]:
+        """Those of the groups that Megatron expects on this rank, in order."""
+        return keys_of_groups(self._groups(self.template.groups))
 
     def _keys_of_all(self, known: Collection[GroupKey]) -> Collection[GroupKey]:
         """Of the known groups those of the parameters that this optimizer has on any rank."""
-        megatron, family = self._rank.megatron, self._rank.family
-        if self._optimizer.is_expert or not needs_all_ranks(megatron):
+        megatron = self._rank.megatron
+        if self._optimizer.is_expert or not megatron.arguments.overlaps_param_gather_with_step:
             return known
-        chunks = map(megatron.layout.rank_chunks, range(megatron.layout.pp_size))
-        ranks = ([target_chunk(family, chunk).parameters for chunk in own] for own in chunks)
+        ranks = self._rank.parameters_of_all()
         return {key for own in ranks for key in items_by_group(own, self._optimizer, megatron)}
 
     def _check_keys(self, known: Collection[GroupKey], wanted: Iterable[GroupKey]) -> None:
