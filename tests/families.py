@@ -24,6 +24,7 @@ from pp_to_vpp.source.proof import SampledAgreement, proven_family
 from pp_to_vpp.source.survey import Survey, take_survey
 
 from .pairs import (
+    EXPERTS_FIRST,
     FROZEN_LAYER_WISE,
     FROZEN_PLAIN,
     LAYER_WISE,
@@ -58,6 +59,7 @@ KINDS = {
     LAYER_WISE_ODD: OptimizerKind.LAYER_WISE,
     LAYER_WISE_WIDE: OptimizerKind.LAYER_WISE,
     FROZEN_LAYER_WISE: OptimizerKind.LAYER_WISE,
+    EXPERTS_FIRST: OptimizerKind.LAYER_WISE,
     WEIGHTS: OptimizerKind.NONE,
 }
 """The optimizers of pairs that have not the usual one, told here so that no file need be decoded
