@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import pytest
 
+from pp_to_vpp.checkpoint.family import Family
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.optimizer_chain import (
     ChainedOptimizer,
     OptimizerKind,
+    chain_in_rank_order,
     chain_of,
+    first_seen,
     has_expert_optimizer,
     has_optimizer,
+    has_own_order,
+    in_rank_order,
     items_by_group,
 )
-from pp_to_vpp.megatron.parameters import Parameters, is_layer_matrix
+from pp_to_vpp.megatron.param_groups import keys_of_groups
+from pp_to_vpp.megatron.parameters import GroupKey, Parameters, is_layer_matrix
 
 from ..families import SIDES, families, family
 from ..pairs import (
@@ -24,6 +31,8 @@ from ..pairs import (
     DENSE,
     EMPTY,
     EMPTY_OLD,
+    EXPERTS_FIRST,
+    FROZEN_DECOUPLED,
     FROZEN_LAYER_WISE,
     LAYER_WISE,
     LAYER_WISE_ODD,
@@ -55,7 +64,16 @@ def test_optimizers_in_the_order_of_their_entries(
     assert found == tuple(ChainedOptimizer(is_expert, stages) for is_expert, stages in chain)
 
 
-ROUTED = (LION, MUON, SOAP, LAYER_WISE, LAYER_WISE_ODD, LAYER_WISE_WIDE, FROZEN_LAYER_WISE)
+ROUTED = (
+    LION,
+    MUON,
+    SOAP,
+    LAYER_WISE,
+    LAYER_WISE_ODD,
+    LAYER_WISE_WIDE,
+    FROZEN_LAYER_WISE,
+    EXPERTS_FIRST,
+)
 """Pairs whose files tell which optimizer takes what."""
 
 
@@ -175,3 +193,64 @@ def test_families_with_experts_have_an_expert_optimizer(name: str, have: bool) -
             assert of.has_expert_optimizer is have
             for rank in of.ranks.values():
                 assert any(own.kind.is_expert for own in rank.optimizers) is have
+
+
+def parameters_of(of: Family, pp_rank: int) -> Parameters:
+    return [content.parameters for content in of.ranks[pp_rank].contents]
+
+
+SORTED = (LAYER_WISE, LAYER_WISE_WIDE, FROZEN_LAYER_WISE, EXPERTS_FIRST)
+"""Pairs with an optimizer that takes dense matrices and those of experts."""
+
+
+@pytest.mark.parametrize("side", ["source", "truth"])
+@pytest.mark.parametrize("name", SORTED)
+def test_groups_stand_as_their_first_parameters_do(name: str, side: str) -> None:
+    """In Megatron's own files, whatever order they are given in."""
+    firsts = set()
+    for of in families(name, side):
+        for pp_rank, rank in of.ranks.items():
+            own = next(own for own in rank.optimizers if own.kind.takes_matrices)
+            keys = keys_of_groups(own.entry.groups)
+            assert {key.is_expert for key in keys} == {False, True}
+            for given in (keys, keys[::-1]):
+                ranks = functools.partial(iter, [parameters_of(of, pp_rank)])
+                assert in_rank_order(given, own.kind, ranks, of.megatron) == keys
+            firsts.add(keys[0].is_expert)
+    assert (True in firsts) == (name == EXPERTS_FIRST)
+
+
+def test_groups_that_a_rank_has_nothing_of_stand_as_on_others() -> None:
+    """Nobody is asked for the order of what is known already."""
+    of = family(FROZEN_DECOUPLED, "truth")
+    everyone = [parameters_of(of, pp_rank) for pp_rank in sorted(of.ranks)]
+    for pp_rank, rank in of.ranks.items():
+        (own,) = rank.optimizers
+        keys = keys_of_groups(own.entry.groups)
+        ranks = [everyone[pp_rank], *everyone]
+        assert first_seen(keys[::-1], own.kind, ranks, of.megatron) == keys
+        tells = has_own_order(keys, own.kind, everyone[pp_rank], of.megatron, are_sorted=False)
+        assert tells == (pp_rank != 1)
+    (own,) = of.ranks[0].optimizers
+    for keys in ([], *(keys_of_groups(own.entry.groups)[:n] for n in (1, 3))):
+        assert first_seen(keys, own.kind, iter(()), of.megatron) == keys
+
+
+@pytest.mark.parametrize(("pp_rank", "is_expert"), [(0, True), (1, False)])
+def test_a_chain_begins_with_the_group_that_comes_first(pp_rank: int, is_expert: bool) -> None:
+    """Where matrices have an optimizer for dense ones and one for experts: by the source of 0.18
+    alone, for a run of such ranks and others hangs before it saves."""
+    of = family(EXPERTS_FIRST, "source")
+    dense, experts = (ChainedOptimizer(own, (0,), takes_matrices=True) for own in (False, True))
+    others = ChainedOptimizer(is_expert=False, vp_stages=(0,), takes_matrices=False)
+    group = GroupKey(decays=True, is_expert=False, is_decoupled=False)
+    first = {dense: group, experts: replace(group, is_expert=True), others: group}
+    expected = (experts, dense, others) if is_expert else (dense, experts, others)
+
+    def ranks() -> Iterator[Parameters]:
+        yield parameters_of(of, pp_rank)
+
+    for chain in ((dense, experts, others), (experts, dense, others)):
+        assert chain_in_rank_order(chain, first, ranks, of.megatron) == expected
+    without = {dense: group, experts: replace(group, decays=False, is_expert=True)}
+    assert chain_in_rank_order((dense, experts), without, ranks, of.megatron) == (dense, experts)
