@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, show
 from ..megatron.optimizer_chain import ChainedOptimizer
 from ..megatron.param_groups import keys_of_groups
+from ..megatron.parameters import GroupKey
 
 OPTIMIZER = "optimizer"
 """Key of the entries in ``model_optim_rng.pt``, and of the torch optimizer in each."""
@@ -50,6 +51,14 @@ def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[Chain
 def names_optimizers(entries: Iterable[OptimizerEntry]) -> bool:
     """Whether param groups name the optimizer that takes them (0.18 and later)."""
     return any(_ROUTED in group for entry in entries for group in entry.groups)
+
+
+def first_groups(
+    chain: Iterable[ChainedOptimizer], entries: Iterable[OptimizerEntry]
+) -> dict[ChainedOptimizer, GroupKey]:
+    """What the first param group of each optimizer is known by, of those that have one."""
+    keys = ((o, keys_of_groups(entry.groups)) for o, entry in zip(chain, entries, strict=False))
+    return {optimizer: of[0] for optimizer, of in keys if of}
 
 
 def _is_muon(group: Mapping[Any, Any]) -> bool:

@@ -32,7 +32,7 @@ from ..megatron.optimizer_chain import (
     has_optimizer,
     share_of,
 )
-from ..megatron.param_groups import STEP, keys_of_groups
+from ..megatron.param_groups import STEP
 from ..megatron.parameters import Item, Parameters
 from ..megatron.ranks import layer_wise_file
 from ..megatron.rules import Rules, candidates
@@ -43,6 +43,7 @@ from .layer_wise_states import read_layer_wise_states, told_trained
 from .optimizer_entries import (
     OPTIMIZER,
     OptimizerEntry,
+    first_groups,
     names_optimizers,
     read_entries,
     routed_chain,
@@ -368,8 +369,8 @@ def _with_plain(
         contents = told_groups(contents, entries, chain, megatron, agree)
     parameters = [content.parameters for content in contents]
     if names_optimizers(entries):
-        heads = {o: keys_of_groups(e.groups)[0] for o, e in zip(chain, entries, strict=True)}
-        if chain_in_rank_order(chain, heads, lambda: [parameters], megatron) != chain:
+        first = first_groups(chain, entries)
+        if chain_in_rank_order(chain, first, lambda: [parameters], megatron) != chain:
             raise Unexplained(f"its optimizers stand in another order than computed ({where})")
     share = share_of(parameters, chain, megatron)
     states = read_plain_states(entries, chain, share, where)

@@ -19,6 +19,7 @@ from ..checkpoint.optimizer_entries import (
     OPTIMIZER,
     STATE,
     OptimizerEntry,
+    first_groups,
     names_optimizers,
 )
 from ..checkpoint.plain_states import PlainState
@@ -89,8 +90,7 @@ def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
         entries = [own.entry for own in rank.own.optimizers]
         if not names_optimizers(entries):
             return tuple(chain)
-        heads = (keys_of_groups(entry.groups)[0] for entry in entries)
-        first = dict(zip(chain, heads, strict=False))
+        first = first_groups(chain, entries)
         return chain_in_rank_order(chain, first, rank.parameters_of_all, rank.megatron)
     has_experts = has_expert_optimizer(
         rank.parameters, rank.megatron, others_have=family.has_expert_optimizer

@@ -29,7 +29,7 @@ from ..families import (
     with_arguments,
     without_argument,
 )
-from ..pairs import DEEPSEEK, DENSE, LAYOUT, MOE, PLAIN, WEIGHTS, names
+from ..pairs import DEEPSEEK, DENSE, LAYOUT, LION, MOE, PLAIN, WEIGHTS, names
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
@@ -111,6 +111,15 @@ def test_an_entry_needs_its_optimizer_file(name: str, pp_rank: int) -> None:
     files[pp_rank] = replace(files[pp_rank], optimizer=None)
     with pytest.raises(CheckpointError, match=r"distrib_optim\.pt beside it is missing"):
         next(read_family(files))
+
+
+def test_an_optimizer_that_lost_its_groups_is_refused() -> None:
+    files = files_of(family(LION, "source"))
+    entry = as_mapping(files[0].model.root)["optimizer"]  # type: ignore[index]
+    bare = {**entry[0], OPTIMIZER: {**entry[0][OPTIMIZER], "param_groups": []}}
+    files[0] = edited(files[0], optimizer=[bare, *entry[1:]])
+    with pytest.raises(CheckpointError, match="belongs to no parameter"):
+        list(read_family(files))
 
 
 def test_optimizers_must_be_as_many_as_computed() -> None:
