@@ -239,7 +239,8 @@ class EntryWriter:
         if self._optimizer.is_expert or not megatron.arguments.overlaps_param_gather_with_step:
             return known
         ranks = self._rank.parameters_of_all()
-        return {key for own in ranks for key in items_by_group(own, self._optimizer, megatron)}
+        keys = (key for own in ranks for key in items_by_group(own, self._optimizer, megatron))
+        return dict.fromkeys(keys)
 
     def _check_keys(self, known: Collection[GroupKey], wanted: Iterable[GroupKey]) -> None:
         """Each parameter has a group: without one its state would be left behind."""
