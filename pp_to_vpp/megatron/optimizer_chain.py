@@ -165,14 +165,15 @@ def chain_in_rank_order(
     """
     found = list(chain)
     for takes_matrices in (True, False):
-        both = [o for o in chain if o.takes_matrices is takes_matrices and o.is_expert is not None]
-        keys = [first[optimizer] for optimizer in both if optimizer in first]
-        if len(keys) == 2 and len(set(map(_without_buffer, keys))) == 1:
+        both = [o for o in chain if o.takes_matrices is takes_matrices and o in first]
+        keys = [first[optimizer] for optimizer in both]
+        if [o.is_expert for o in both] not in ([False, True], [True, False]):
+            continue
+        if _without_buffer(keys[0]) == _without_buffer(keys[1]):
             taker = replace(both[0], is_expert=None)
             order = in_rank_order(keys, taker, ranks, megatron)
-            places = sorted(map(found.index, both))
-            for index, key in zip(places, order, strict=True):
-                found[index] = replace(taker, is_expert=key.is_expert)
+            for place, key in zip(map(chain.index, both), order, strict=True):
+                found[place] = replace(taker, is_expert=key.is_expert)
     return tuple(found)
 
 

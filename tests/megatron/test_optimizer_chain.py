@@ -252,5 +252,7 @@ def test_a_chain_begins_with_the_group_that_comes_first(pp_rank: int, is_expert:
 
     for chain in ((dense, experts, others), (experts, dense, others)):
         assert chain_in_rank_order(chain, first, ranks, of.megatron) == expected
+    twice = (dense, dense, others)  # of a damaged file
+    assert chain_in_rank_order(twice, first, ranks, of.megatron) == twice
     without = {dense: group, experts: replace(group, decays=False, is_expert=True)}
     assert chain_in_rank_order((dense, experts), without, ranks, of.megatron) == (dense, experts)
