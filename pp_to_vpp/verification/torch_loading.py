@@ -5,7 +5,6 @@ Classes that are not torch's own become inert stand-ins, so nothing in the file 
 
 from __future__ import annotations
 
-import gc
 import pickle
 import types
 from collections import OrderedDict
@@ -25,15 +24,9 @@ _TORCH_FUNCTIONS = (
 
 
 def load_torch() -> None:
-    """Import torch, which takes a second and hundreds of megabytes; a seventh more with looking for
-    cycles among what it makes, which stays."""
-    was_collecting = gc.isenabled()
-    gc.disable()
-    try:
-        import torch
-    finally:
-        if was_collecting:
-            gc.enable()
+    """Import torch, which takes a second and hundreds of megabytes."""
+    import torch
+
     torch.set_num_threads(1)
 
 
