@@ -187,14 +187,17 @@ class Family:
         0.14 and later)."""
         if not self.megatron.rules.keeps_all_groups:
             return
-        places = [(rank, own) for rank in self.ranks.values() for own in rank.optimizers]
+        places = [
+            (rank.files.model.path, own.kind, keys_of_groups(own.entry.groups))
+            for rank in self.ranks.values()
+            for own in rank.optimizers
+        ]
         known: dict[ChainedOptimizer, dict[GroupKey, None]] = {}
-        for _, own in places:
-            known.setdefault(own.kind, {}).update(dict.fromkeys(keys_of_groups(own.entry.groups)))
-        for rank, own in places:
-            lost = known[own.kind].keys() - set(keys_of_groups(own.entry.groups))
-            for key in (key for key in known[own.kind] if key in lost):
-                yield rank.files.model.path, f"it lacks a param group that others have ({key})"
+        for _, kind, keys in places:
+            known.setdefault(kind, {}).update(dict.fromkeys(keys))
+        for path, kind, keys in places:
+            for key in (key for key in known[kind] if key not in keys):
+                yield path, f"it lacks a param group that others have ({key})"
 
     @cached_property
     def odd_groups(self) -> tuple[tuple[SourceRank, OptimizerEntry], ...]:

@@ -33,7 +33,7 @@ def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[Chain
     and is known by its own options.
     """
     groups = [group for entry in entries for group in entry.groups]
-    is_named = names_optimizers(entries)
+    is_named = _names_optimizers(entries)
     if not (is_named or any(map(_is_muon, groups))):
         return ()
 
@@ -48,15 +48,18 @@ def routed_chain(entries: Sequence[OptimizerEntry], vp_size: int) -> tuple[Chain
     return tuple(ChainedOptimizer(is_expert(e), stages, takes_matrices(e)) for e in entries)
 
 
-def names_optimizers(entries: Iterable[OptimizerEntry]) -> bool:
+def _names_optimizers(entries: Iterable[OptimizerEntry]) -> bool:
     """Whether param groups name the optimizer that takes them (0.18 and later)."""
     return any(_ROUTED in group for entry in entries for group in entry.groups)
 
 
 def first_groups(
-    chain: Iterable[ChainedOptimizer], entries: Iterable[OptimizerEntry]
+    chain: Iterable[ChainedOptimizer], entries: Sequence[OptimizerEntry]
 ) -> dict[ChainedOptimizer, GroupKey]:
-    """What the first param group of each optimizer is known by, of those that have one."""
+    """What the first param group of each optimizer is known by, of those that have one, where the
+    chain stands as they do: from 0.18 on."""
+    if not _names_optimizers(entries):
+        return {}
     keys = ((o, keys_of_groups(entry.groups)) for o, entry in zip(chain, entries, strict=False))
     return {optimizer: of[0] for optimizer, of in keys if of}
 

@@ -40,14 +40,7 @@ from .chunks import ChunkContents, read_chunks
 from .family import Family, RankFiles, SourceOptimizer, SourceRank
 from .flat_states import FlatState, RankStates, Unexplained, are_views_of_buffers, read_flat_states
 from .layer_wise_states import read_layer_wise_states, told_trained
-from .optimizer_entries import (
-    OPTIMIZER,
-    OptimizerEntry,
-    first_groups,
-    names_optimizers,
-    read_entries,
-    routed_chain,
-)
+from .optimizer_entries import OPTIMIZER, OptimizerEntry, first_groups, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
 from .trained import Agreement, answers, marked, told_groups, without_trained
 
@@ -368,10 +361,9 @@ def _with_plain(
     if agree is not None:
         contents = told_groups(contents, entries, chain, megatron, agree)
     parameters = [content.parameters for content in contents]
-    if names_optimizers(entries):
-        first = first_groups(chain, entries)
-        if chain_in_rank_order(chain, first, lambda: [parameters], megatron) != chain:
-            raise Unexplained(f"its optimizers stand in another order than computed ({where})")
+    first = first_groups(chain, entries)
+    if chain_in_rank_order(chain, first, lambda: [parameters], megatron) != chain:
+        raise Unexplained(f"its optimizers stand in another order than computed ({where})")
     share = share_of(parameters, chain, megatron)
     states = read_plain_states(entries, chain, share, where)
     optimizers = (

@@ -177,33 +177,5 @@ def chain_in_rank_order(
     return tuple(found)
 
 
-def has_own_order(
-    keys: Iterable[GroupKey],
-    optimizer: ChainedOptimizer,
-    parameters: Parameters,
-    megatron: Megatron,
-    *,
-    are_sorted: bool,
-) -> bool:
-    """Whether a rank's own parameters tell the order of its groups.
-
-    Args:
-        keys: of the groups.
-        optimizer: that takes them, on any rank.
-        parameters: of the rank.
-        megatron: the run.
-        are_sorted: as by newer versions (``in_rank_order``).
-    """
-    taker = replace(optimizer, vp_stages=tuple(range(len(parameters))))
-    if not are_sorted:
-        own = items_by_group(parameters, taker, megatron)
-        return len(set(keys) - own.keys()) < 2
-    if optimizer.takes_matrices is None:
-        return True
-    taker = replace(taker, is_expert=None)
-    seen = set(map(_without_buffer, items_by_group(parameters, taker, megatron)))
-    return seen.issuperset(_without_buffer(key) for key in keys if key.is_expert)
-
-
 def _without_buffer(key: GroupKey) -> GroupKey:
     return replace(key, is_expert=False)

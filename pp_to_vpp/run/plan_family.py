@@ -16,7 +16,7 @@ from ..source.files import FamilyFolders, SourceFile, other_files, read_source_r
 from ..source.proof import proven_family
 from ..source.proven import ProvenFamily, check_told, proven
 from ..target import check
-from ..target.optimizer_entry import needs_all_ranks
+from ..target.model import UnreadRanks
 from ..target.plan import RankPlan, plan_rank
 from ..target.request import Target
 
@@ -71,7 +71,15 @@ def plan_family(job: PlanJob) -> PlannedFamily:
         CheckpointError: the source cannot be read, proved or converted.
         LayoutError: the target cannot be built.
     """
-    whole, rounding = _read(job)
+    try:
+        return _planned(job, job.pp_ranks)
+    except UnreadRanks:
+        return _planned(job, job.folders.ranks)
+
+
+def _planned(job: PlanJob, pp_ranks: Iterable[int]) -> PlannedFamily:
+    """The plan, made of some source ranks and of those that they need."""
+    whole, rounding = _read(job, pp_ranks)
     family = whole.weights_only() if job.target.no_save_optim else whole
     target = job.target.of(family.megatron)
     plans: list[RankPlan] = []
@@ -106,19 +114,18 @@ def plan_family(job: PlanJob) -> PlannedFamily:
     )
 
 
-def _read(job: PlanJob) -> tuple[Family, str]:
-    """The family's inventory with all source ranks that the wanted ranks need, and the rounding."""
+def _read(job: PlanJob, pp_ranks: Iterable[int]) -> tuple[Family, str]:
+    """The family's inventory with some source ranks and all that the wanted ranks need, and the
+    rounding."""
     files: dict[int, RankFiles] = {}
-    needed = set(job.pp_ranks)
+    needed = set(pp_ranks)
     while True:
         found = job.folders.read(needed)
         check_told(found.values(), job.told)
         files |= found
         family, rounding = proven_family(dict(sorted(files.items())))
-        target = job.target.of(family.megatron)
-        wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(target.layout, rank)}
-        if any(needs_all_ranks(family, target, rank) for rank in job.pp_ranks):
-            wanted = set(job.folders.ranks)
+        layout = job.target.of(family.megatron).layout
+        wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(layout, rank)}
         needed = wanted - files.keys()
         if not needed:
             return family, rounding

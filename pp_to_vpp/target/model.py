@@ -34,6 +34,10 @@ class TargetChunk:
         return tuple(item for _, item in self.items if item.is_trained)
 
 
+class UnreadRanks(Exception):  # noqa: N818  (no error: they can be read)
+    """What a target rank holds follows from more ranks of the source than those it is made of."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetRank:
     """What a target rank is made of."""
@@ -60,9 +64,15 @@ class TargetRank:
         return [chunk.parameters for chunk in self.chunks]
 
     def parameters_of_all(self) -> Iterator[Parameters]:
-        """Those of this rank, then of all ranks in order, for which all must have been read."""
+        """Those of this rank, then of all ranks in order.
+
+        Raises:
+            UnreadRanks: more than those of this rank are wanted, and not all were read.
+        """
         yield self.parameters
         layout = self.megatron.layout
+        if len(self.family.ranks) < layout.pp_size:
+            raise UnreadRanks
         for chunks in map(layout.rank_chunks, range(layout.pp_size)):
             yield [target_chunk(self.family, chunk).parameters for chunk in chunks]
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.family import Family, SourceRank
+from ..checkpoint.family import SourceRank
 from ..checkpoint.optimizer_entries import (
     GROUPS,
     MAINS,
@@ -20,12 +20,10 @@ from ..checkpoint.optimizer_entries import (
     STATE,
     OptimizerEntry,
     first_groups,
-    names_optimizers,
 )
 from ..checkpoint.plain_states import PlainState
 from ..container.tensors import on_device, sharing_lists
 from ..errors import ONE_SAVE, CheckpointError, show
-from ..megatron.megatron import Megatron
 from ..megatron.naming import chunk_keys
 from ..megatron.optimizer_chain import (
     ChainedOptimizer,
@@ -36,44 +34,16 @@ from ..megatron.optimizer_chain import (
     first_seen,
     has_expert_optimizer,
     has_optimizer,
-    has_own_order,
     in_rank_order,
     items_by_group,
 )
 from ..megatron.param_groups import STEP, are_sorted, keys_of_groups, steps
 from ..megatron.parameters import GroupKey, Item
-from .model import TargetRank, device_tag, target_chunk
+from .model import TargetRank, device_tag
 
 _TELLING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr")
 _PARAMS = "params"
 """Numbers of the parameters of a group, in optimizers that save their own state."""
-
-
-def needs_all_ranks(family: Family, target: Megatron, pp_rank: int) -> bool:
-    """Whether the groups of a target rank follow from the parameters of all, where it has the
-    groups of all: its first chunk has an optimizer of its own, for which others may have none; or
-    its own parameters do not tell the order.
-
-    Until all is read that it is made of, the answer may be no.
-    """
-    if not target.rules.keeps_all_groups:
-        return False
-    layout = target.layout
-    if target.arguments.overlaps_param_gather_with_step:
-        return True
-    if not family.ranks.keys() >= set(family.layout.sources_of(layout, pp_rank)):
-        return False
-    parameters = [target_chunk(family, own).parameters for own in layout.rank_chunks(pp_rank)]
-    return not all(
-        has_own_order(
-            keys_of_groups(own.entry.groups),
-            own.kind,
-            parameters,
-            target,
-            are_sorted=are_sorted(own.entry.groups),
-        )
-        for own in family.any_rank.optimizers
-    )
 
 
 def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
@@ -87,10 +57,7 @@ def target_chain(rank: TargetRank) -> tuple[ChainedOptimizer, ...]:
     routed = [kind for kind in kinds if kind.takes_matrices is not None]
     if routed:
         chain = [replace(kind, vp_stages=tuple(range(len(rank.chunks)))) for kind in routed]
-        entries = [own.entry for own in rank.own.optimizers]
-        if not names_optimizers(entries):
-            return tuple(chain)
-        first = first_groups(chain, entries)
+        first = first_groups(chain, [own.entry for own in rank.own.optimizers])
         return chain_in_rank_order(chain, first, rank.parameters_of_all, rank.megatron)
     has_experts = has_expert_optimizer(
         rank.parameters, rank.megatron, others_have=family.has_expert_optimizer
