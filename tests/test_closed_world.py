@@ -558,6 +558,17 @@ def test_what_is_refused_is_named(
     assert "Instance" not in run.errors
 
 
+def test_layers_called_otherwise_than_the_siblings_are_refused(
+    program: Program, tmp_path: Path
+) -> None:
+    source = copy_of(pair(DENSE).source, tmp_path)
+    rewrite(source / "mp_rank_00_001" / "model_optim_rng.pt", renamed("decoder.", "encoder."))
+    run = program.convert(source, tmp_path / "x" / "iter_0000001")
+    program.refuses(
+        4, run, "not called as those of its siblings, expected decoder.layers, found encoder.layers"
+    )
+
+
 def test_torchs_legacy_format_is_named(program: Program, tmp_path: Path) -> None:
     source = copy_of(pair(DENSE).source, tmp_path)
     path = source / "mp_rank_00_000" / "model_optim_rng.pt"

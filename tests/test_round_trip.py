@@ -25,7 +25,7 @@ from .compare import differences
 from .examples import examples
 from .families import SIDES, family, iteration
 from .inline import run
-from .pairs import DENSE, LAYOUT, MOE, ODD, names, pair
+from .pairs import BERT, DENSE, LAYOUT, MOE, ODD, names, pair
 from .strategies import targets
 
 _IDENTITY = ".data/serialization_id"
@@ -133,6 +133,12 @@ def test_groups_from_other_ranks_share_the_default_betas() -> None:
     """A way through a rank with the embedding alone, which has one of the two param groups."""
     first = Placement(1, LayoutString("E|ttttttttL"))
     check_round_trip(ODD, "source", first, Placement(3, LayoutString("E|tt||t||tttttL")))
+
+
+def test_layers_keep_their_name_behind_a_chunk_without_layers() -> None:
+    """BERT's stand in ``encoder``, as the first chunk of the first way does not show."""
+    first = Placement(3, LayoutString("E||t|t||ttL"))
+    check_round_trip(BERT, "source", first, Placement(1, LayoutString("Ettt|tL")))
 
 
 def test_layout_strings_reach_checkpoints_of_old_versions(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ class ChunkContents:
     """A model chunk as read from its file."""
 
     chunk: ModelChunk
-    stack: str
-    """``decoder`` or ``encoder``."""
+    stack: str | None
+    """``decoder`` or ``encoder``; None without layers."""
     items: tuple[Item, ...]
     modules: tuple[Module, ...] | None
     """None where the file has no ``_metadata``."""
@@ -149,7 +149,7 @@ def _read_chunk(node: Any, chunk: ModelChunk, model: str, where: str) -> ChunkCo
             "it has encoder and decoder layers",
             cure="encoder-decoder models cannot run with virtual pipeline stages",
         )
-    stack = stacks.pop() if stacks else "decoder"
+    stack = stacks.pop() if stacks else None
     _check_kind(mapping, chunk, where)
     _check_layers(mapping, chunk, where)
     _check_letters(mapping, chunk, where)
@@ -301,9 +301,15 @@ def _section_of(chunk: ModelChunk, name: str, *, is_key: bool) -> Section | None
 
 
 def _make_item(
-    section: Section, layer: int | None, rest: str, stack: str, value: Any, model: str, where: str
+    section: Section,
+    layer: int | None,
+    rest: str,
+    stack: str | None,
+    value: Any,
+    model: str,
+    where: str,
 ) -> Item:
-    if layer is None:
+    if layer is None or stack is None:
         name = naming.global_name(section, rest)
     else:
         name = naming.join_layer(stack, layer, rest)

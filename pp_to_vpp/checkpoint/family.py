@@ -160,6 +160,12 @@ class Family:
         """One of the ranks, for what is alike in all."""
         return next(iter(self.ranks.values()))
 
+    @cached_property
+    def stack(self) -> str:
+        """What all layers stand in (see ``ChunkContents.stack``)."""
+        found = (content.stack for rank in self.ranks.values() for content in rank.contents)
+        return next((stack for stack in found if stack is not None), "decoder")
+
     @property
     def shares_storages(self) -> bool:
         """Weights are views of flat buffers."""

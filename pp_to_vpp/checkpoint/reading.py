@@ -183,6 +183,7 @@ def _read_family(files: Mapping[int, RankFiles], reading: _Reading) -> Family:
         sections={section: tuple(items) for section, items in sections.items()},
         states=states,
     )
+    _check_stacks(family)
     if kind is OptimizerKind.DISTRIBUTED:
         _check_optimizers(family)
     _check_states(family)
@@ -203,6 +204,20 @@ def _check_arguments(files: RankFiles, first: SavedArguments) -> None:
             found=getattr(own, odd),
             cure=ONE_SAVE,
         )
+
+
+def _check_stacks(family: Family) -> None:
+    """The layers of all ranks stand in the same stack."""
+    for rank in family.ranks.values():
+        for content in rank.contents:
+            if content.stack not in (None, family.stack):
+                raise CheckpointError.of(
+                    rank.files.model.path,
+                    "its layers are not called as those of its siblings",
+                    expected=f"{family.stack}.layers",
+                    found=f"{content.stack}.layers",
+                    cure=ONE_SAVE,
+                )
 
 
 def _check_optimizers(family: Family) -> None:

@@ -94,13 +94,12 @@ def target_rank(family: Family, megatron: Megatron, pp_rank: int) -> TargetRank:
 
 def target_chunk(family: Family, chunk: ModelChunk) -> TargetChunk:
     """The keys of one target chunk: sections in order of registration, layers numbered from 0."""
-    stack = family.any_rank.contents[0].stack
     items: list[tuple[str, Item]] = []
     for section in Section:
         if section is Section.LAYERS:
             for local, layer in enumerate(chunk.layers):
                 items += [
-                    (naming.join_layer(stack, local, item.rest), item)
+                    (naming.join_layer(family.stack, local, item.rest), item)
                     for item in (() if layer in chunk.noop_layers else family.layers[layer])
                 ]
         elif section in chunk.sections:
@@ -168,7 +167,8 @@ class StateDictWriter:
 
     def _modules(self, chunk: ModelChunk, model: str) -> dict[str, Any] | None:
         """``_metadata`` of the chunk: module path -> versions, in order of registration."""
-        chunks = [c for rank in self._rank.family.ranks.values() for c in rank.contents]
+        family = self._rank.family
+        chunks = [content for rank in family.ranks.values() for content in rank.contents]
         known = [c if model == naming.MODEL else c.average for c in chunks]
         found = [content.modules for content in known if content and content.modules is not None]
         if len(found) < len(known):
@@ -180,7 +180,7 @@ class StateDictWriter:
             if after == Section.LAYERS:
                 for local, layer in enumerate(chunk.layers):
                     for module in layers.get(layer, ()):
-                        path = naming.join_layer(chunks[0].stack, local, module.rest)
+                        path = naming.join_layer(family.stack, local, module.rest)
                         placed[path] = _versions(module)
             elif after in chunk.sections:
                 here += sections.get(after, ())
