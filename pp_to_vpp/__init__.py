@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.1"
+__version__ = "0.2.2"
 
 from .api import convert, inspect, plan, verify
 from .errors import (
