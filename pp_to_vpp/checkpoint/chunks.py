@@ -142,7 +142,13 @@ def _read_chunk(node: Any, chunk: ModelChunk, model: str, where: str) -> ChunkCo
             cure="legacy models (--use-legacy-models) are not supported: convert them to "
             "Megatron-Core models first",
         )
-    stacks = {place[0] for key in mapping if (place := naming.split_layer(key))}
+    state = node.state if not isinstance(node, dict) and isinstance(node.state, dict) else {}
+    metadata = as_mapping(state.get(METADATA))
+    if metadata is not None and not all(isinstance(path, str) for path in metadata):
+        raise CheckpointError.of(
+            where, "its _metadata has keys that are no names", cure=ANOTHER_COPY
+        )
+    stacks = _stacks(mapping) or _stacks(metadata or {})  # layers may have no keys
     if len(stacks) > 1:
         raise CheckpointError.of(
             where,
@@ -166,14 +172,12 @@ def _read_chunk(node: Any, chunk: ModelChunk, model: str, where: str) -> ChunkCo
             f"the pipeline layout puts {missing[0].name.lower()} here, but no key does",
             cure=AS_SAVED,
         )
-    state = node.state if not isinstance(node, dict) and isinstance(node.state, dict) else {}
-    metadata = as_mapping(state.get(METADATA))
-    if metadata is not None and not all(isinstance(path, str) for path in metadata):
-        raise CheckpointError.of(
-            where, "its _metadata has keys that are no names", cure=ANOTHER_COPY
-        )
     modules = None if metadata is None else tuple(_place_modules(metadata, mapping, chunk))
     return ChunkContents(chunk, stack, items, modules)
+
+
+def _stacks(names: Iterable[str]) -> set[str]:
+    return {place[0] for name in names if (place := naming.split_layer(name))}
 
 
 _NESTED = re.compile(r"(?P<prefix>.+\.)(?:decoder|encoder)\.layers\.[0-9]+\.")
