@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +402,47 @@ def test_state_that_one_rank_lacks_is_named(program: Program, tmp_path: Path) ->
     rewrite(holders[-1], lambda root: [None for _ in root])
     run = program.convert(source, tmp_path / "x" / "iter_0000001")
     program.refuses(4, run, f"{holders[-1].parent.name}/model_optim_rng.pt: distrib_optim.pt besi")
+
+
+def buffers_in(root: Any) -> Iterator[dict[Any, Any]]:
+    """What an optimizer file holds of each flat buffer, by dtypes."""
+    for entry in root if isinstance(root, list) else [root]:
+        yield from (value for value in (entry or {}).values() if isinstance(value, dict))
+
+
+def lose_second_moments(root: Any) -> None:
+    for states in (states for buffer in buffers_in(root) for states in buffer.values()):
+        del states["exp_avg_sq"]
+
+
+def other_gradients(root: Any) -> None:
+    for buffer in buffers_in(root):
+        ((dtype, _),) = buffer
+        buffer[dtype, Global("torch", "bfloat16")] = buffer.popitem()[1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [(lose_second_moments, "'exp_avg', 'numel_unpadded'"), (other_gradients, "torch.bfloat16")],
+)
+def test_buffers_of_other_entries_are_refused(
+    edit: Edit, found: str, program: Program, tmp_path: Path
+) -> None:
+    """Whatever the target: no buffer of this one would have parameters of two ranks."""
+    source = copy_of(pair(DENSE).source, tmp_path)
+    rewrite(source / "mp_rank_00_001" / "distrib_optim.pt", edit)
+    run = program.convert(source, tmp_path / "x" / "iter_0000001")
+    program.refuses(4, run, "mp_rank_00_001", "optimizer state are not those of", found)
+
+
+def test_families_of_other_entries_are_refused(program: Program, tmp_path: Path) -> None:
+    source = copy_of(pair(MOE).source, tmp_path)
+    for path in source.glob("*_001/distrib_optim.pt"):
+        rewrite(path, lose_second_moments)
+    run = program.convert(source, tmp_path / "x" / "iter_0000001")
+    program.refuses(
+        4, run, "mp_rank_00_000_001: its optimizer states have other entries than those of mp_rank"
+    )
 
 
 def state_in(path: Path) -> bool:

@@ -83,7 +83,6 @@ class SourceRank:
     """Flat buffers; None without the distributed optimizer."""
     shares_storages: bool = False
     """Weights are views of the flat buffers."""
-    buffer_keys: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[SourceOptimizer, ...] = ()
     """Those in the layer-wise files that lie in folders of other expert ranks."""
     repeated: tuple[SourceOptimizer, ...] = ()
@@ -120,6 +119,15 @@ class TensorName(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.parameter} [{self.kind}]" if self.kind else self.parameter
+
+
+class StateKind(NamedTuple):
+    """Optimizer states that have the same entries."""
+
+    of_matrices: bool | None
+    """See ``ChainedOptimizer.takes_matrices``."""
+    dtype: str
+    """Of the parameters, in flat buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +193,26 @@ class Family:
             groups = own.entry.groups
             for key, group in zip(keys_of_groups(groups), groups, strict=True):
                 found.setdefault((own.kind.takes_matrices, key), identity(group))
+        return found
+
+    def kept_states(self) -> Iterator[tuple[StateKind, Item, FlatState | PlainState]]:
+        """The optimizer states that were read, with their parameters."""
+        is_flat = self.kind is OptimizerKind.DISTRIBUTED
+        for rank in self.ranks.values():
+            for own in (*rank.optimizers, *rank.others):
+                for item in (item for items in own.items.values() for item in items):
+                    state = self.states.get(item.name)
+                    if state is not None:
+                        # In flat buffers the dtype of gradients follows from that of parameters.
+                        dtype = item.weight.dtype if is_flat else ""
+                        yield StateKind(own.kind.takes_matrices, dtype), item, state
+
+    @cached_property
+    def state_entries(self) -> Mapping[StateKind, tuple[str, tuple[object, ...]]]:
+        """A parameter of each kind, and what its state has beside bytes, as all others must."""
+        found: dict[StateKind, tuple[str, tuple[object, ...]]] = {}
+        for kind, item, state in self.kept_states():
+            found.setdefault(kind, (item.name, state.entries))
         return found
 
     def lost_groups(self) -> Iterator[tuple[str, str]]:

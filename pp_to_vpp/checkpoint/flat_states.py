@@ -39,6 +39,13 @@ class FlatState:
     tensors: Mapping[str, TensorRef]
     keys: tuple[str, ...]
     """What its buffer's entry holds, in order: the tensors and ``NUMEL``, mostly the last."""
+    dtypes: tuple[Global, Global]
+    """Those of its buffer's parameters and gradients, under which the entry stands."""
+
+    @property
+    def entries(self) -> tuple[object, ...]:
+        """What the file says of it, beside bytes."""
+        return (*self.keys, self.dtypes[1])
 
     @property
     def main(self) -> TensorRef:
@@ -95,8 +102,6 @@ class RankStates:
 
     by_name: Mapping[str, FlatState]
     """State of each parameter whose optimizer has it in this file."""
-    buffer_keys: Mapping[str, Any]
-    """For each dtype of parameters, the key under which its buffers stand."""
     held: tuple[bool, ...]
     """For each optimizer of the chain, whether this file holds its state."""
 
@@ -124,26 +129,24 @@ def read_flat_states(
             cure=ONE_SAVE,
         )
     by_name: dict[str, FlatState] = {}
-    keys: dict[str, Any] = {}
     for optimizer, entry in zip(chain, entries, strict=True):
         if entry is None:
             continue
         expected = buffers.of(optimizer)
         found = _checked_entry(entry, expected, where)
-        for (stage, buffer), (key, tensors, names) in zip(expected, found, strict=True):
-            keys[buffer.dtype] = key
+        for (stage, buffer), (dtypes, tensors, names) in zip(expected, found, strict=True):
             for member, start in zip(buffer.members, buffer.saved_starts, strict=True):
                 item = contents[stage].parameters[member]
                 numel = item.weight.numel
                 own = {name: tensor.segment(start, numel) for name, tensor in tensors.items()}
-                by_name[item.name] = FlatState(own, names)
-    return RankStates(by_name, keys, tuple(entry is not None for entry in entries))
+                by_name[item.name] = FlatState(own, names, dtypes)
+    return RankStates(by_name, tuple(entry is not None for entry in entries))
 
 
 def _checked_entry(
     entry: Any, expected: list[tuple[int, Buffer]], where: str
-) -> list[tuple[Any, dict[str, TensorRef], tuple[str, ...]]]:
-    """Key, tensors and names in order of each buffer of one optimizer."""
+) -> list[tuple[tuple[Global, Global], dict[str, TensorRef], tuple[str, ...]]]:
+    """Dtypes, tensors and names in order of each buffer of one optimizer."""
     if not isinstance(entry, dict) or entry.get(COALESCED) is not True:
         if isinstance(entry, dict) and "per_bucket_numel" in entry:
             what = "its buffers are stored per bucket, as Megatron 0.6 does"
@@ -164,18 +167,17 @@ def _checked_entry(
 
 def _checked_buffer(
     entry: Any, buffer: Buffer, where: str
-) -> tuple[Any, dict[str, TensorRef], tuple[str, ...]]:
+) -> tuple[tuple[Global, Global], dict[str, TensorRef], tuple[str, ...]]:
     if not isinstance(entry, dict) or len(entry) != 1:
         raise CheckpointError.of(where, "a buffer without exactly one dtype", cure=ANOTHER_COPY)
     ((key, states),) = entry.items()
-    if not (
-        isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, Global) for part in key)
-    ):
+    dtypes = key if isinstance(key, tuple) else ()
+    if len(dtypes) != 2 or not all(isinstance(part, Global) for part in dtypes):
         raise CheckpointError.of(
             where, "its key is no (parameter dtype, gradient dtype)", cure=_LEGACY_CURE
         )
-    if key[0].name != buffer.dtype:
-        raise Unexplained(f"dtype {key[0].name} in the file, {buffer.dtype} computed")
+    if dtypes[0].name != buffer.dtype:
+        raise Unexplained(f"dtype {dtypes[0].name} in the file, {buffer.dtype} computed")
     if not isinstance(states, dict) or PARAM not in states or NUMEL not in states:
         raise CheckpointError.of(where, f"without '{PARAM}' or '{NUMEL}'", cure=ANOTHER_COPY)
     if states[NUMEL] != buffer.numel_unpadded:
@@ -203,4 +205,4 @@ def _checked_buffer(
                 cure=NOT_CONVERTED,
             )
         tensors[name] = tensor
-    return key, tensors, tuple(states)
+    return dtypes, tensors, tuple(states)

@@ -38,6 +38,11 @@ class PlainState:
     """Those of both, by name."""
 
     @property
+    def entries(self) -> tuple[object, ...]:
+        """Names of what the entry holds."""
+        return tuple(self.entry or ())
+
+    @property
     def values(self) -> dict[Any, Any]:
         """What the entry holds beside tensors, such as a step count."""
         return {

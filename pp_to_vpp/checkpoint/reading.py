@@ -254,24 +254,17 @@ def _check_optimizers(family: Family) -> None:
 
 def _check_states(family: Family) -> None:
     """All states that one kind of optimizer keeps have the same entries: else some were lost."""
-    known: dict[ChainedOptimizer, tuple[str, list[Any]]] = {}
-    for rank in family.ranks.values():
-        for own in (*rank.optimizers, *rank.others):
-            for item in itertools.chain.from_iterable(own.items.values()):
-                state = family.states.get(item.name)
-                if not isinstance(state, PlainState):
-                    continue
-                words = list(state.entry or ())
-                first, expected = known.setdefault(own.kind, (item.name, words))
-                if set(words) != set(expected):
-                    paths = [tensor.extent.path for tensor in state.tensors.values()]
-                    raise CheckpointError.of(
-                        paths[0] if paths else rank.files.model.path,
-                        f"the entries of {item.name}'s optimizer state are not those of {first}'s",
-                        expected=", ".join(map(show, expected)) or "none",
-                        found=", ".join(map(show, words)) or "none",
-                        cure=AS_SAVED,
-                    )
+    for kind, item, state in family.kept_states():
+        first, expected = family.state_entries[kind]
+        if set(state.entries) != set(expected):
+            paths = [tensor.extent.path for tensor in state.tensors.values()]
+            raise CheckpointError.of(
+                paths[0] if paths else family.any_rank.files.model.path,
+                f"the entries of {item.name}'s optimizer state are not those of {first}'s",
+                expected=", ".join(map(show, expected)) or "none",
+                found=", ".join(map(show, state.entries)) or "none",
+                cure=AS_SAVED,
+            )
 
 
 def _optimizer_kind(files: RankFiles, arguments: SavedArguments) -> OptimizerKind:
@@ -407,7 +400,7 @@ def _with_buffers(
         has_step = any(STEP in group for group in entry.groups)
         if has_step and not items and megatron.rules.keeps_all_groups:
             raise Unexplained("an optimizer has counted steps, but no parameter is found for it")
-    flat = RankStates({}, {}, tuple(False for _ in chain))
+    flat = RankStates({}, tuple(False for _ in chain))
     if files.dense is not None:  # of the same layout, and not for this folder to convert
         read_flat_states(files.dense.root, contents, chain, buffers, files.dense.path)
     if files.optimizer is not None:
@@ -415,10 +408,7 @@ def _with_buffers(
             files.optimizer.root, contents, chain, buffers, files.optimizer.path
         )
     optimizers = tuple(map(SourceOptimizer, chain, entries, share, flat.held))
-    return (
-        SourceRank(files, root, contents, optimizers, buffers, shares, flat.buffer_keys),
-        flat.by_name,
-    )
+    return (SourceRank(files, root, contents, optimizers, buffers, shares), flat.by_name)
 
 
 def _trained_layer_wise(

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import one_save
-from ..checkpoint.family import Family, RankFiles
+from ..checkpoint.family import Family, RankFiles, StateKind
 from ..container.pickling import digest
-from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, problem
+from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, problem, show
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.ranks import OPTIMIZER_FILE, RankId
@@ -38,6 +38,8 @@ class ProvenFamily:
     """Names of the parameters that the run does not train."""
     groups: Mapping[str, str]
     """What tells each param group from its siblings, as a digest, by what it is known by."""
+    state_entries: Mapping[StateKind, tuple[str, ...]]
+    """What optimizer states of each kind have beside bytes, in words."""
 
     @property
     def name(self) -> str:
@@ -63,6 +65,10 @@ def proven(family: Family, rounding: str, folders: FamilyFolders) -> ProvenFamil
         fingerprints={files.id: fingerprint.of_rank(files, folders.directory) for files in read},
         frozen=family.frozen,
         groups={repr(kind): digest(told) for kind, told in family.group_identities.items()},
+        state_entries={
+            kind: tuple(sorted(map(show, entries)))
+            for kind, (_, entries) in family.state_entries.items()
+        },
     )
 
 
@@ -144,6 +150,16 @@ def check_families(families: Iterable[ProvenFamily], iteration_dir: str) -> None
                 f"a param group differs from that of {first.name}",
                 cure=ONE_SAVE,
             )
+        for kind in family.state_entries.keys() & first.state_entries.keys():
+            found, expected = family.state_entries[kind], first.state_entries[kind]
+            if found != expected:
+                raise CheckpointError.of(
+                    f"{iteration_dir}/{family.name}",
+                    f"its optimizer states have other entries than those of {first.name}",
+                    expected=", ".join(expected),
+                    found=", ".join(found),
+                    cure=ONE_SAVE,
+                )
     is_held: dict[str, bool] = {}
     for family in all_proven:
         for name, here in family.optimizer_states.items():

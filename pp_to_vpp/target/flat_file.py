@@ -50,6 +50,4 @@ def _buffer(rank: TargetRank, stage: int, buffer: Buffer) -> dict[Any, Any]:
         places = zip(buffer.saved_starts, (state.tensors[name] for state in states), strict=True)
         storage = gathered(FLOAT_STORAGE, _CPU, buffer.numel_unpadded, places)
         entry[name] = flat_tensor(storage)
-    keys = (source.buffer_keys for source in rank.family.ranks.values())
-    parameter_dtype, gradient_dtype = next(k[buffer.dtype] for k in keys if buffer.dtype in k)
-    return {(parameter_dtype, gradient_dtype): {key: entry[key] for key in states[0].keys}}
+    return {states[0].dtypes: {key: entry[key] for key in states[0].keys}}

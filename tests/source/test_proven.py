@@ -39,6 +39,9 @@ def test_families_of_two_saves_do_not() -> None:
     groups = dict.fromkeys(one.groups, "another")
     with pytest.raises(CheckpointError, match=r"a param group differs from that of mp_rank_00_000"):
         check_families([one, replace(other, groups=groups)], "here")
+    entries = dict.fromkeys(one.state_entries, ("'param'",))
+    with pytest.raises(CheckpointError, match=r"other entries than those of .*found 'param'"):
+        check_families([one, replace(other, state_entries=entries)], "here")
 
 
 def test_one_family_of_those_with_the_same_parameters_holds_their_state() -> None:
