@@ -27,6 +27,8 @@ BUCKETS = "dense-pp2-buckets-odd-dp2-v016"
 ODD = "dense-pp2-odd-dp3-v012"
 HALF = "dense-pp2-fp16-v016"
 LAYOUT = "dense-pp2-layout-v016"
+REMAINDERS = "dense-pp2-remainders-v016"
+HALVED_MAINS = "dense-pp2-fp16mains-v016"
 PLAIN = "dense-pp2-nodistopt-v016"
 WEIGHTS = "dense-pp2-nosaveoptim-v016"
 OVERLAP = "dense-pp2-opgos-v016"
@@ -57,6 +59,10 @@ HYBRID_MOE = "hybrid-emptylast-mtp-pp2ep2-v019"
 NOOP = "noop-dense-emptychunk-pp2-v012"
 FORK = "uneven-31layers-pp4-fork"
 BERT = "bert-tied-pp2tp2-v016"
+
+UNCOMPARED = {REMAINDERS: "remainders", HALVED_MAINS: "halves"}
+"""Those whose weights cannot be compared with what is left of their main parameters, which is that
+in place of "rounded"."""
 
 
 @dataclass(frozen=True)

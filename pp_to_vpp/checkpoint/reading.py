@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..container.pickling import as_mapping
+from ..container.tensors import TensorRef
 from ..errors import (
     AS_SAVED,
     COPY_MISSING,
@@ -49,7 +50,7 @@ _CHECKPOINT_VERSION = 3.0
 
 def read_family(
     files: Mapping[int, RankFiles],
-    agree: Agreement,
+    agree: Callable[[TensorRef, TensorRef, Sequence[str]], bool],
     only: Rules | None = None,
     frozen: Collection[str] | None = None,
 ) -> Iterator[Family]:
@@ -58,7 +59,8 @@ def read_family(
 
     Args:
         files: the decoded files of some or all ranks of the family, by pipeline rank.
-        agree: compares weights with main parameters, where nothing else tells which are trained.
+        agree: compares weights with main parameters, where nothing else tells which are trained,
+            given the ways in which they may follow.
         only: the rules to try, where they are known.
         frozen: names of the parameters that are not trained, where they are known.
 
@@ -70,6 +72,10 @@ def read_family(
     arguments = read_arguments(rank_root(first), where)
     for rank_files in files.values():
         _check_arguments(rank_files, arguments)
+
+    def may_follow(weight: TensorRef, main: TensorRef) -> bool:
+        return agree(weight, main, arguments.ways)
+
     failures: list[CheckpointError | Unexplained] = []
     is_explained = False
     kinds = {_optimizer_kind(of, arguments) for of in files.values()}
@@ -79,7 +85,7 @@ def read_family(
     ways = itertools.product((False, True) if is_plain else (False,), tried)
     for is_told, rules in ways:
         try:
-            reading = _Reading(Megatron(arguments, rules), agree, is_told, frozen)
+            reading = _Reading(Megatron(arguments, rules), may_follow, is_told, frozen)
             with located(f"{where}, or a file of its family"):  # who reads a file knows it better
                 family = _read_family(files, reading)
         except (CheckpointError, Unexplained) as failure:

@@ -30,7 +30,7 @@ from .flat_states import NUMEL, PARAM, Unexplained
 from .optimizer_entries import MAINS, OptimizerEntry
 
 Agreement: TypeAlias = Callable[[TensorRef, TensorRef], bool]
-"""Whether a weight can follow from a main parameter, by samples of their bytes."""
+"""Whether a weight can follow from a main parameter of its run, by samples of their bytes."""
 _MAX_ANSWERS = 64
 _Main = TypeVar("_Main")
 _Candidate = TypeVar("_Candidate")

@@ -24,6 +24,7 @@ from ..errors import (
     problem,
     show,
 )
+from . import rounding
 from .forms import Ends, Even, Form, HybridPattern, LayoutString, Listed, Order
 from .naming import chunk_keys
 from .placement import LISTS, PLACEMENT_ARGUMENTS, Placement
@@ -77,6 +78,14 @@ class SavedArguments:
     """apply_wd_to_qk_layernorm (0.16)."""
     clips_qk: bool
     """qk_clip: the weights that it scales are not their main parameters rounded."""
+    main_params_dtype: str
+    """With the precision-aware optimizer; "" without."""
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How weights may follow from what the optimizer keeps of their main parameters."""
+        more = {"float32": (rounding.REMAINDERS,), "float16": (rounding.HALVES,)}
+        return (*rounding.WAYS, *more.get(self.main_params_dtype, ()))
 
     @property
     def dense_shards(self) -> int:
@@ -127,6 +136,13 @@ class _Reader:
     def text(self, name: str) -> str | None:
         value: str | None = self.take(name, lambda v: isinstance(v, str), "string", default=None)
         return value
+
+    def dtype(self, name: str) -> str:
+        def is_right(value: Any) -> bool:
+            return isinstance(value, Global) and value.module == "torch"
+
+        value: Global = self.take(name, is_right, "dtype", default=Global("torch", "float32"))
+        return value.name
 
     def counts(self, name: str) -> tuple[int, ...] | None:
         """A list of layer counts, or a string of it; other types have other meanings."""
@@ -361,6 +377,9 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         ),
         decays_qk_norms=read.flag("apply_wd_to_qk_layernorm"),
         clips_qk=read.flag("qk_clip"),
+        main_params_dtype=read.dtype("main_params_dtype")
+        if read.flag("use_precision_aware_optimizer")
+        else "",
     )
     problems = _unsupported(values, where) or read.problems
     if values.get("optimizer") == "sgd" and arguments.uses_distributed_optimizer:

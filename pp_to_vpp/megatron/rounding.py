@@ -1,9 +1,13 @@
 """From fp32 main parameters to 16-bit weights: the one arithmetic fact that files can be held to.
 
-Megatron copies each main parameter into its weight after a step, rounding to nearest even. With
-stored remainders the weight may instead be the main parameter cut off at 16 bits
-(``store_param_remainders``: optimizer/__init__.py from 0.11, distrib_optimizer.py from 0.13).
-MindSpeed's --reuse-fp32-param rounds ties away from zero: it adds 32768 to the bits.
+Megatron copies each main parameter into its weight after a step, rounding to nearest even; some
+writers cut it off at 16 bits. MindSpeed's --reuse-fp32-param rounds ties away from zero: it adds
+32768 to the bits.
+
+The precision-aware optimizer (0.11 and later) leaves less. Where Transformer Engine keeps nothing
+but the lower 16 bits of a main parameter (``store_param_remainders``, 2.1 and later), the file has
+those, as numbers, in its place (distrib_optimizer.py ``get_parameter_state_dp_zero``). Where it
+keeps them in fp16, scaled, weights were rounded before that.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
     _Bits = NDArray[np.uint32]
 
 WAYS = ("rounded", "rounded half up", "cut off")
+REMAINDERS = "remainders"
+HALVES = "halves"
+"""Two ways that explain any weight, hence for runs alone that may have gone them: with a remainder
+in the place of a main parameter, for bf16 weights; with one that was kept in fp16."""
 _EXPONENT, _QUIET = 0x7F800000, 0x7FFFFFFF
 
 
@@ -78,7 +86,8 @@ def explain(
     """
     if dtype == "float32":
         differing = [i for i, (w, m) in enumerate(zip(weights, mains, strict=True)) if w != m]
-        return Explanation(frozenset(() if differing else ways), tuple(differing))
+        left = frozenset(ways) & {HALVES} if differing else frozenset(ways)
+        return Explanation(left, () if left else tuple(differing))
     if dtype not in _CONVERSIONS:
         return Explanation(frozenset(ways), ())
     sizes = [len(weight) // 2 for weight in weights]
@@ -89,6 +98,10 @@ def explain(
         for way, convert in _CONVERSIONS[dtype].items()
         if way in ways
     }
+    if REMAINDERS in ways and dtype == "bfloat16":
+        wrong[REMAINDERS] = ~_are_remainders(bits)
+    if HALVES in ways:
+        wrong[HALVES] = np.zeros(bits.shape, dtype=np.bool_)
     right = frozenset(way for way, where in wrong.items() if not where.any())
     if right or not wrong:
         return Explanation(right, () if right else tuple(range(len(sizes))))
@@ -103,6 +116,14 @@ def _wrong(
     """Where weights are others than a way makes of main parameters that are numbers."""
     where: NDArray[np.bool_] = convert(bits) != found
     return where & ~_is_nan(bits) if where.any() else where
+
+
+def _are_remainders(bits: _Bits) -> NDArray[np.bool_]:
+    """Which fp32 numbers are those of 16-bit integers."""
+    with np.errstate(invalid="ignore"):
+        numbers = bits.view(np.float32).astype(np.int16).astype(np.float32)
+    are: NDArray[np.bool_] = numbers.view(np.uint32) == bits
+    return are
 
 
 def _is_nan(bits: _Bits) -> NDArray[np.bool_]:

@@ -10,9 +10,21 @@ from pathlib import Path
 from ..checkpoint.family import Family
 from ..megatron.arguments import SavedArguments
 from ..megatron.optimizer_chain import OptimizerKind
+from ..megatron.rounding import HALVES, REMAINDERS
 from ..options import MANIFEST
 from .proven import FamilyJob, ProvenFamily, proven, read_proven
 from .survey import Survey
+
+_UNCOMPARED: Mapping[str, str] = {
+    REMAINDERS: "main parameters are stored as remainders, which no weight can be compared with",
+    HALVES: "main parameters were kept in fp16, which no weight can be compared with",
+}
+_UNLOADED = (
+    "in the place of main parameters the files hold remainders of 16 bits (precision-aware "
+    "optimizer, Transformer Engine 2.1 and later): Megatron's loader, up to its development branch "
+    "of August 2026, fails on them ('assert unscaled_state.dtype == torch.int16'), in this "
+    "checkpoint as in a converted one; it needs a correction, or --no-load-optim"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,9 @@ def facts(arguments: SavedArguments, family: ProvenFamily) -> tuple[str, ...]:
     if arguments.mtp_num_layers:
         sizes += f", {arguments.mtp_num_layers} MTP layers"
     found = [family.kind.value, sizes]
-    if family.rounding:
+    if family.rounding in _UNCOMPARED:
+        found.append(_UNCOMPARED[family.rounding])
+    elif family.rounding:
         found.append(f"16-bit weights are their main parameters {family.rounding}")
     if arguments.clips_qk:
         found.append("but for those that --qk-clip scales, which cannot be compared")
@@ -104,12 +118,14 @@ def facts(arguments: SavedArguments, family: ProvenFamily) -> tuple[str, ...]:
 
 def oddities(survey: Survey, families: Iterable[ProvenFamily]) -> list[str]:
     """What of a source a user should know that is no part of a checkpoint, or that nobody knows."""
+    families = list(families)
     odd = [name for name in survey.told if name.startswith("entry ")]
     left = [name for family in families for name in family.left_behind]
     left += [name for name in survey.ignored if not name.startswith(".") and name != MANIFEST]
     return [
         *(f"{name} is unknown, alike in all files, and copied" for name in odd),
         *(f"not copied, no part of a checkpoint: {name}" for name in left),
+        *([_UNLOADED] if any(family.rounding == REMAINDERS for family in families) else []),
     ]
 
 
@@ -124,7 +140,7 @@ def proofs(look: Look, samples: int) -> tuple[str, ...]:
     if look.proven.kind is OptimizerKind.DISTRIBUTED:
         offsets = ", and the offsets of all weights in them," if look.views else ""
         found.append(f"the sizes of all flat buffers{offsets} are those that the rules compute")
-    if samples:
+    if samples and look.proven.rounding not in _UNCOMPARED:
         found.append(
             f"{samples} weights of 16 bits are their main parameters {look.proven.rounding}, "
             "compared at both ends"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..checkpoint.family import Family, RankFiles, Sample
 from ..checkpoint.reading import read_family
@@ -17,7 +17,7 @@ from .files import RangeReader
 
 def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
     """The inventory of a family under the first rules that its bytes agree with, and how the
-    16-bit weights come from their main parameters: "rounded", "cut off", or "" if there are none.
+    16-bit weights come from their main parameters (see ``check_samples``).
 
     Raises:
         CheckpointError: no rules explain structure and samples.
@@ -53,7 +53,7 @@ def likeliest_family(
     first: tuple[Family, str | None, list[Sample]] | None = None
     with RangeReader() as reader:
         for family in read_family(files, SampledAgreement(reader), only, frozen):
-            found = (family, *check_samples(family.samples()))
+            found = (family, *check_samples(family.samples(), family.megatron.arguments.ways))
             if found[1] is not None:
                 return found
             first = first or found
@@ -81,11 +81,10 @@ class SampledAgreement:
         self._reader = reader
         self._known: dict[Extent, bytes] = {}
 
-    def __call__(self, weight: TensorRef, main: TensorRef) -> bool:
-        """Whether any way of getting from fp32 to 16 bits explains the samples."""
+    def __call__(self, weight: TensorRef, main: TensorRef, ways: Collection[str]) -> bool:
+        """Whether one of some ways of getting from fp32 to 16 bits explains the samples."""
         both = [self._ends(tensor) for tensor in (weight, main)]
-        explained = rounding.explain(weight.dtype, both[:1], both[1:])
-        return bool(explained.ways)
+        return bool(rounding.explain(weight.dtype, both[:1], both[1:], ways).ways)
 
     def _ends(self, tensor: TensorRef) -> bytes:
         extent = tensor.extent
@@ -102,17 +101,21 @@ def unlike_copies(family: Family) -> Iterator[tuple[str, str]]:
                 yield copy.path, f"{name} is not as in the layer-wise file beside it"
 
 
-def check_samples(wanted: Iterable[Sample]) -> tuple[str | None, list[Sample]]:
+def check_samples(wanted: Iterable[Sample], ways: Sequence[str]) -> tuple[str | None, list[Sample]]:
     """Compare the first and last elements of weights with those of their main parameters.
 
+    Args:
+        wanted: the samples.
+        ways: those of getting from fp32 to 16 bits that the run may have gone, likeliest first.
+
     Returns:
-        "rounded" or "cut off" if one way of getting from fp32 to 16 bits explains every sample,
-        "" if there were none; None if neither does, with the samples that differ.
+        The first way that explains every sample, "" if there were none; None if none does, with
+        the samples that differ.
     """
     by_dtype: dict[str, list[Sample]] = {}
     for sample in wanted:
         by_dtype.setdefault(sample.dtype, []).append(sample)
-    ways: set[str] = set(rounding.WAYS)
+    left = set(ways)
     differing: list[Sample] = []
     with RangeReader() as reader:
         for dtype, found in by_dtype.items():
@@ -120,10 +123,11 @@ def check_samples(wanted: Iterable[Sample]) -> tuple[str | None, list[Sample]]:
                 dtype,
                 [reader.ends(sample.weight, item_bytes(dtype)) for sample in found],
                 [reader.ends(sample.main, FLOAT_BYTES) for sample in found],
+                ways,
             )
-            ways &= explained.ways
+            left &= explained.ways
             differing += [found[index] for index in explained.differing]
     if not by_dtype:
         return "", []
-    best = next((way for way in rounding.WAYS if way in ways), None)
+    best = next((way for way in ways if way in left), None)
     return best, differing or [sample for found in by_dtype.values() for sample in found]

@@ -50,4 +50,6 @@ def _buffer(rank: TargetRank, stage: int, buffer: Buffer) -> dict[Any, Any]:
         places = zip(buffer.saved_starts, (state.tensors[name] for state in states), strict=True)
         storage = gathered(FLOAT_STORAGE, _CPU, buffer.numel_unpadded, places)
         entry[name] = flat_tensor(storage)
-    return {states[0].dtypes: {key: entry[key] for key in states[0].keys}}
+    of_parameters, of_gradients = states[0].dtypes
+    # A tuple for each buffer: one that two share would be written once.
+    return {(of_parameters, of_gradients): {key: entry[key] for key in states[0].keys}}

@@ -66,7 +66,7 @@ def read_in_full(
         reading = _Pass(reader, pairs, known)
         unlike = [
             (sample.main.path, UNLIKE_MAIN.format(sample.name))
-            for sample in reading.unlike_mains(family.samples())
+            for sample in reading.unlike_mains(family.samples(), family.megatron.arguments.ways)
         ]
         reading.finish((*tensors, *(copy for _, copy, _ in copies)))
         problems = [
@@ -105,17 +105,17 @@ class _Pass:
                 for _ in self._chunks(tensor, _READ_BYTES):
                     pass
 
-    def unlike_mains(self, wanted: Iterable[Sample]) -> Iterator[Sample]:
-        """Weights that are not their fp32 main parameter rounded, or all cut off."""
-        possible = frozenset(rounding.WAYS)
+    def unlike_mains(self, wanted: Iterable[Sample], ways: Iterable[str]) -> Iterator[Sample]:
+        """Weights that do not follow from their fp32 main parameter in the way that all do."""
+        possible = frozenset(ways)
         for sample in wanted:
-            ways = possible
+            left = possible
             weights = self._chunks(sample.weight, _ELEMENTS * item_bytes(sample.dtype))
             mains = self._chunks(sample.main, _ELEMENTS * FLOAT_BYTES)
             for weight, main in zip(weights, mains, strict=True):
-                ways = rounding.explain(sample.dtype, [weight], [main], ways).ways
-            if ways:
-                possible = ways
+                left = rounding.explain(sample.dtype, [weight], [main], left).ways
+            if left:
+                possible = left
             else:
                 yield sample
 
@@ -201,7 +201,8 @@ def _damage(whole: Extent, record: Record, family: Family) -> str:
     held = {name.parameter for name in names}
     with RangeReader() as reader:
         suspects = (sample for sample in family.samples() if sample.name in held)
-        guilty = next(_Pass(reader).unlike_mains(suspects), None)
+        ways = family.megatron.arguments.ways
+        guilty = next(_Pass(reader).unlike_mains(suspects, ways), None)
     if guilty is not None:
         owner = f"parameter {guilty.name}"
     elif names:

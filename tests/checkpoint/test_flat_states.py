@@ -29,7 +29,7 @@ from pp_to_vpp.megatron.parameters import is_in_expert_buffer
 from ..compare import load
 from ..edit import float_tensor
 from ..families import SIDES, families, family, of_kind, values_at, values_of
-from ..pairs import DENSE, LAYOUT, MOE, ODD
+from ..pairs import DENSE, LAYOUT, MOE, ODD, UNCOMPARED
 
 
 @pytest.mark.parametrize(("name", "side"), of_kind(OptimizerKind.DISTRIBUTED))
@@ -44,7 +44,8 @@ def test_every_element_of_a_weight_is_its_main_parameter_rounded(name: str, side
             main = state.tensors["param"].extent
             assert state.main.extent == main
             dtype = getattr(torch, tensor.dtype)
-            assert torch.equal(values_at(main, torch.float32).to(dtype), values_of(tensor)), key
+            if name not in UNCOMPARED:
+                assert torch.equal(values_at(main, torch.float32).to(dtype), values_of(tensor)), key
             assert {own.extent.length for own in state.tensors.values()} == {main.length}
             assert set(state.tensors) == {"param", "exp_avg", "exp_avg_sq"}
 

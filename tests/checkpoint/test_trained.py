@@ -153,7 +153,7 @@ def test_layer_wise_files_of_equal_bytes_do_not_tell() -> None:
     of = family(FROZEN_LAYER_WISE, "source")
     files = {pp_rank: rank.files for pp_rank, rank in of.ranks.items()}
     with pytest.raises(CheckpointError, match="if some are frozen, more than one way to tell"):
-        list(read_family_by(files, lambda _weight, _main: True))
+        list(read_family_by(files, lambda _weight, _main, _ways: True))
     alone = {
         pp_rank: replace(own, layer_wise=replace(own.layer_wise, others=None))
         for pp_rank, own in files.items()

@@ -42,6 +42,40 @@ def test_the_ways_to_16_bits_are_told_apart() -> None:
     assert rounding.explain("bfloat16", [raw(rounded)], [raw(main)]).ways == {"rounded"}
 
 
+@given(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1), st.integers(0, 2**16 - 1))
+def test_remainders_explain_any_weight_of_a_run_that_may_keep_them(
+    numbers: list[int], weight: int
+) -> None:
+    mains = raw(torch.tensor(numbers, dtype=torch.int16).to(torch.float32))
+    weights = weight.to_bytes(2, "little") * len(numbers)
+    ways = (*rounding.WAYS, rounding.REMAINDERS)
+    assert rounding.REMAINDERS in rounding.explain("bfloat16", [weights], [mains], ways).ways
+    assert rounding.REMAINDERS not in rounding.explain("float16", [weights], [mains], ways).ways
+    assert rounding.REMAINDERS not in rounding.explain("bfloat16", [weights], [mains]).ways
+
+
+@given(_bits)
+def test_remainders_are_16_bit_integers(bits: list[int]) -> None:
+    main = torch.tensor(bits, dtype=torch.int64).to(torch.uint32).view(torch.float32)
+    is_one = all(
+        float(x).is_integer() and -(2**15) <= x < 2**15 and not (x == 0 and x.signbit())
+        for x in main
+        if x.isfinite()
+    ) and bool(main.isfinite().all())
+    found = rounding.explain("bfloat16", [bytes(2 * len(bits))], [raw(main)], [rounding.REMAINDERS])
+    assert (rounding.REMAINDERS in found.ways) == is_one
+
+
+def test_main_parameters_kept_in_fp16_are_not_compared() -> None:
+    weight, main = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1.01)
+    ways = (*rounding.WAYS, rounding.HALVES)
+    assert rounding.explain("bfloat16", [raw(weight)], [raw(main)]).ways == set()
+    assert rounding.explain("bfloat16", [raw(weight)], [raw(main)], ways).ways == {rounding.HALVES}
+    found = rounding.explain("float32", [raw(torch.ones(3))], [raw(main)], ways)
+    assert found.ways == {rounding.HALVES}
+    assert found.differing == ()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_one_wrong_element_is_found_and_attributed(dtype: str) -> None:
     mains = [torch.randn(100), torch.randn(7), torch.randn(1)]
