@@ -102,6 +102,21 @@ def test_plain_values_of_single_files_are_refused(program: Program, tmp_path: Pa
     program.refuses(4, run, "mp_rank_00_001/model_optim_rng.pt: its entry 'my_notes' is not that")
 
 
+def test_arguments_that_number_the_ranks_may_differ(program: Program, tmp_path: Path) -> None:
+    """Those of launchers, beside Megatron's own rank and local_rank."""
+    source = copy_of(pair(DENSE).source, tmp_path)
+
+    def number(count: int, root: dict[str, Any]) -> None:
+        root["args"].state.update(node_rank=count, global_rank=8 * count)
+
+    for count, path in enumerate(sorted(source.glob("*/model_optim_rng.pt"))):
+        rewrite(path, partial(number, count))
+    target = tmp_path / "x" / "iter_0000001"
+    run = program.convert(source, target, (), "--verify", "full")
+    assert run.status == 0, run.errors
+    assert differences(target, pair(DENSE).truth, source) == []
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [

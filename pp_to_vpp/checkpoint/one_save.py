@@ -19,8 +19,9 @@ from .optimizer_entries import OPTIMIZER, read_entries
 from .reading import rank_root
 from .top_level import unknown_values
 
-_OWN_ARGUMENTS = ("rank", "local_rank")
-"""Those that differ from rank to rank (checkpointing.py saves the namespace of the saving rank)."""
+_OF_ONE_RANK = "rank"
+"""What the names of arguments end in that differ from rank to rank (checkpointing.py saves the
+namespace of the saving rank): rank, local_rank, and node_rank and their like of launchers."""
 _COUNTS = ("iteration", "num_floating_point_operations_so_far")
 
 
@@ -35,7 +36,8 @@ def told(root: Mapping[Any, Any], where: str) -> Mapping[str, object]:
     found: dict[str, object] = {name: root[name] for name in _COUNTS if name in root}
     found["moving average of the weights"] = bool(chunk_keys(root, AVERAGE))
     for name, value in namespace_values(root.get("args"), where).items():
-        if name not in _OWN_ARGUMENTS and isinstance(value, (bool, int, float, type(None))):
+        is_told = isinstance(value, (bool, int, float, type(None)))
+        if is_told and not name.endswith(_OF_ONE_RANK):
             found[f"args.{name}"] = value
     for key, value in unknown_values(root, where).items():
         found[f"entry {key!r}"] = digest(value)
