@@ -82,7 +82,8 @@ CHANGES = (
         "tensor_parallel/layers.py: use_expert_pgs",
     ),
     Change(
-        "keeps_all_groups", "0.14", "rope_type", "optimizer/__init__.py: gathered_params_key"
+        "keeps_all_groups", "0.14", "embedding_init_method_std",
+        "optimizer/__init__.py: gathered_params_key",
     ),
     Change(
         "mtp_may_stand_alone", "0.16", "mtp_standalone",
