@@ -34,6 +34,8 @@ _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace
 _SETS = (Global("builtins", "set"), Global("__builtin__", "set"))
 _VP_SIZE = "virtual_pipeline_model_parallel_size"
 _OVERLAPS = "overlap_param_gather_with_optimizer_step"
+_NUMBERS_RIGHT = "rope_type"
+"""Came within days of the cure of wrong numbers of layers (FORMAT 4.3)."""
 _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1 << 16
 
@@ -80,6 +82,9 @@ class SavedArguments:
     """qk_clip: the weights that it scales are not their main parameters rounded."""
     main_params_dtype: str
     """With the precision-aware optimizer; "" without."""
+    misnumbers_kinds: bool
+    """The kinds of layers follow from their numbers, which the version gets wrong where virtual
+    stages have ``decoder_last_pipeline_num_layers`` alone (0.11 to 0.13; FORMAT 4.3)."""
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -331,6 +336,16 @@ def _form(read: _Reader, vp_size: int) -> Form:
     return ends.with_splits(vp_size)
 
 
+def _has_kinds(values: Mapping[Any, Any]) -> bool:
+    """Whether layers are of several kinds, by their numbers."""
+    if values.get("heterogeneous_layers_config_path") is not None:
+        return True
+    pattern = values.get("moe_layer_freq") if values.get("num_experts") else None
+    if isinstance(pattern, list):
+        return any(kind != pattern[0] for kind in pattern)
+    return isinstance(pattern, int) and pattern > 1
+
+
 def _is_layer_wise(optimizer: Any) -> bool:
     """Whether a name of an optimizer, if it is one, is that of a layer-wise one."""
     return isinstance(optimizer, str) and optimizer.startswith("dist_")
@@ -380,6 +395,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         main_params_dtype=read.dtype("main_params_dtype")
         if read.flag("use_precision_aware_optimizer")
         else "",
+        misnumbers_kinds=_has_kinds(values) and _NUMBERS_RIGHT not in values,
     )
     problems = _unsupported(values, where) or read.problems
     if values.get("optimizer") == "sgd" and arguments.uses_distributed_optimizer:
@@ -388,6 +404,16 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
                 where,
                 "args.optimizer is 'sgd' with the distributed optimizer, which takes Adam alone",
                 cure=ONE_SAVE,
+            )
+        )
+    if arguments.misnumbers_kinds and arguments.placement.has_last_stage_alone:
+        problems.append(
+            problem(
+                where,
+                "virtual stages with args.decoder_last_pipeline_num_layers alone, and layers of "
+                "several kinds by their numbers, which Megatron 0.11 to 0.13 counts wrongly then: "
+                "no other layout has the same kinds at the same places",
+                cure=NOT_CONVERTED,
             )
         )
     if values.get("num_experts") and arguments.tp_size % arguments.etp_size:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import LayoutError
-from .forms import Even, Form, Order, Shape
+from .forms import Ends, Even, Form, Order, Shape
 from .layout import ModelChunk, PipelineLayout
 from .naming import Section
 
@@ -54,6 +54,13 @@ class Placement:
     def is_interleaved(self) -> bool:
         """Megatron's own schedule for virtual stages runs it."""
         return self.vp_size > 1 and self.order is Order.INTERLEAVED
+
+    @property
+    def has_last_stage_alone(self) -> bool:
+        """Virtual stages of which the layers of the last pipeline stage alone are given."""
+        form = self.form
+        is_alone = isinstance(form, Ends) and form.first is None and form.last is not None
+        return is_alone and self.is_interleaved
 
     def place(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, LayoutError, UsageError, problem, show
 from ..megatron.arguments import SavedArguments
@@ -135,9 +135,31 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
         case Ends(first=own_first, last=own_last):
             # Two equal halves are even; in these words Megatron could not launch (``notes``).
             is_even = arguments.pp_size == 2 and own_first == own_last
-            return Placement(vp_size, Even() if is_even else Ends(own_first, own_last))
+            found = Placement(vp_size, Even() if is_even else Ends(own_first, own_last))
+            is_misnumbered = arguments.misnumbers_kinds and found.has_last_stage_alone
+            return _with_first_stage(found, arguments) if is_misnumbered else found
         case LayoutString() | Listed():
             return Placement(vp_size)
+
+
+def _with_first_stage(found: Placement, arguments: SavedArguments) -> Placement:
+    """The same placement in words that the version counts right: with the first stage, too.
+
+    Raises:
+        LayoutError: it cannot be launched with these.
+    """
+    if arguments.pp_size == 2:
+        raise LayoutError.of(
+            "target layout",
+            "its layers are of several kinds by their numbers, which Megatron 0.11 to 0.13 counts "
+            "wrongly in virtual stages with --decoder-last-pipeline-num-layers alone; with both "
+            "ends of 2 pipeline ranks it divides by zero",
+            cure="ask for a layout string (0.13), or save once with another placement",
+        )
+    layout = replace(found, vp_size=1).place(arguments.num_layers, arguments.pp_size)
+    (first,) = layout.rank_chunks(0)
+    assert isinstance(found.form, Ends)
+    return replace(found, form=replace(found.form, first=len(first.layers)))
 
 
 def _vp_size_of(stages: int, options: Options, pp_size: int, text: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from pp_to_vpp.container.pickling import Global, Instance
 from pp_to_vpp.errors import CheckpointError
+from pp_to_vpp.megatron import rounding
 from pp_to_vpp.megatron.arguments import (
     SavedArguments,
     namespace_values,
@@ -138,6 +139,49 @@ def test_virtual_stages_that_no_argument_names_are_those_of_the_chunks(
 def test_absurd_arguments_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"args.{name} is no"):
         read(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kinds", "misnumbers"),
+    [
+        ({}, False),
+        ({"num_experts": 4, "moe_layer_freq": 1}, False),
+        ({"num_experts": 4, "moe_layer_freq": [1] * 8}, False),
+        ({"num_experts": None, "moe_layer_freq": 2}, False),
+        ({"num_experts": 4, "moe_layer_freq": 2}, True),
+        ({"num_experts": 4, "moe_layer_freq": [0, 0, *[1] * 6]}, True),
+        ({"heterogeneous_layers_config_path": "layers.json"}, True),
+    ],
+)
+def test_kinds_by_numbers_and_a_last_stage_alone_are_refused_where_numbers_are_wrong(
+    kinds: dict[str, Any], misnumbers: bool
+) -> None:
+    """FORMAT 4.3; the argument that came with the cure shows that they are right."""
+    virtual = {"virtual_pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 4}
+    both = {"decoder_first_pipeline_num_layers": 4}
+    assert read(**kinds).misnumbers_kinds is misnumbers
+    assert not read(**kinds, rope_type="rope").misnumbers_kinds
+    read(**kinds, **virtual, rope_type="rope")
+    read(**kinds, **virtual, **both)
+    read(**kinds, decoder_last_pipeline_num_layers=4)
+    if misnumbers:
+        with pytest.raises(CheckpointError, match=r"0\.11 to 0\.13 counts wrongly then"):
+            read(**kinds, **virtual)
+    else:
+        read(**kinds, **virtual)
+
+
+def test_dtypes_of_main_parameters_are_those_of_the_precision_aware_optimizer() -> None:
+    half = Global("torch", "float16")
+    assert read(main_params_dtype=half).main_params_dtype == ""
+    precise = {"use_precision_aware_optimizer": True}
+    assert read(**precise).main_params_dtype == "float32"
+    assert read(**precise, main_params_dtype=half).main_params_dtype == "float16"
+    assert read().ways == rounding.WAYS
+    assert read(**precise).ways == (*rounding.WAYS, rounding.REMAINDERS)
+    assert read(**precise, main_params_dtype=half).ways == (*rounding.WAYS, rounding.HALVES)
+    with pytest.raises(CheckpointError, match=r"args\.main_params_dtype is no dtype"):
+        read(**precise, main_params_dtype="fp16")
 
 
 def test_all_problems_are_told_at_once() -> None:

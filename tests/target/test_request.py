@@ -60,6 +60,24 @@ def test_asking_for_the_other_side_means_its_layout(name: str, side: str) -> Non
     assert found.arguments.placement.arguments(*sizes) == placement.arguments(*sizes)
 
 
+def test_a_last_stage_alone_gets_a_first_one_where_numbers_would_be_wrong() -> None:
+    """Compared with what Megatron 0.13.1 saved with both, given the last one alone."""
+    own = replace(
+        arguments_of(DENSE), num_layers=14, pp_size=4, placement=Placement(1, Ends(last=2))
+    )
+    wanted = Options(HERE, target_vp_size=2)
+    assert wanted_target(wanted, own).placement.form == Ends(last=2)
+    own = replace(own, misnumbers_kinds=True)
+    assert wanted_target(wanted, own).placement.form == Ends(first=4, last=2)
+    assert (
+        target_for(wanted, own).layout
+        == target_for(wanted, replace(own, misnumbers_kinds=False)).layout
+    )
+    between = replace(own, num_layers=6, pp_size=2)
+    with pytest.raises(LayoutError, match=r"of several kinds .* ask for a layout string"):
+        wanted_target(wanted, between)
+
+
 @pytest.mark.parametrize(("name", "side"), SIDES)
 def test_the_layout_that_is_there_is_refused(name: str, side: str) -> None:
     arguments = arguments_of(name, side)
