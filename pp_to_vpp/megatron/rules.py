@@ -68,7 +68,7 @@ CHANGES = (
         is_of_buffers=True,
     ),
     Change(
-        "closes_bucket_cleanly", "0.13", "nccl_ub",
+        "closes_bucket_cleanly", "0.13", "symmetric_ar_type",
         "param_and_grad_buffer.py: _update_bucket_metadata(param_start_index)",
         is_of_buffers=True,
     ),

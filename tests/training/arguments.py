@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _SINCE = {
     "pipeline_model_parallel_layout": (0, 13),
-    "nccl_ub": (0, 13),
+    "symmetric_ar_type": (0, 13),
     "use_megatron_fsdp": (0, 14),
     "rope_type": (0, 14),
     "embedding_init_method_std": (0, 14),
@@ -216,5 +216,5 @@ def _training(run: Run) -> dict[str, Any]:
         "use_torch_fsdp2": False,
         "use_custom_fsdp": False,
         "use_megatron_fsdp": False,
-        "nccl_ub": False,
+        "symmetric_ar_type": None,
     }
