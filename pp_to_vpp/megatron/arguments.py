@@ -82,6 +82,9 @@ class SavedArguments:
     """qk_clip: the weights that it scales are not their main parameters rounded."""
     main_params_dtype: str
     """With the precision-aware optimizer; "" without."""
+    last_kind_is_its_own: bool
+    """The last decoder layer is not as layers are that follow from no number: dense among experts,
+    heterogeneous, or of a variant of attention (FORMAT 3.4)."""
     misnumbers_kinds: bool
     """The kinds of layers follow from their numbers, which the version gets wrong where virtual
     stages have ``decoder_last_pipeline_num_layers`` alone (0.11 to 0.13; FORMAT 4.3)."""
@@ -336,14 +339,33 @@ def _form(read: _Reader, vp_size: int) -> Form:
     return ends.with_splits(vp_size)
 
 
+def _is_last_of_its_own(values: Mapping[Any, Any]) -> bool:
+    """See ``SavedArguments.last_kind_is_its_own``."""
+    others = ("heterogeneous_layers_config_path", "experimental_attention_variant")
+    if any(values.get(name) is not None for name in others):
+        return True
+    pattern, count = _moe_pattern(values), values.get("num_layers")
+    if isinstance(pattern, list):
+        return pattern[-1:] == [0]
+    return type(count) is int and (count - 1) % pattern != 0
+
+
+def _moe_pattern(values: Mapping[Any, Any]) -> int | list[Any]:
+    """Every how many layers one has experts, or a list that says it of each; 1 without experts."""
+    pattern: Any = values.get("moe_layer_freq") if values.get("num_experts") else None
+    if isinstance(pattern, list):
+        return pattern
+    return pattern if isinstance(pattern, int) and pattern > 0 else 1
+
+
 def _has_kinds(values: Mapping[Any, Any]) -> bool:
     """Whether layers are of several kinds, by their numbers."""
     if values.get("heterogeneous_layers_config_path") is not None:
         return True
-    pattern = values.get("moe_layer_freq") if values.get("num_experts") else None
+    pattern = _moe_pattern(values)
     if isinstance(pattern, list):
         return any(kind != pattern[0] for kind in pattern)
-    return isinstance(pattern, int) and pattern > 1
+    return pattern > 1
 
 
 def _is_layer_wise(optimizer: Any) -> bool:
@@ -395,6 +417,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         main_params_dtype=read.dtype("main_params_dtype")
         if read.flag("use_precision_aware_optimizer")
         else "",
+        last_kind_is_its_own=_is_last_of_its_own(values),
         misnumbers_kinds=_has_kinds(values) and _NUMBERS_RIGHT not in values,
     )
     problems = _unsupported(values, where) or read.problems

@@ -100,6 +100,7 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
             f"the {'target' if copies[1] else 'source'} alone would have",
             cure="ask for a layout with m on the first stage as in the source, or off it as there",
         )
+    _check_mtp_kind(source, target)
     if options.overlaps and target.layout.vp_size == 1:
         raise LayoutError.of(
             "--target-overlap-param-gather-with-optimizer-step",
@@ -107,6 +108,33 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
             cure="leave it out",
         )
     return wanted
+
+
+def _check_mtp_kind(source: Megatron, target: Megatron) -> None:
+    """MTP layers are built like the last decoder layer where their chunk has decoder layers, and
+    like layers that follow from no number elsewhere (gpt_builders.py, 0.13 to 0.19; FORMAT 3.4).
+
+    Raises:
+        LayoutError: these differ, and the target's chunk has some where the source's has none, or
+            the other way round.
+    """
+    has_layers = [
+        bool(chunk.layers)
+        for run in (source, target)
+        for chunk in run.layout.chunks
+        if Section.MTP in chunk.sections
+    ]
+    is_hybrid = isinstance(source.arguments.placement.form, HybridPattern)
+    if len(set(has_layers)) > 1 and source.arguments.last_kind_is_its_own and not is_hybrid:
+        raise LayoutError.of(
+            "target layout",
+            "MTP layers are built like the last decoder layer, which is of a kind of its own, only "
+            "where decoder layers are in their chunk: the target's would be others than the "
+            "source's",
+            expected=f"{'some' if has_layers[0] else 'no'} decoder layers beside them",
+            found="some" if has_layers[1] else "none",
+            cure="ask for a layout with decoder layers in the chunk of m as in the source",
+        )
 
 
 def _placement(options: Options, arguments: SavedArguments) -> Placement:

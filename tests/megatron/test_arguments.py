@@ -171,6 +171,27 @@ def test_kinds_by_numbers_and_a_last_stage_alone_are_refused_where_numbers_are_w
         read(**kinds, **virtual)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, False),
+        ({"num_experts": 4}, False),
+        ({"num_experts": 4, "moe_layer_freq": 1}, False),
+        ({"num_experts": 4, "moe_layer_freq": 7}, False),
+        ({"num_experts": 4, "moe_layer_freq": 2}, True),
+        ({"num_experts": None, "moe_layer_freq": 2}, False),
+        ({"num_experts": 4, "moe_layer_freq": [*[0] * 7, 1]}, False),
+        ({"num_experts": 4, "moe_layer_freq": [*[1] * 7, 0]}, True),
+        ({"experimental_attention_variant": "dsa"}, True),
+        ({"heterogeneous_layers_config_path": "layers.json"}, True),
+    ],
+)
+def test_the_last_layer_of_eight_may_be_of_a_kind_of_its_own(
+    values: dict[str, Any], expected: bool
+) -> None:
+    assert read(**values).last_kind_is_its_own is expected
+
+
 def test_dtypes_of_main_parameters_are_those_of_the_precision_aware_optimizer() -> None:
     half = Global("torch", "float16")
     assert read(main_params_dtype=half).main_params_dtype == ""

@@ -60,6 +60,25 @@ def test_asking_for_the_other_side_means_its_layout(name: str, side: str) -> Non
     assert found.arguments.placement.arguments(*sizes) == placement.arguments(*sizes)
 
 
+def test_mtp_layers_change_no_kind() -> None:
+    """A layout with decoder layers beside them, and one without; pairs that Megatron 0.16.1 and its
+    development branch saved so have other MTP layers."""
+    beside, alone = (
+        Options(HERE, layout_string=text) for text in ("Ettt|ttt|t|tmL", "Ettt|ttt|tt|mL")
+    )
+    own = arguments_of(DEEPSEEK)
+    wanted_target(beside, own)
+    wanted_target(alone, own)
+    own = replace(own, last_kind_is_its_own=True)
+    wanted_target(beside, own)
+    with pytest.raises(LayoutError, match=r"expected some decoder layers .* found none"):
+        wanted_target(alone, own)
+    without = replace(own, placement=Placement(2, LayoutString("Ettt|ttt|tt|mL")))
+    with pytest.raises(LayoutError, match=r"expected no decoder layers .* found some"):
+        wanted_target(beside, without)
+    wanted_target(Options(HERE, layout_string="Et|ttt|tttt|mL"), without)
+
+
 def test_a_last_stage_alone_gets_a_first_one_where_numbers_would_be_wrong() -> None:
     """Compared with what Megatron 0.13.1 saved with both, given the last one alone."""
     own = replace(
