@@ -19,7 +19,14 @@ from ..source import fingerprint
 from ..source.proven import FamilyJob, check_families, prove
 from ..source.survey import Survey, take_survey
 from ..target import request
-from ..verification.compare import Proof, VerifyJob, prepare, told_layout, verify_folder
+from ..verification.compare import (
+    OpenJob,
+    Proof,
+    VerifyJob,
+    open_folders,
+    told_layout,
+    verify_folder,
+)
 from ..verification.in_full import check_source
 from . import manifest
 from .listener import Listener, Phase, read_families
@@ -69,7 +76,6 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     request.wanted_ranks(options, source.arguments)
     check_place(options.load_dir, options.save_dir)
     target = _survey_target(options.save_dir, source)
-    prepare(options.depth)
     with Workers(number_of_workers(options.processes), listener.looked) as workers:
         sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
@@ -87,7 +93,8 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             for key, each in zip(folders, families, strict=True)
         }
         listener.began(Phase.VERIFY, sum(sizes[rank] for rank in own))
-        verified = _verify(workers, target.path, sorted(own), proofs)
+        opened = _opened(workers, OpenJob(target.path, tuple(sorted(own))), options.depth)
+        verified = _verify(workers, target.path, sorted(own), proofs, opened)
         length = 0
         for rank, count in verified:
             length += count
@@ -105,11 +112,17 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     )
 
 
+def _opened(workers: Workers, job: OpenJob, depth: Depth) -> Future[list[str]] | None:
+    """What comes of opening the target with torch; None where that is not asked for."""
+    return workers.submit(open_folders, job) if depth is Depth.FULL else None
+
+
 def _verify(
     workers: Workers,
     directory: str,
     ranks: Iterable[RankId],
     proofs: Mapping[tuple[int, int], Proof],
+    opened: Future[list[str]] | None,
 ) -> Iterator[tuple[RankId, int]]:
     """Hold the rank folders of a target to their sources, family by family, and what was read of a
     family's source to its checksums; the bytes of each folder's records.
@@ -119,7 +132,7 @@ def _verify(
         VerificationError: a folder does not hold what it must.
     """
     by_family = sorted(ranks, key=lambda rank: (rank.family, rank))
-    jobs = [VerifyJob(proofs[rank.family], directory, rank) for rank in by_family]
+    jobs = [VerifyJob(proofs[rank.family], directory, rank, is_opened=False) for rank in by_family]
     verdicts = zip(by_family, workers.map(verify_folder, jobs), strict=True)
     checks: list[Future[None]] = []
     problems: list[str] = []
@@ -129,6 +142,8 @@ def _verify(
             yield rank, verdict.length
             found |= verdict.source
             problems += verdict.problems
+            if opened is not None and opened.done():
+                workers.result_of(opened)  # at once, if there is no torch
         checks.append(workers.submit(check_source, proofs[family].source_job(found)))
         if problems:
             break
@@ -136,6 +151,8 @@ def _verify(
             workers.result_of(check)
     for check in checks:
         workers.result_of(check)
+    if opened is not None and not problems:
+        problems = workers.result_of(opened)
     if problems:
         raise VerificationError(*problems)
 

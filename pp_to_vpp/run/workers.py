@@ -1,6 +1,6 @@
 """A pool of worker processes that leaves nobody behind.
 
-Workers import neither torch nor Megatron, end with their parent, and leave Ctrl-C to it.
+Workers import no Megatron, end with their parent, and leave Ctrl-C to it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ shared embedding on another rank) would be repeated here. Megatron's own files c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class VerifyJob:
     """Name of the rank folder while it is a temporary one."""
     known: Mapping[Extent, int] | None = None
     """CRC-32 of what copying has read of the source, which full verification then does not read."""
+    is_opened: bool = True
+    """Torch opens its files, too, in full verification; else ``open_folders`` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,25 +171,62 @@ def verify_folder(job: VerifyJob) -> Verdict:
         known = None if job.known is None else Checksums(job.known)
         in_full = read_in_full(files, target, twins.extents.values(), known)
         differing, found = in_full.differing, in_full.source
-        more = [*in_full.problems, *_odd_files(files)]
+        more = [*in_full.problems, *_odd_files(files, is_opened=job.is_opened)]
     else:
         differing = _differing_ends(twins.extents.values())
         more = list(unlike_copies(target))
     texts += twins.differences(differing)
-    located = [*((files.model.path, text) for text in texts), *more]
-    lines = [problem(path, text, cure=_CURE) for path, text in located[:_SHOWN]]
-    if len(located) > _SHOWN:
-        lines.append(f"{files.model.path}: {len(located) - _SHOWN} more differences")
+    lines = _lines([*((files.model.path, text) for text in texts), *more])
     length = sum(record.length for file in files.all for record in file.records.values())
     return Verdict(tuple(lines), length, found)
 
 
-def _odd_files(files: RankFiles) -> Iterator[tuple[str, str]]:
+def _odd_files(files: RankFiles, *, is_opened: bool) -> Iterator[tuple[str, str]]:
     """Path and text about what torch writes or reads otherwise."""
+    for file in files.all:
+        yield from ((file.path, text) for text in framing.differences(file))
+    if is_opened:
+        yield from _misread(files)
+
+
+def _misread(files: RankFiles) -> Iterator[tuple[str, str]]:
+    """Path and text about what torch reads otherwise."""
     with RangeReader() as reader:
         for file in files.all:
-            odd = (framing.differences(file), torch_loading.differences(file, reader.read))
-            yield from ((file.path, text) for texts in odd for text in texts)
+            found = torch_loading.differences(file, reader.read)
+            yield from ((file.path, text) for text in found)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """Target rank folders whose files torch is to open."""
+
+    directory: str
+    """The target's iteration folder."""
+    ranks: tuple[RankId, ...]
+
+
+def open_folders(job: OpenJob) -> list[str]:
+    """What torch reads otherwise of some rank folders, as lines to be printed: one task for all,
+    beside which others read, for the start of torch takes a second.
+
+    Raises:
+        UsageError: torch cannot be imported.
+    """
+    prepare(Depth.FULL)
+    found: list[tuple[str, str]] = []
+    for rank in job.ranks:
+        with contextlib.suppress(ConversionError):  # ``verify_folder`` says what is wrong
+            found += _misread(read_rank(job.directory, rank))
+    return _lines(found)
+
+
+def _lines(located: Sequence[tuple[str, str]]) -> list[str]:
+    """The first of some problems, each with its path."""
+    lines = [problem(path, text, cure=_CURE) for path, text in located[:_SHOWN]]
+    if len(located) > _SHOWN:
+        lines.append(f"{located[0][0]}: {len(located) - _SHOWN} more differences")
+    return lines
 
 
 def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:

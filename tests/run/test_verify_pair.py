@@ -12,6 +12,7 @@ from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.run import verify_pair
 from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.run.verify_pair import Verified, verify_existing
+from pp_to_vpp.verification import torch_loading
 
 from ..edit import copy_of
 from ..families import family
@@ -51,6 +52,30 @@ def test_a_real_pair_is_told(name: str, depth: Depth, program: Program, tmp_path
     assert (found.depth, found.ranks) == (depth, len(ranks))
     assert total * 0.5 < found.length < total
     assert found.seconds > 0
+
+
+@pytest.mark.parametrize("is_inline", [False, True])
+def test_torch_opens_the_files_beside_the_comparison(
+    is_inline: bool, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it finds is told; that it is missing, too, as before a conversion."""
+    case, target = pair(MOE), tmp_path / "iter_0000001"
+    assert program.convert(case.source, target, case.options).status == 0
+    both = ("--load-iteration-dir", case.source, "--save-iteration-dir", target, "--verify", "full")
+    if is_inline:
+        monkeypatch.setattr(verify_pair, "Workers", Inline)
+    assert program(*both).status == 0
+    monkeypatch.setattr(
+        torch_loading, "differences", lambda file, _: [f"odd {Path(file.path).name}"]
+    )
+    run = program(*both)
+    program.refuses(6, run, "mp_rank_00_001_001/distrib_optim.pt: odd distrib_optim.pt; do not tr")
+
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    monkeypatch.setattr(torch_loading, "load_torch", missing)
+    program.refuses(2, program(*both), "which cannot be imported (No module named 'torch')")
 
 
 def test_forgetting_the_target_layout_is_told(program: Program, tmp_path: Path) -> None:
