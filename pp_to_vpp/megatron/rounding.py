@@ -29,6 +29,7 @@ REMAINDERS = "remainders"
 HALVES = "halves"
 """Two ways that explain any weight, hence for runs alone that may have gone them: with a remainder
 in the place of a main parameter, for bf16 weights; with one that was kept in fp16."""
+UNCOMPARED = (REMAINDERS, HALVES)
 _EXPONENT, _QUIET = 0x7F800000, 0x7FFFFFFF
 
 

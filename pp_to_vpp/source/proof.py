@@ -8,7 +8,7 @@ from ..checkpoint.family import Family, RankFiles, Sample
 from ..checkpoint.reading import read_family
 from ..container.extents import Extent
 from ..container.tensors import FLOAT_BYTES, TensorRef, item_bytes
-from ..errors import ONE_SAVE, CheckpointError
+from ..errors import NOT_CONVERTED, ONE_SAVE, CheckpointError
 from ..megatron import rounding
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.rules import Rules
@@ -30,6 +30,13 @@ def proven_family(files: Mapping[int, RankFiles]) -> tuple[Family, str]:
             "first",
             expected="16-bit weights that follow from the fp32 main parameters",
             cure=ONE_SAVE,
+        )
+    if way in rounding.UNCOMPARED and not family.shares_storages:
+        raise CheckpointError.of(
+            family.any_rank.files.model.path,
+            "nothing proves where optimizer states lie: weights are no views of flat buffers, and "
+            "what is left of main parameters cannot be compared with them",
+            cure=f"{NOT_CONVERTED}; Megatron's own file has views",
         )
     for path, text in (*unlike_copies(family), *family.lost_groups()):
         raise CheckpointError.of(path, text, cure=ONE_SAVE)

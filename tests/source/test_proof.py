@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pp_to_vpp.checkpoint.family import RankFiles, Sample
 from pp_to_vpp.container.extents import Extent
+from pp_to_vpp.container.pickling import Storage, as_mapping, ordered_dict
+from pp_to_vpp.container.tensors import as_tensor
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.megatron.ranks import RankId
@@ -18,7 +21,7 @@ from pp_to_vpp.source.files import RangeReader, read_rank
 from pp_to_vpp.source.proof import check_samples, proven_family
 
 from ..edit import copy_of, flip_byte
-from ..families import SIDES, families, family, surveyed
+from ..families import SIDES, edited, families, family, files_of, surveyed
 from ..pairs import DENSE, FROZEN, UNCOMPARED, WEIGHTS, names, pair
 
 
@@ -72,6 +75,35 @@ def test_one_wrong_element_at_an_end_is_noticed(at_end: bool, tmp_path: Path) ->
     assert f"1 weights are not their main parameters rounded, {sample.name} first" in str(
         caught.value
     )
+
+
+def with_own_storages(files: RankFiles) -> RankFiles:
+    """As other tools rewrite files: no two weights share a storage."""
+
+    def moved(value: Any) -> Any:
+        tensor = as_tensor(value)
+        if tensor is None:
+            return value
+        storage = tensor.storage
+        own = Storage(storage.type, storage.location, tensor.numel, (tensor.extent,))
+        return tensor.moved(own, 0)
+
+    chunk = (as_mapping(files.model.root) or {})["model"]
+    entries = {key: moved(value) for key, value in (as_mapping(chunk) or {}).items()}
+    return edited(files, model=ordered_dict(entries, chunk.state))
+
+
+@pytest.mark.parametrize("name", [DENSE, *UNCOMPARED])
+def test_something_must_prove_where_states_lie(name: str) -> None:
+    """Offsets of views, or values: rewritten files have the second alone."""
+    files = {pp: with_own_storages(of) for pp, of in files_of(family(name, "source")).items()}
+    if name in UNCOMPARED:
+        with pytest.raises(CheckpointError, match="nothing proves where optimizer states lie"):
+            proven_family(files)
+    else:
+        of, way = proven_family(files)
+        assert not of.shares_storages
+        assert way == "rounded"
 
 
 def test_without_samples_there_is_no_way() -> None:
