@@ -28,6 +28,9 @@ _LOOK_SECONDS = 1.0
 _POOL_SURVIVES_DEATH = (3, 11, 5)
 """From this Python on a pool itself closes the pipe of its tasks when a worker dies (gh-94777)."""
 
+_STUCK_SECONDS = 1.0
+"""After the death of all workers the pool's thread ends in milliseconds, or waits for ever."""
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -100,22 +103,22 @@ class Workers:
         for process in multiprocessing.active_children():
             process.kill()
         # Else the pool's thread waits for the rest of a result that a worker was writing.
-        self._close("_result_queue", "_writer")
-        if sys.version_info < _POOL_SURVIVES_DEATH:
-            # Else it goes on writing a task, to nobody, into a pipe that is full.
-            self._close("_call_queue", "_reader")
+        _close(getattr(self._pool, "_result_queue", None), "_writer")
+        thread = getattr(self._pool, "_executor_manager_thread", None)
+        tasks = getattr(self._pool, "_call_queue", None)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         # The pool's thread sees that they are gone, and ends: left running, it could close its pipe
         # while the interpreter's exit writes to it.
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if thread is not None:
+            thread.join(_STUCK_SECONDS)
+            if thread.is_alive() and sys.version_info < _POOL_SURVIVES_DEATH:
+                # It waits for one that writes a task, to nobody, into a pipe that is full. Closed
+                # before, the pipe could be closed twice: that one would wait for ever.
+                _close(tasks, "_reader")
+            thread.join()
         for process in multiprocessing.active_children():
             process.join()
         threading.excepthook = self._old_hook
-
-    def _close(self, queue: str, end: str) -> None:
-        """Close this process's end of a pipe of the pool: the others died with the workers."""
-        pipe = getattr(getattr(self._pool, queue, None), end, None)
-        if pipe is not None:
-            pipe.close()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Run a function in a worker."""
@@ -171,6 +174,13 @@ class Workers:
                 yield self.result_of(pending.pop(0))
         while pending:
             yield self.result_of(pending.pop(0))
+
+
+def _close(queue: object, end: str) -> None:
+    """Close this process's end of a pipe of the pool: the others died with the workers."""
+    pipe = getattr(queue, end, None)
+    if pipe is not None:
+        pipe.close()
 
 
 def no_more(reason: object) -> CopyError:

@@ -154,6 +154,34 @@ def test_tasks_that_fill_the_pipe_do_not_outlive_a_killed_worker() -> None:
     assert "CopyError: worker process: it was killed" in run.stderr
 
 
+def test_no_pipe_is_closed_twice_at_once() -> None:
+    """Whoever came second would fail, and the pool's own thread wait for ever (Python 3.11.2)."""
+    program = """
+        import os, time
+        from multiprocessing import connection
+        from pp_to_vpp.run.workers import Workers
+
+        def close_slowly(self):
+            handle = self._handle
+            time.sleep(0.05)
+            os.close(handle)
+
+        connection.Connection._close = close_slowly
+        with Workers(2) as workers:
+            workers.result_of(workers.submit(len, "a"))
+        print("ended")
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.stdout, run.returncode) == ("ended\n", 0), run.stderr
+
+
 def begin_a_result(_: int = 0) -> None:
     """Write the head of a result into the pool's pipe, as a worker with a large one does."""
     frame = sys._getframe()
