@@ -414,7 +414,7 @@ def _with_buffers(
             files.optimizer.root, contents, chain, buffers, files.optimizer.path
         )
     optimizers = tuple(map(SourceOptimizer, chain, entries, share, flat.held))
-    return (SourceRank(files, root, contents, optimizers, buffers, shares), flat.by_name)
+    return SourceRank(files, root, contents, optimizers, buffers, shares), flat.by_name
 
 
 def _trained_layer_wise(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,7 @@ from ..source import fingerprint
 from ..source.proven import FamilyJob, check_families, prove
 from ..source.survey import Survey, take_survey
 from ..target import request
-from ..verification.compare import (
-    OpenJob,
-    Proof,
-    VerifyJob,
-    open_folders,
-    told_layout,
-    verify_folder,
-)
+from ..verification.compare import Proof, VerifyJob, open_folders, told_layout, verify_folder
 from ..verification.in_full import check_source
 from . import manifest
 from .listener import Listener, Phase, read_families
@@ -93,8 +86,8 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             for key, each in zip(folders, families, strict=True)
         }
         listener.began(Phase.VERIFY, sum(sizes[rank] for rank in own))
-        opened = _opened(workers, OpenJob(target.path, tuple(sorted(own))), options.depth)
-        verified = _verify(workers, target.path, sorted(own), proofs, opened)
+        is_full = options.depth is Depth.FULL
+        verified = _verify(workers, target.path, sorted(own), proofs, is_full=is_full)
         length = 0
         for rank, count in verified:
             length += count
@@ -112,17 +105,13 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     )
 
 
-def _opened(workers: Workers, job: OpenJob, depth: Depth) -> Future[list[str]] | None:
-    """What comes of opening the target with torch; None where that is not asked for."""
-    return workers.submit(open_folders, job) if depth is Depth.FULL else None
-
-
 def _verify(
     workers: Workers,
     directory: str,
-    ranks: Iterable[RankId],
+    ranks: Sequence[RankId],
     proofs: Mapping[tuple[int, int], Proof],
-    opened: Future[list[str]] | None,
+    *,
+    is_full: bool,
 ) -> Iterator[tuple[RankId, int]]:
     """Hold the rank folders of a target to their sources, family by family, and what was read of a
     family's source to its checksums; the bytes of each folder's records.
@@ -131,6 +120,7 @@ def _verify(
         CheckpointError: the source is damaged. That is told before what it made of the target.
         VerificationError: a folder does not hold what it must.
     """
+    opened = workers.submit(open_folders, directory, ranks) if is_full else None
     by_family = sorted(ranks, key=lambda rank: (rank.family, rank))
     jobs = [VerifyJob(proofs[rank.family], directory, rank, is_opened=False) for rank in by_family]
     verdicts = zip(by_family, workers.map(verify_folder, jobs), strict=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 from ..checkpoint.family import Family
 from ..megatron.arguments import SavedArguments
 from ..megatron.optimizer_chain import OptimizerKind
-from ..megatron.rounding import HALVES, REMAINDERS
+from ..megatron.rounding import HALVES, REMAINDERS, UNCOMPARED
 from ..options import MANIFEST
 from .proven import FamilyJob, ProvenFamily, proven, read_proven
 from .survey import Survey
 
-_UNCOMPARED: Mapping[str, str] = {
+_IN_PLACE_OF_ROUNDED: Mapping[str, str] = {
     REMAINDERS: "main parameters are stored as remainders, which no weight can be compared with",
     HALVES: "main parameters were kept in fp16, which no weight can be compared with",
 }
@@ -107,8 +107,8 @@ def facts(arguments: SavedArguments, family: ProvenFamily) -> tuple[str, ...]:
     if arguments.mtp_num_layers:
         sizes += f", {arguments.mtp_num_layers} MTP layers"
     found = [family.kind.value, sizes]
-    if family.rounding in _UNCOMPARED:
-        found.append(_UNCOMPARED[family.rounding])
+    if family.rounding in UNCOMPARED:
+        found.append(_IN_PLACE_OF_ROUNDED[family.rounding])
     elif family.rounding:
         found.append(f"16-bit weights are their main parameters {family.rounding}")
     if arguments.clips_qk:
@@ -140,7 +140,7 @@ def proofs(look: Look, samples: int) -> tuple[str, ...]:
     if look.proven.kind is OptimizerKind.DISTRIBUTED:
         offsets = ", and the offsets of all weights in them," if look.views else ""
         found.append(f"the sizes of all flat buffers{offsets} are those that the rules compute")
-    if samples and look.proven.rounding not in _UNCOMPARED:
+    if samples and look.proven.rounding not in UNCOMPARED:
         found.append(
             f"{samples} weights of 16 bits are their main parameters {look.proven.rounding}, "
             "compared at both ends"

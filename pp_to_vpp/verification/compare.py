@@ -197,27 +197,22 @@ def _misread(files: RankFiles) -> Iterator[tuple[str, str]]:
             yield from ((file.path, text) for text in found)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenJob:
-    """Target rank folders whose files torch is to open."""
-
-    directory: str
-    """The target's iteration folder."""
-    ranks: tuple[RankId, ...]
-
-
-def open_folders(job: OpenJob) -> list[str]:
+def open_folders(directory: str, ranks: Iterable[RankId]) -> list[str]:
     """What torch reads otherwise of some rank folders, as lines to be printed: one task for all,
     beside which others read, for the start of torch takes a second.
+
+    Args:
+        directory: the target's iteration folder.
+        ranks: the folders.
 
     Raises:
         UsageError: torch cannot be imported.
     """
     prepare(Depth.FULL)
     found: list[tuple[str, str]] = []
-    for rank in job.ranks:
+    for rank in ranks:
         with contextlib.suppress(ConversionError):  # ``verify_folder`` says what is wrong
-            found += _misread(read_rank(job.directory, rank))
+            found += _misread(read_rank(directory, rank))
     return _lines(found)
 
 

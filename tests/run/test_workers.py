@@ -130,6 +130,18 @@ def test_tasks_after_a_killed_worker_get_the_same_error() -> None:
             workers.submit(late_square, 1)
 
 
+def ended(program: str) -> subprocess.CompletedProcess[str]:
+    """A program that has ended by itself."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def test_tasks_that_fill_the_pipe_do_not_outlive_a_killed_worker() -> None:
     """Before Python 3.11.5 the pool's own thread waits for a reader of what it has written."""
     program = """
@@ -143,14 +155,7 @@ def test_tasks_that_fill_the_pipe_do_not_outlive_a_killed_worker() -> None:
             for _ in workers.map(die, [bytes(1_000_000)] * 4):
                 pass
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    run = ended(program)
     assert "CopyError: worker process: it was killed" in run.stderr
 
 
@@ -171,14 +176,7 @@ def test_no_pipe_is_closed_twice_at_once() -> None:
             workers.result_of(workers.submit(len, "a"))
         print("ended")
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    run = ended(program)
     assert (run.stdout, run.returncode) == ("ended\n", 0), run.stderr
 
 
