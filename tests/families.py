@@ -23,7 +23,9 @@ from pp_to_vpp.source.files import RangeReader
 from pp_to_vpp.source.proof import SampledAgreement, proven_family
 from pp_to_vpp.source.survey import Survey, take_survey
 
+from .examples import FACTOR
 from .pairs import (
+    EACH_KIND,
     EXPERTS_FIRST,
     FROZEN_LAYER_WISE,
     FROZEN_PLAIN,
@@ -43,7 +45,9 @@ from .pairs import (
 )
 
 SIDES = [(name, side) for name in names() for side in ("source", "truth")]
-"""Every checkpoint in the test data."""
+"""Every checkpoint in the test data: for what is compared with Megatron's own files."""
+OF_KINDS = [(name, side) for name, side in SIDES if name in EACH_KIND or FACTOR > 1]
+"""Checkpoints of each kind: for what must hold of any checkpoint."""
 
 _USUAL = OptimizerKind.DISTRIBUTED
 KINDS = {

@@ -60,6 +60,11 @@ NOOP = "noop-dense-emptychunk-pp2-v012"
 FORK = "uneven-31layers-pp4-fork"
 BERT = "bert-tied-pp2tp2-v016"
 
+EACH_KIND = (
+    MOE, DEEPSEEK, BUCKETS, PLAIN, LAYER_WISE_WIDE, FROZEN, FROZEN_DECOUPLED, OVERLAP_EMPTY,
+    HYBRID_MOE, FORK,
+)  # fmt: skip
+"""One pair of each kind of optimizer, model and placement."""
 UNCOMPARED = {REMAINDERS: "remainders", HALVED_MAINS: "halves"}
 """Those whose weights cannot be compared with what is left of their main parameters, which is that
 in place of "rounded"."""
@@ -81,7 +86,8 @@ class Pair:
 
 
 @functools.cache
-def _root() -> Path:
+def scratch() -> Path:
+    """A folder for what is made once in a test run; it is removed at the end."""
     path = Path(tempfile.mkdtemp(prefix="pp_to_vpp_pairs_"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -95,12 +101,12 @@ def names() -> list[str]:
 @functools.cache
 def pair(name: str) -> Pair:
     """Unpack a pair, once per test run. Nobody may write into it."""
-    folder = _root() / name
+    folder = scratch() / name
     if not folder.exists():
         with tarfile.open(DATA / f"{name}.tar.xz") as archive:
             # The argument `filter` is unknown to Debian 12's Python, 3.11.2; the attribute is not.
             archive.extraction_filter = getattr(tarfile, "data_filter", None)
-            archive.extractall(_root())
+            archive.extractall(scratch())
     case = json.loads((folder / "case.json").read_text())
     (source,) = (folder / "source").glob("iter_*")
     (truth,) = (folder / "truth").glob("iter_*")

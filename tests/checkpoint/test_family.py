@@ -15,7 +15,7 @@ from pp_to_vpp.megatron.optimizer_chain import OptimizerKind
 from pp_to_vpp.megatron.ranks import MODEL_FILE, OPTIMIZER_FILE
 
 from ..compare import load
-from ..families import SIDES, families, family, files_read, opposite, read_family
+from ..families import OF_KINDS, SIDES, families, family, files_read, opposite, read_family
 from ..pairs import DENSE, FORK, names
 
 STATE_FILES = {
@@ -90,7 +90,7 @@ def test_samples_are_all_parameters_with_states(name: str) -> None:
                 assert re.fullmatch(STATE_FILES[of.kind], where)
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_a_manifest_names_every_tensor(name: str, side: str) -> None:
     """Weights and buffers as torch counts them, states as the optimizer files hold them."""
     for of in families(name, side):
@@ -113,7 +113,7 @@ def test_a_manifest_names_every_tensor(name: str, side: str) -> None:
         assert len({str(key) for key in found}) == len(found)
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_tensors_of_a_manifest_lie_in_their_files(name: str, side: str) -> None:
     """Each in one of its own family, apart from all others."""
     for of in families(name, side):
@@ -165,7 +165,7 @@ def test_tensors_are_told_apart_by_name_and_kind() -> None:
     assert str(TensorName("a.weight", "exp_avg")) == "a.weight [exp_avg]"
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_items_in_a_layout_are_those_of_its_ranks(name: str, side: str) -> None:
     """Of the own one what each rank file holds, of the other side's what its rank files hold."""
     for of, other in zip(families(name, side), families(name, opposite(side)), strict=True):

@@ -19,7 +19,7 @@ from pp_to_vpp.checkpoint.optimizer_entries import (
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.optimizer_chain import ChainedOptimizer
 
-from ..families import SIDES, families
+from ..families import OF_KINDS, families
 
 
 @pytest.mark.parametrize("node", [{"a": 1}, [{"a": 1}, None]])
@@ -27,7 +27,7 @@ def test_one_entry_stands_by_itself(node: Any) -> None:
     assert optimizer_entries(node, "file") == (node if isinstance(node, list) else [node])
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_an_entry_replaced_by_its_own_values_is_the_same(name: str, side: str) -> None:
     for of in families(name, side):
         for rank in of.ranks.values():

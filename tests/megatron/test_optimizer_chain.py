@@ -24,7 +24,7 @@ from pp_to_vpp.megatron.optimizer_chain import (
 from pp_to_vpp.megatron.param_groups import keys_of_groups
 from pp_to_vpp.megatron.parameters import GroupKey, Parameters, is_layer_matrix
 
-from ..families import SIDES, families, family
+from ..families import OF_KINDS, families, family
 from ..pairs import (
     DEEPSEEK,
     DENSE,
@@ -91,7 +91,7 @@ def test_real_files_have_the_optimizers_that_are_computed(name: str) -> None:
                 assert found == (chain if has_one else ())
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_groups_take_each_parameter_once(name: str, side: str) -> None:
     for of in families(name, side):
         for rank in of.ranks.values():

@@ -15,7 +15,7 @@ from pp_to_vpp.megatron.optimizer_chain import has_expert_optimizer
 from pp_to_vpp.megatron.param_groups import key_of_item, keys_of_groups
 from pp_to_vpp.megatron.parameters import GroupKey, Item, is_in_expert_buffer
 
-from ..families import SIDES, families, family
+from ..families import OF_KINDS, SIDES, families, family
 from ..pairs import DEEPSEEK, DENSE, MOE, OWN_RATES, WEIGHTS
 
 PLAIN = GroupKey(decays=True, is_expert=False, is_decoupled=False)
@@ -40,7 +40,7 @@ def test_groups_and_parameters_meet(name: str, side: str) -> None:
         assert saved == (set() if name == WEIGHTS else computed)
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_groups_of_an_optimizer_have_different_keys(name: str, side: str) -> None:
     for of in families(name, side):
         for rank in of.ranks.values():

@@ -31,7 +31,7 @@ from pp_to_vpp.verification.compare import Proof
 
 from ..compare import differences
 from ..edit import copy_of, flip_byte
-from ..families import SIDES, iteration, opposite, surveyed, target_of
+from ..families import OF_KINDS, iteration, opposite, surveyed, target_of
 from ..inline import Inline
 from ..pairs import DENSE, pair
 from .test_copying import Crcs, Known
@@ -85,7 +85,7 @@ def copied(
     return list(Copier(Inline(), save_dir, take, lambda _: None).run([family]))
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_finished_folders_are_whole_and_have_their_name(
     name: str, side: str, tmp_path: Path
 ) -> None:

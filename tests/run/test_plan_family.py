@@ -24,7 +24,7 @@ from pp_to_vpp.target import check
 from pp_to_vpp.target.request import Target
 
 from ..edit import copy_of
-from ..families import SIDES, families, family, opposite, surveyed, target_of
+from ..families import OF_KINDS, families, family, opposite, surveyed, target_of
 from ..inline import run
 from ..pairs import DENSE, FORK, MOE, PLAIN, pair
 
@@ -43,7 +43,7 @@ def job_for(name: str, side: str, number: int = 0, *, needs_contents: bool = Tru
     return PlanJob(folders, found.told, tuple(folders.ranks), target, needs_contents)
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_what_planning_a_family_shows(name: str, side: str) -> None:
     for number, of in enumerate(families(name, side)):
         found = plan_family(job_for(name, side, number))
@@ -84,7 +84,7 @@ def test_checksums_that_are_derived_are_those_of_the_bytes(
         assert derivation.solve(crc32_of) == crc32_of(extent)
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_dry_runs_know_the_sizes(name: str, side: str) -> None:
     """Without contents, which would only have to be carried between processes."""
     whole = plan_family(job_for(name, side))
@@ -96,7 +96,7 @@ def test_dry_runs_know_the_sizes(name: str, side: str) -> None:
         assert rank.length == full.length > 0
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_ranks_planned_alone_are_planned_the_same(name: str, side: str) -> None:
     """Nodes that share the work write what one would, from what each has to read."""
     job = job_for(name, side)

@@ -26,7 +26,7 @@ from pp_to_vpp.source.files import (
 
 from ..compare import load
 from ..edit import copy_of
-from ..families import SIDES, families, family, iteration, surveyed
+from ..families import OF_KINDS, SIDES, families, family, iteration, surveyed
 from ..pairs import DENSE, PLAIN, pair
 
 
@@ -76,7 +76,7 @@ def test_a_rank_may_have_no_optimizer_file() -> None:
     assert files.all == (files.model,)
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_families_read_the_ranks_asked_for(name: str, side: str) -> None:
     """Each once, however often: what a worker needs for several steps stays decoded."""
     found = surveyed(name, side)

@@ -12,11 +12,11 @@ from pp_to_vpp.source.survey import take_survey
 
 from ..compare import load
 from ..edit import copy_of, rewrite, rewrite_all, set_arguments
-from ..families import SIDES, iteration, surveyed
+from ..families import OF_KINDS, iteration, surveyed
 from ..pairs import DENSE, MOE, pair
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_a_survey_finds_the_folders(name: str, side: str) -> None:
     """As they stand on the disk, with the iteration that torch finds in them."""
     found = surveyed(name, side)

@@ -24,7 +24,7 @@ from pp_to_vpp.target import check
 from pp_to_vpp.target.plan import FilePlan, RankPlan, plan_rank
 
 from ..examples import examples
-from ..families import SIDES, families, family, files_read, opposite, target_of
+from ..families import OF_KINDS, SIDES, families, family, files_read, opposite, target_of
 from ..pairs import DENSE, MOE
 from ..strategies import targets
 
@@ -96,7 +96,7 @@ def with_data(path: str) -> npt.NDArray[np.bool_]:
     return found
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 @examples(4)
 @given(data=st.data())
 def test_files_are_tiled_and_sources_used_up(name: str, side: str, data: st.DataObject) -> None:

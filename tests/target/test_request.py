@@ -21,7 +21,7 @@ from pp_to_vpp.target import request
 from pp_to_vpp.target.request import wanted_ranks, wanted_target
 
 from ..examples import examples
-from ..families import SIDES, family, opposite, surveyed, target_of
+from ..families import OF_KINDS, SIDES, family, opposite, surveyed, target_of
 from ..inline import asking_for
 from ..pairs import DEEPSEEK, DENSE, FORK, HYBRID, HYBRID_MOE, names
 from ..strategies import targets
@@ -97,7 +97,7 @@ def test_a_last_stage_alone_gets_a_first_one_where_numbers_would_be_wrong() -> N
         wanted_target(wanted, between)
 
 
-@pytest.mark.parametrize(("name", "side"), SIDES)
+@pytest.mark.parametrize(("name", "side"), OF_KINDS)
 def test_the_layout_that_is_there_is_refused(name: str, side: str) -> None:
     arguments = arguments_of(name, side)
     overlaps = arguments.overlaps_param_gather_with_step
