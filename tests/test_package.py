@@ -38,7 +38,7 @@ def test_both_hold_every_file(built: Path) -> None:
         assert set(wheel.namelist()) >= _FILES
     with tarfile.open(built / f"pp_to_vpp-{__version__}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= _FILES | {"README.md", "pyproject.toml"}
+    assert names >= _FILES | {"LICENSE", "README.md", "pyproject.toml"}
 
 
 def test_the_wheel_starts_where_nothing_else_is(built: Path, tmp_path: Path) -> None:
@@ -50,6 +50,7 @@ def test_the_wheel_starts_where_nothing_else_is(built: Path, tmp_path: Path) -> 
     assert "pp-to-vpp=pp_to_vpp.__main__:main" in entries
     assert "Classifier: Typing :: Typed" in metadata
     assert "Requires-Python: >=3.10" in metadata
+    assert "License-Expression: BSD-3-Clause" in metadata
     done = subprocess.run(
         [sys.executable, "-S", "-m", "pp_to_vpp", "--version"],
         capture_output=True, text=True, cwd=tmp_path, check=False,

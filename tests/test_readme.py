@@ -106,7 +106,7 @@ def test_it_installs_as_shown(tmp_path: Path) -> None:
     project, fresh = tmp_path / "project", tmp_path / "fresh"
     project.mkdir()
     shutil.copytree(ROOT / "pp_to_vpp", project / "pp_to_vpp")
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
     (packages,) = fresh.glob("lib/python*/site-packages")
