@@ -4,29 +4,37 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.2.2"
 
-from .api import convert, inspect, plan, verify
-from .errors import (
-    CheckpointError,
-    ConversionError,
-    CopyError,
-    LayoutError,
-    UsageError,
-    VerificationError,
-)
-
 if TYPE_CHECKING:
+    from .api import convert, inspect, plan, verify
+    from .errors import (
+        CheckpointError,
+        ConversionError,
+        CopyError,
+        LayoutError,
+        UsageError,
+        VerificationError,
+    )
     from .megatron.layout import PipelineLayout
 else:
 
     def __getattr__(name):
-        """The one name that is looked up when it is wanted: ``--help`` must not wait for it."""
-        if name != "PipelineLayout":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from .megatron.layout import PipelineLayout
+        """Import a name when it is asked for, so that ``--help`` need not wait for all of them."""
+        from importlib import import_module
 
-        return PipelineLayout
+        for module, names in _NAMES.items():
+            if name in names:
+                return getattr(import_module(module, __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+_NAMES = {
+    ".api": ("convert", "inspect", "plan", "verify"),
+    ".errors": (
+        "CheckpointError", "ConversionError", "CopyError", "LayoutError", "UsageError",
+        "VerificationError",
+    ),
+    ".megatron.layout": ("PipelineLayout",),
+}  # fmt: skip
 __all__ = [
     "CheckpointError", "ConversionError", "CopyError", "LayoutError", "PipelineLayout",
     "UsageError", "VerificationError", "convert", "inspect", "plan", "verify",

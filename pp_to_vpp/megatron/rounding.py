@@ -12,17 +12,8 @@ keeps them in fp16, scaled, weights were rounded before that.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-
-    from numpy.typing import NDArray
-
-    _Bits = NDArray[np.uint32]
 
 WAYS = ("rounded", "rounded half up", "cut off")
 REMAINDERS = "remainders"
@@ -30,37 +21,8 @@ HALVES = "halves"
 """Two ways that explain any weight, hence for runs alone that may have gone them: with a remainder
 in the place of a main parameter, for bf16 weights; with one that was kept in fp16."""
 UNCOMPARED = (REMAINDERS, HALVES)
-_EXPONENT, _QUIET = 0x7F800000, 0x7FFFFFFF
 
-
-def _bfloat16_rounded(bits: _Bits) -> NDArray[np.uint16]:
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _bfloat16_half_up(bits: _Bits) -> NDArray[np.uint16]:
-    return ((bits + 0x8000) >> 16).astype(np.uint16)
-
-
-def _bfloat16_cut(bits: _Bits) -> NDArray[np.uint16]:
-    return (bits >> 16).astype(np.uint16)
-
-
-def _float16_rounded(bits: _Bits) -> NDArray[np.uint16]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bits.view(np.float32).astype(np.float16).view(np.uint16)
-
-
-_CONVERSIONS: dict[str, dict[str, Callable[[_Bits], NDArray[np.uint16]]]] = {
-    "bfloat16": {
-        "rounded": _bfloat16_rounded,
-        "rounded half up": _bfloat16_half_up,
-        "cut off": _bfloat16_cut,
-    },
-    "float16": {"rounded": _float16_rounded},
-}
-
-
-SIXTEEN_BIT = tuple(_CONVERSIONS)
+SIXTEEN_BIT = ("bfloat16", "float16")
 """Dtypes of weights that have an fp32 main parameter beside them."""
 
 
@@ -72,6 +34,11 @@ class Explanation:
     """The ways, of those asked about, that explain every element."""
     differing: tuple[int, ...]
     """Indices of the pairs that the likeliest way does not explain."""
+
+
+def load() -> None:
+    """Import numpy. Do it before processes are forked, and they share it."""
+    from . import rounding_bits  # noqa: F401
 
 
 def explain(
@@ -89,43 +56,14 @@ def explain(
         differing = [i for i, (w, m) in enumerate(zip(weights, mains, strict=True)) if w != m]
         left = frozenset(ways) & {HALVES} if differing else frozenset(ways)
         return Explanation(left, () if left else tuple(differing))
-    if dtype not in _CONVERSIONS:
+    if dtype not in SIXTEEN_BIT:
         return Explanation(frozenset(ways), ())
+    from .rounding_bits import owners_of, wrong_elements  # numpy starts slowly
+
     sizes = [len(weight) // 2 for weight in weights]
-    found = np.frombuffer(b"".join(weights), dtype="<u2")
-    bits = np.frombuffer(b"".join(mains), dtype="<u4")
-    wrong = {
-        way: _wrong(convert, bits, found)
-        for way, convert in _CONVERSIONS[dtype].items()
-        if way in ways
-    }
-    if REMAINDERS in ways and dtype == "bfloat16":
-        wrong[REMAINDERS] = ~_are_remainders(bits)
-    if HALVES in ways:
-        wrong[HALVES] = np.zeros(bits.shape, dtype=np.bool_)
+    wrong = wrong_elements(dtype, b"".join(weights), b"".join(mains), ways)
     right = frozenset(way for way, where in wrong.items() if not where.any())
     if right or not wrong:
         return Explanation(right, () if right else tuple(range(len(sizes))))
     likeliest = min(wrong.values(), key=lambda where: int(where.sum()))
-    owners = np.repeat(np.arange(len(sizes)), sizes)
-    return Explanation(right, tuple(np.unique(owners[likeliest]).tolist()))
-
-
-def _wrong(
-    convert: Callable[[_Bits], NDArray[np.uint16]], bits: _Bits, found: NDArray[np.uint16]
-) -> NDArray[np.bool_]:
-    """Where weights are others than a way makes of main parameters that are numbers."""
-    where: NDArray[np.bool_] = convert(bits) != found
-    return where & ~_is_nan(bits) if where.any() else where
-
-
-def _are_remainders(bits: _Bits) -> NDArray[np.bool_]:
-    """Which fp32 numbers are those of 16-bit integers."""
-    with np.errstate(invalid="ignore"):
-        numbers = bits.view(np.float32).astype(np.int16).astype(np.float32)
-    are: NDArray[np.bool_] = numbers.view(np.uint32) == bits
-    return are
-
-
-def _is_nan(bits: _Bits) -> NDArray[np.bool_]:
-    return (bits & _QUIET) > _EXPONENT
+    return Explanation(right, owners_of(likeliest, sizes))

@@ -18,6 +18,7 @@ from ..source.inspection import StageBytes, facts, look_at, oddities, proofs
 from ..source.proven import FamilyJob, check_families
 from ..source.survey import Survey, take_survey
 from ..target import request
+from ..verification.compare import prepare
 from .listener import Listener, read_families
 from .share import number_of_workers
 from .workers import Workers
@@ -88,6 +89,7 @@ def inspect(options: Options, listener: Listener) -> Inspection:
     survey = take_survey(str(options.load_dir), follow_links=options.follow_links)
     request.wanted_ranks(options, survey.arguments)
     jobs = [FamilyJob(survey.family(key), survey.told) for key in survey.families]
+    prepare(options.depth)
     with Workers(number_of_workers(options.processes), listener.looked) as workers:
         looks = read_families(workers, look_at, jobs, listener)
     families = [look.proven for look in looks]

@@ -19,7 +19,14 @@ from ..source import fingerprint
 from ..source.proven import FamilyJob, check_families, prove
 from ..source.survey import Survey, take_survey
 from ..target import request
-from ..verification.compare import Proof, VerifyJob, open_folders, told_layout, verify_folder
+from ..verification.compare import (
+    Proof,
+    VerifyJob,
+    open_folders,
+    prepare,
+    told_layout,
+    verify_folder,
+)
 from ..verification.in_full import check_source
 from . import manifest
 from .listener import Listener, Phase, read_families
@@ -69,6 +76,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     request.wanted_ranks(options, source.arguments)
     check_place(options.load_dir, options.save_dir)
     target = _survey_target(options.save_dir, source)
+    prepare(Depth.STRUCTURE)  # torch starts in a worker, beside those that compare
     with Workers(number_of_workers(options.processes), listener.looked) as workers:
         sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]

@@ -25,6 +25,7 @@ from ..container.crc32 import Checksums
 from ..container.extents import Extent
 from ..container.pickling import is_same
 from ..errors import ConversionError, UsageError, VerificationError, problem, show
+from ..megatron import rounding
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
 from ..megatron.forms import HybridPattern
 from ..megatron.layout import PipelineLayout
@@ -130,6 +131,7 @@ def prepare(depth: Depth) -> None:
     Raises:
         UsageError: torch is needed, and not there.
     """
+    rounding.load()
     if depth is Depth.FULL:
         try:
             torch_loading.load_torch()
