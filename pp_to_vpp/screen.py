@@ -63,7 +63,7 @@ def show(done: Done, options: Options) -> None:
     if isinstance(done, Inspection):
         _show_inspection(done)
     elif isinstance(done, Plan):
-        _show_dry_run(done, number_of_workers(options.processes))
+        _show_dry_run(done, number_of_workers(options))
     elif isinstance(done, Outcome):
         _show_outcome(done)
     else:

@@ -29,6 +29,7 @@ from .plan import Part, Plan
 from .plan_family import PlanJob, PlannedFamily, RankJob, fingerprint_rank, plan_family
 from .schedule import Copier, FamilyCopy
 from .share import Share, deal, number_of_workers, wanted_share
+from .share import notes as share_notes
 from .workers import Workers
 
 log = logging.getLogger("pp_to_vpp")
@@ -103,7 +104,7 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
     Raises:
         ConversionError: what is asked for cannot be.
     """
-    share = wanted_share(options.share, shares_by_hand=options.pp_ranks is not None)
+    share = wanted_share(options)
     survey = take_survey(str(options.load_dir), follow_links=options.follow_links)
     pp_ranks = request.wanted_ranks(options, survey.arguments)
     if options.save_dir is not None:
@@ -111,7 +112,7 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
     target = request.wanted_target(options, survey.arguments)
     prepare(options.depth)
     block = _block(options.save_dir, survey)
-    with Workers(number_of_workers(options.processes), listener.looked) as workers:
+    with Workers(number_of_workers(options), listener.looked) as workers:
         needs_contents = not options.is_dry_run and share is None
         jobs = [
             PlanJob(
@@ -182,6 +183,7 @@ def _plan_of(
         facts=facts(survey.arguments, proven[0]),
         notes=(
             *request.notes(proven[0].source, first.target),
+            *share_notes(options),
             *target_folder.notes(options.save_dir, survey.iteration),
             *([f"{shared} bytes are shared with the source, and need no room"] if shared else []),
             *oddities(survey, proven),

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 
 from ..errors import UsageError
 from ..megatron.ranks import RankId
+from ..options import Options
 
 AUTO = "auto"
 _OPTION = "--share"
+_NOT_LAUNCHED = "no launcher tells which of how many processes this is"
+TOGETHER = f"several processes share one conversion with {_OPTION} {AUTO}"
 _MAX_DEFAULT_WORKERS = 8
 """More seldom help: then the file system is what is waited for."""
 _NOTICEABLE = 1.01
@@ -109,71 +112,65 @@ def _first_number(environment: Mapping[str, str], names: Iterable[str]) -> int |
     return None
 
 
-def _parse(text: str) -> Share | None:
-    """``--share`` in words: ``2/16``, or ``auto``, which is None.
+def _parse(text: str) -> Share:
+    """``--share`` by hand, such as ``2/16``.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is no share.
     """
-    if text == AUTO:
-        return None
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise UsageError(f"{_OPTION}: {text} is neither {AUTO} nor I/N with I from 0 to N-1")
     return Share(int(match[1]), int(match[2]))
 
 
-def wanted_share(
-    option: str | None, *, shares_by_hand: bool, environment: Mapping[str, str] = os.environ
-) -> Share | None:
+def wanted_share(options: Options, environment: Mapping[str, str] = os.environ) -> Share | None:
     """Which process of how many this is to be; None if it does the whole work.
 
-    Args:
-        option: ``--share`` as given; None if it is not.
-        shares_by_hand: the call names pipeline ranks, so that several processes may do without.
-        environment: of this process.
+    Only ``--share auto`` reads a launcher's variables: whatever one of its processes starts, and a
+    shell in its container, inherits them, and may be the only one that converts.
 
     Raises:
-        UsageError: the option and the launcher contradict each other, or a launcher started
-            several processes that would all do the same.
+        UsageError: ``--share`` is no share, or no launcher tells what ``auto`` is.
     """
-    told = launched(environment)
-    if option is None:
-        if told is not None and told.share.count > 1 and not shares_by_hand:
-            raise UsageError.of(
-                _OPTION,
-                f"{told.launcher} started {told.share.count} processes, and each would do all",
-                cure=f"add {_OPTION} {AUTO}, or start one process",
-            )
+    if options.share is None:
         return None
-    given = _parse(option)
-    if given is None:
-        if told is None:
-            raise UsageError.of(
-                f"{_OPTION} {AUTO}",
-                "no launcher tells which of how many processes this is",
-                expected="the variables of torchrun (RANK, WORLD_SIZE), of a Slurm step "
-                "(SLURM_PROCID, SLURM_NTASKS), of Open MPI or of another MPI (PMI_RANK, PMI_SIZE)",
-                cure=f"start it with torchrun, srun or mpirun, or give {_OPTION} I/N",
-            )
-        return told.share
-    if told is not None and told.share.count > 1 and told.share != given:
+    if options.share != AUTO:
+        return _parse(options.share)
+    told = launched(environment)
+    if told is None and not options.is_dry_run:
         raise UsageError.of(
-            f"{_OPTION} {given}",
-            f"{told.launcher} says otherwise",
-            expected=str(told.share),
-            found=str(given),
-            cure=f"give {_OPTION} {AUTO}",
+            f"{_OPTION} {AUTO}",
+            _NOT_LAUNCHED,
+            expected="the variables of torchrun (RANK, WORLD_SIZE), of a Slurm step "
+            "(SLURM_PROCID, SLURM_NTASKS), of Open MPI or of another MPI (PMI_RANK, PMI_SIZE)",
+            cure=f"start it with torchrun, srun or mpirun, or give {_OPTION} I/N",
         )
-    return given
+    return None if told is None else told.share
 
 
-def number_of_workers(asked: int | None) -> int:
-    """Worker processes: as many as the call asks for, else this process's part of the cores."""
-    if asked is not None:
-        return asked
+def notes(options: Options, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What the user should know about who does the work."""
+    told = launched(environment)
+    if options.share == AUTO and told is None:
+        return [f"{_NOT_LAUNCHED}: this is the plan of all"]
+    is_told = options.share is not None or options.pp_ranks is not None
+    if is_told or told is None or told.share.count == 1:
+        return []
+    return [
+        f"by the variables of {told.launcher} this is process {told.share.index} of "
+        f"{told.share.count}: it does the whole work; with {_OPTION} {AUTO} it would do share "
+        f"{told.share}"
+    ]
+
+
+def number_of_workers(options: Options, environment: Mapping[str, str] = os.environ) -> int:
+    """Worker processes: as many as the call asks for, else one for each core that this process may
+    use. With ``--share auto`` the others of its host, which do the same, have their part."""
+    if options.processes is not None:
+        return options.processes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    told = launched()
+    told = launched(environment) if options.share == AUTO else None
     return max(1, min(_MAX_DEFAULT_WORKERS, (cores or 1) // (told.here if told else 1)))
 
 

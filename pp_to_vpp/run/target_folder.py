@@ -19,6 +19,7 @@ from ..verification.compare import told_layout
 from . import folders
 from .folders import is_filled
 from .listener import Listener
+from .share import TOGETHER, launched
 from .signs import SILENT_SECONDS, Writer
 from .workers import Workers
 
@@ -131,7 +132,7 @@ def filled(save_dir: Path, plans: Sequence[RankPlan], *, resume: bool) -> set[Ra
             save_dir / there[0].folder,
             f"the target exists already ({len(there)} of {len(plans)} rank folders)",
             cure="use --resume to keep what an earlier run of this conversion finished, or "
-            "remove it",
+            f"remove it{f'; {TOGETHER}' if launched() else ''}",
         )
     return set(there)
 
@@ -175,8 +176,7 @@ def existing(
             raise UsageError.of(
                 save_dir,
                 f"another run is writing rank folders of this target now ({writers[0]})",
-                cure="wait for it, or end it; --resume waits, and several processes share one "
-                "conversion with --share",
+                cure=f"wait for it, or end it; --resume waits, and {TOGETHER}",
             )
         wait.a_while("; ".join(map(_waits_for, writers[:4])))
     return filled(save_dir, plans, resume=resume)

@@ -64,7 +64,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         CheckpointError: the source cannot be read, or is damaged itself.
     """
     began = time.monotonic()
-    share = wanted_share(options.share, shares_by_hand=options.pp_ranks is not None)
+    share = wanted_share(options)
     if options.save_dir is None or not options.save_dir.exists():
         raise UsageError.of(
             options.save_dir,
@@ -77,7 +77,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     check_place(options.load_dir, options.save_dir)
     target = _survey_target(options.save_dir, source)
     prepare(Depth.STRUCTURE)  # torch starts in a worker, beside those that compare
-    with Workers(number_of_workers(options.processes), listener.looked) as workers:
+    with Workers(number_of_workers(options), listener.looked) as workers:
         sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
         folders = {key: source.family(key) for key in source.families}

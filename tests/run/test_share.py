@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.errors import UsageError
 from pp_to_vpp.megatron.ranks import TRACKER, RankId
+from pp_to_vpp.options import Options
 from pp_to_vpp.run import share
 from pp_to_vpp.run.share import Launched, Share, deal, launched, wanted_share
 
@@ -50,14 +51,21 @@ OPEN_MPI = {
 def test_launchers_tell_each_process_its_place(
     environment: Mapping[str, str], launcher: str, here: int
 ) -> None:
+    """And only ``auto`` asks them: others than their own processes have the variables too."""
     assert launched(environment) == Launched(launcher, Share(1, 4), here)
-    assert wanted_share("auto", shares_by_hand=False, environment=environment) == Share(1, 4)
-    assert wanted_share("1/4", shares_by_hand=False, environment=environment) == Share(1, 4)
-    with pytest.raises(UsageError, match=f"--share 0/4: {launcher} says otherwise.*1/4"):
-        wanted_share("0/4", shares_by_hand=False, environment=environment)
-    with pytest.raises(UsageError, match=f"{launcher} started 4 processes.*--share auto"):
-        wanted_share(None, shares_by_hand=False, environment=environment)
-    assert wanted_share(None, shares_by_hand=True, environment=environment) is None
+    assert wanted_share(_asking("auto"), environment) == Share(1, 4)
+    assert wanted_share(_asking("0/3"), environment) == Share(0, 3)
+    assert wanted_share(_asking(None), environment) is None
+    (note,) = share.notes(_asking(None), environment)
+    assert f"the variables of {launcher} this is process 1 of 4" in note
+    assert note.endswith("with --share auto it would do share 1/4")
+    by_hand = Options(Path("source"), pp_ranks=[0])
+    for options in (_asking("auto"), _asking("0/3"), by_hand):
+        assert share.notes(options, environment) == []
+
+
+def _asking(text: str | None, *, is_dry_run: bool = False) -> Options:
+    return Options(Path("source"), share=text, is_dry_run=is_dry_run)
 
 
 @pytest.mark.parametrize(
@@ -72,18 +80,23 @@ def test_launchers_tell_each_process_its_place(
     ],
 )
 def test_without_a_launcher_auto_is_an_error(environment: Mapping[str, str]) -> None:
+    """Unless nothing is written: then all is planned, and a note says so."""
     assert launched(environment) is None
     with pytest.raises(UsageError, match=r"no launcher tells.*torchrun, srun or mpirun"):
-        wanted_share("auto", shares_by_hand=False, environment=environment)
-    assert wanted_share(None, shares_by_hand=False, environment=environment) is None
-    assert wanted_share("3/4", shares_by_hand=False, environment=environment) == Share(3, 4)
+        wanted_share(_asking("auto"), environment)
+    assert wanted_share(_asking("auto", is_dry_run=True), environment) is None
+    assert share.notes(_asking("auto", is_dry_run=True), environment) != []
+    assert wanted_share(_asking(None), environment) is None
+    assert wanted_share(_asking("3/4"), environment) == Share(3, 4)
+    assert share.notes(_asking(None), environment) == []
 
 
 def test_a_launcher_of_one_process_hinders_nobody() -> None:
     one = {"RANK": "0", "WORLD_SIZE": "1"}
-    assert wanted_share(None, shares_by_hand=False, environment=one) is None
-    assert wanted_share("2/3", shares_by_hand=False, environment=one) == Share(2, 3)
-    assert wanted_share("auto", shares_by_hand=False, environment=one) == Share(0, 1)
+    assert wanted_share(_asking(None), one) is None
+    assert wanted_share(_asking("2/3"), one) == Share(2, 3)
+    assert wanted_share(_asking("auto"), one) == Share(0, 1)
+    assert share.notes(_asking(None), one) == []
 
 
 @pytest.mark.parametrize("text", ["4/4", "-1/4", "1", "a/b", "1/0", "1/4/2", "", "1 / 4"])
@@ -93,15 +106,14 @@ def test_shares_that_are_none_are_refused(text: str, program: Program, tmp_path:
 
 
 def test_workers_share_the_cores_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*TORCHRUN, *STEP, *OPEN_MPI):
-        monkeypatch.delenv(name, raising=False)
+    """With those who do the same; who is alone has all that it may use."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
-    assert share.number_of_workers(None) == 8
-    for name, text in TORCHRUN.items():
-        monkeypatch.setenv(name, text)
-    assert share.number_of_workers(None) == 6
+    assert share.number_of_workers(_asking(None), {}) == 8
+    assert share.number_of_workers(_asking("auto"), TORCHRUN) == 6
+    assert share.number_of_workers(_asking(None), TORCHRUN) == 8
+    assert share.number_of_workers(Options(Path("source"), processes=3), TORCHRUN) == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
-    assert share.number_of_workers(None) == 1
+    assert share.number_of_workers(_asking("auto"), TORCHRUN) == 1
 
 
 RANKS = st.builds(RankId, st.integers(0, 3), st.integers(0, 7), st.integers(0, 3))
@@ -176,6 +188,33 @@ def test_torchrun_shares(count: int, undisturbed: dict[str, bytes], tmp_path: Pa
         env=environment(), cwd=ROOT, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    _check(target, undisturbed)
+
+
+def test_what_torchrun_starts_may_convert_alone(
+    undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """One of its processes starts the program, which inherits the variables; where it starts
+    another one, that is told how they share."""
+    target, script = tmp_path / "iter_0000001", tmp_path / "trains.py"
+    script.write_text(
+        "import os, subprocess, sys\n"
+        "for _ in range(2 if os.environ['RANK'] == '0' else 0):\n"
+        "    done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
+        "    print('status', done.returncode, done.stdout, done.stderr, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--master-port", "0",
+         "--nproc-per-node", "2", script, *command(*_arguments(target))],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    _, first, second = done.stdout.split("status ")
+    assert first.startswith("0 "), first
+    assert "with --share auto it would do share 0/2" in first
+    assert second.startswith("2 "), second
+    assert "the target exists already (4 of 4 rank folders)" in second
+    assert "share one conversion with --share auto" in second
     _check(target, undisturbed)
 
 
