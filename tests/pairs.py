@@ -59,6 +59,10 @@ HYBRID_MOE = "hybrid-emptylast-mtp-pp2ep2-v019"
 NOOP = "noop-dense-emptychunk-pp2-v012"
 FORK = "uneven-31layers-pp4-fork"
 BERT = "bert-tied-pp2tp2-v016"
+TIED_MTP = "mtp-tied-own-stage-nodistopt-dense-pp3-v019"
+
+ONE_WAY = (TIED_MTP,)
+"""Those of which the way back has values that nobody can know; ``test_copies`` asks for them."""
 
 EACH_KIND = (
     MOE, DEEPSEEK, BUCKETS, PLAIN, LAYER_WISE_WIDE, FROZEN, FROZEN_DECOUPLED, OVERLAP_EMPTY,
@@ -94,8 +98,9 @@ def scratch() -> Path:
 
 
 def names() -> list[str]:
-    """All pairs."""
-    return sorted(path.name.removesuffix(".tar.xz") for path in DATA.glob("*.tar.xz"))
+    """All pairs that convert both ways."""
+    found = (path.name.removesuffix(".tar.xz") for path in DATA.glob("*.tar.xz"))
+    return sorted(name for name in found if name not in ONE_WAY)
 
 
 @functools.cache

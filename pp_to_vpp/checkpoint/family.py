@@ -157,6 +157,8 @@ class Family:
     sections: Mapping[Section, tuple[Item, ...]]
     states: Mapping[str, FlatState | PlainState]
     """Optimizer state by global name."""
+    made: frozenset[str] = frozenset()
+    """Names of the items that are copies of the word embedding, where the files have none."""
 
     @property
     def layout(self) -> PipelineLayout:
@@ -178,6 +180,12 @@ class Family:
     def shares_storages(self) -> bool:
         """Weights are views of flat buffers."""
         return any(rank.shares_storages for rank in self.ranks.values())
+
+    @property
+    def routes_matrices(self) -> bool:
+        """Its optimizers take matrices, or all other parameters."""
+        optimizers = (own for rank in self.ranks.values() for own in rank.optimizers)
+        return any(own.kind.takes_matrices is not None for own in optimizers)
 
     @property
     def has_expert_optimizer(self) -> bool:
@@ -273,10 +281,10 @@ class Family:
         ranks = {pp_rank: rank.weights_only() for pp_rank, rank in self.ranks.items()}
         return replace(self, kind=OptimizerKind.NONE, ranks=ranks, states={})
 
-    def ranks_for(self, layout: PipelineLayout, pp_rank: int) -> list[SourceRank]:
-        """The ranks, for making one of another layout: the same folder, those that hold what it
+    def ranks_for(self, target: Megatron, pp_rank: int) -> list[SourceRank]:
+        """The ranks, for making one of another run: the same folder, those that hold what it
         needs, then the others; so what comes first does not depend on which others were read."""
-        needed = self.layout.sources_of(layout, pp_rank)
+        needed = self.megatron.sources_of(target, pp_rank)
         return [self.ranks[p] for p in dict.fromkeys((pp_rank, *needed, *self.ranks))]
 
     def items(self) -> Iterator[Item]:

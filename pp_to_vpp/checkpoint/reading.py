@@ -21,7 +21,6 @@ from ..errors import (
 )
 from ..megatron.arguments import SavedArguments, read_arguments
 from ..megatron.buffers import buffers_of
-from ..megatron.layout import PipelineLayout
 from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
 from ..megatron.optimizer_chain import (
@@ -135,13 +134,9 @@ def rank_root(files: RankFiles) -> Mapping[Any, Any]:
     return root
 
 
-def layout_of(files: RankFiles, rules: Rules) -> PipelineLayout:
-    """The layout that a rank's own arguments tell.
-
-    Raises:
-        LayoutError: they tell an impossible one.
-    """
-    return Megatron(read_arguments(rank_root(files), files.model.path), rules).layout
+def megatron_of(files: RankFiles, rules: Rules) -> Megatron:
+    """The run that a rank's own arguments tell."""
+    return Megatron(read_arguments(rank_root(files), files.model.path), rules)
 
 
 @dataclass(frozen=True, slots=True)

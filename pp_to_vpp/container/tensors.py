@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -207,18 +207,33 @@ def tensor_at(node: Any) -> TensorRef | None:
 def on_device(node: Any, device: str) -> Any:
     """A tensor's node with its storage on another device; what lies on the CPU, and what is no
     tensor, as it is."""
+
+    def moved(storage: Storage) -> Storage:
+        if storage.location in ("cpu", device):
+            return storage
+        return replace(storage, location=device)
+
+    return _over(node, moved)
+
+
+def duplicated(node: Any) -> Any:
+    """A tensor's node over a storage of its own with the same bytes; what is no tensor, as it
+    is."""
+    return _over(node, replace)
+
+
+def _over(node: Any, changed: Callable[[Storage], Storage]) -> Any:
+    """A node with its storages changed."""
     match node:
-        case Storage(location=location):
-            if location in ("cpu", device):
-                return node
-            return Storage(node.type, device, node.numel, node.content)
+        case Storage():
+            return changed(node)
         case Instance():
-            arguments = on_device(node.arguments, device)
+            arguments = _over(node.arguments, changed)
             return node if arguments is node.arguments else replace(node, arguments=arguments)
         case tuple():
-            moved = tuple(on_device(part, device) for part in node)
-            is_same = all(one is other for one, other in zip(moved, node, strict=True))
-            return node if is_same else moved
+            parts = tuple(_over(part, changed) for part in node)
+            is_same = all(one is other for one, other in zip(parts, node, strict=True))
+            return node if is_same else parts
         case _:
             return node
 

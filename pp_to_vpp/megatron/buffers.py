@@ -263,7 +263,7 @@ def buffers_of(items_of_chunks: Items, pp_rank: int, megatron: Megatron) -> Rank
                         numel=item.weight.numel,
                         dtype=item.weight.dtype,
                         is_expert=is_in_expert_buffer(item, megatron),
-                        is_shared_embedding=is_shared_embedding(item, chunk, megatron),
+                        is_shared_embedding=is_shared_embedding(item, megatron),
                     )
                     for item in items
                 ],

@@ -41,16 +41,3 @@ class PipelineLayout:
         """The chunks of one pipeline rank, by virtual stage."""
         own = (chunk for chunk in self.chunks if chunk.pp_rank == pp_rank)
         return tuple(sorted(own, key=lambda chunk: chunk.vp_stage))
-
-    def sources_of(self, target: PipelineLayout, pp_rank: int) -> tuple[int, ...]:
-        """The pipeline ranks of this layout that hold what rank ``pp_rank`` of another needs; the
-        first one, whose param groups are those of all, for a rank that needs nothing."""
-        wanted = target.rank_chunks(pp_rank)
-        layers = {layer for chunk in wanted for layer in chunk.layers}
-        sections = {section for chunk in wanted for section in chunk.sections}
-        holders = {
-            chunk.pp_rank
-            for chunk in self.chunks
-            if layers.intersection(chunk.layers) or sections.intersection(chunk.sections)
-        }
-        return tuple(sorted(holders)) or (0,)

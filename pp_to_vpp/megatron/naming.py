@@ -27,6 +27,7 @@ _KEYS_KEPT = 1 << 13
 
 MODEL = "model"
 """What is trained, among the models in a rank file."""
+OUTPUT_WEIGHT = "output_layer.weight"
 AVERAGE = "ema_model"
 """MindSpeed's moving average of the weights, under the same keys (FORMAT 3.5)."""
 
@@ -146,4 +147,9 @@ def is_word_embedding(key: str) -> bool:
 
 def is_output_weight(key: str) -> bool:
     """The parameter that tied embeddings share with the word embeddings."""
-    return key == "output_layer.weight"
+    return key == OUTPUT_WEIGHT
+
+
+def is_of_output_layer(key: str) -> bool:
+    """Whether a key stands in the module of that parameter, which comes first there."""
+    return key.startswith("output_layer.")

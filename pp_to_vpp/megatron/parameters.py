@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 from ..container.tensors import TensorRef
 from . import naming
-from .layout import ModelChunk
 from .megatron import Megatron
 from .naming import Section
 
@@ -89,20 +88,16 @@ def is_in_expert_buffer(item: Item, megatron: Megatron) -> bool:
     return own_groups and naming.is_expert(item.rest)
 
 
-def is_shared_embedding(item: Item, chunk: ModelChunk, megatron: Megatron) -> bool:
+def is_shared_embedding(item: Item, megatron: Megatron) -> bool:
     """``param.shared_embedding``: the weight that several pipeline stages keep in step
     (language_module.py ``setup_embeddings_and_output_layer``)."""
     arguments = megatron.arguments
-    if item.section in (Section.EMBEDDING, Section.MTP_EMBEDDING):
+    if item.section is Section.EMBEDDING:
         is_active = arguments.ties_embeddings or arguments.mtp_num_layers > 0
-        return is_active and naming.is_word_embedding(item.rest)
-    return (
-        item.section is Section.HEAD
-        and naming.is_output_weight(item.rest)
-        and arguments.ties_embeddings
-        # With MTP here the tied weight is the chunk's copy of the embedding (FORMAT 3.4).
-        and Section.MTP not in chunk.sections
-    )
+    else:
+        is_active = item.section in megatron.embedding_copies
+    is_word = naming.is_word_embedding(item.rest) or naming.is_output_weight(item.rest)
+    return is_active and is_word
 
 
 def is_embedding_or_output(item: Item, megatron: Megatron) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from ..checkpoint.copies import with_copies_of
 from ..checkpoint.family import Family, RankFiles
 from ..container.crc32 import Derivation, derivable
 from ..container.extents import Extent
@@ -80,13 +81,14 @@ def plan_family(job: PlanJob) -> PlannedFamily:
 def _planned(job: PlanJob, pp_ranks: Iterable[int]) -> PlannedFamily:
     """The plan, made of some source ranks and of those that they need."""
     whole, rounding = _read(job, pp_ranks)
+    target = job.target.of(whole.megatron)
     family = whole.weights_only() if job.target.no_save_optim else whole
-    target = job.target.of(family.megatron)
+    family = with_copies_of(family, target)
     plans: list[RankPlan] = []
     for pp_rank in job.pp_ranks:
         others, _ = other_files(job.folders.directory, job.folders.ranks[pp_rank])
         plans.append(plan_rank(family, target, pp_rank, others, job.block))
-    for path, offset in check.used_twice(plans):
+    for path, offset in check.used_twice(plans, family):
         raise CheckpointError.of(
             path,
             f"two objects of the checkpoint share its bytes at {offset}",
@@ -124,8 +126,8 @@ def _read(job: PlanJob, pp_ranks: Iterable[int]) -> tuple[Family, str]:
         check_told(found.values(), job.told)
         files |= found
         family, rounding = proven_family(dict(sorted(files.items())))
-        layout = job.target.of(family.megatron).layout
-        wanted = {p for rank in job.pp_ranks for p in family.layout.sources_of(layout, rank)}
+        own, target = family.megatron, job.target.of(family.megatron)
+        wanted = {p for rank in job.pp_ranks for p in own.sources_of(target, rank)}
         needed = wanted - files.keys()
         if not needed:
             return family, rounding

@@ -28,11 +28,12 @@ def check(
         for file in plan.files
         for text in _holes(file)
     ]
-    used = _used(file for plan in ranks for file in plan.files)
+    used = _by_path(extent for plan in ranks for extent in plan.extents())
     for path, ranges in used.items():
         if not all(0 <= offset <= offset + length <= sizes[path] for offset, length in ranges):
             errors.append(f"{path}: bytes past its end are wanted")
-    errors += [f"{path}: bytes at {offset} are used twice" for path, offset in used_twice(ranks)]
+    twice = used_twice(ranks, family)
+    errors += [f"{path}: bytes at {offset} are used twice" for path, offset in twice]
     taken = {path: sorted(set(ranges)) for path, ranges in used.items()}
     elsewhere = {name for plan in ranks for name in plan.elsewhere}
     for name, tensor in family.manifest().items() if is_whole else ():
@@ -43,26 +44,31 @@ def check(
     return errors[:20]
 
 
-def _used(files: Iterable[FilePlan]) -> dict[str, list[tuple[int, int]]]:
-    """The ranges of each source file that are to be copied."""
-    used: dict[str, list[tuple[int, int]]] = {}
-    for extent in (extent for file in files for extent in file.extents()):
-        used.setdefault(extent.path, []).append((extent.offset, extent.length))
-    return used
+def _by_path(extents: Iterable[Extent]) -> dict[str, list[tuple[int, int]]]:
+    """Offset and length of each, by file."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for extent in extents:
+        found.setdefault(extent.path, []).append((extent.offset, extent.length))
+    return found
 
 
-def used_twice(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, int]]:
-    """File and offset of bytes that two objects share: written apart, each would have a copy.
+def used_twice(ranks: Sequence[RankPlan], family: Family) -> Iterator[tuple[str, int]]:
+    """File and offset of bytes that two objects share: written apart, each would have a copy, as
+    only those of the word embedding may.
 
     The model's files are apart from the others, one of which they may repeat.
     """
+    made = [item for item in family.items() if item.name in family.made]
+    copied = _by_path(tensor.extent for tensor in family.manifest(made).values())
     for of_model in (True, False):
         files = (file for plan in ranks for file in plan.files)
         kind = (file for file in files if (file.name == MODEL_FILE) == of_model)
-        for path, ranges in _used(kind).items():
+        used = _by_path(extent for file in kind for extent in file.extents())
+        for path, ranges in used.items():
             end = 0
             for offset, length in sorted(ranges):
-                if offset < end:
+                again = Extent(path, offset, min(end - offset, length))
+                if again.length > 0 and not _covers(sorted({*copied.get(path, [])}), again):
                     yield path, offset
                 end = max(end, offset + length)
 

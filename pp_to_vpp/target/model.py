@@ -88,7 +88,7 @@ def target_rank(family: Family, megatron: Megatron, pp_rank: int) -> TargetRank:
     if family.shares_storages or family.kind is OptimizerKind.DISTRIBUTED:
         items = [[item for _, item in chunk.items] for chunk in chunks]
         buffers = buffers_of(items, pp_rank, megatron)
-    sources = tuple(family.ranks_for(megatron.layout, pp_rank))
+    sources = tuple(family.ranks_for(megatron, pp_rank))
     return TargetRank(megatron, pp_rank, family, sources, chunks, buffers)
 
 
@@ -183,7 +183,10 @@ class StateDictWriter:
                         path = naming.join_layer(family.stack, local, module.rest)
                         placed[path] = _versions(module)
             elif after in chunk.sections:
-                here += sections.get(after, ())
+                own = sections.get(after)
+                if own is None and after == Section.MTP_EMBEDDING:
+                    own = sections.get(Section.EMBEDDING)  # which it is made of
+                here += own or ()
             here += (module for module in common if module.after == after)
             placed |= {fresh(module.rest): _versions(module) for module in here}
         return placed

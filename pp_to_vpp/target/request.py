@@ -241,6 +241,17 @@ def notes(source: Megatron, target: Megatron) -> list[str]:
             found.append("the layer splits need Microsoft's fork of Megatron-LM to launch")
         if placement.vp_size > 1 and form.last is not None:
             found += _notes_on_the_last_stage(form, target)
+    before, after = (Section.HEAD in run.embedding_copies for run in (source, target))
+    if after and not before:
+        found.append(
+            "output_layer.weight is made of the word embedding: the source has none that a forward "
+            "uses"
+        )
+    if before and not after:
+        found.append(
+            "output_layer.weight keeps its value, which no forward uses: beside MTP layers the "
+            "tied weight is their copy of the word embedding"
+        )
     if source.arguments.placement.order is Order.V_SHAPED:
         found.append("the source's V-shaped schedule is dropped: launch without it")
     if isinstance(own, LayoutString) and not is_string:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.copies import with_copies_of
 from ..checkpoint.family import Family, RankFiles, TensorName
 from ..checkpoint.optimizer_entries import OPTIMIZER
-from ..checkpoint.reading import layout_of
+from ..checkpoint.reading import megatron_of
 from ..container.crc32 import Checksums
 from ..container.extents import Extent
 from ..container.pickling import is_same
@@ -120,7 +121,7 @@ def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
     directory, rank, rules = job
     try:
         check_links([Path(directory) / rank.folder])
-        return layout_of(read_rank(directory, rank), rules)
+        return megatron_of(read_rank(directory, rank), rules).layout
     except ConversionError as error:
         raise VerificationError(*error.problems) from None
 
@@ -229,10 +230,11 @@ def _lines(located: Sequence[tuple[str, str]]) -> list[str]:
 def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
     """The source ranks that hold what a target rank must hold, and the same rank."""
     (own,) = proof.source.read([pp_rank]).values()
-    needed = layout_of(own, proof.rules).sources_of(target.layout, pp_rank)
+    needed = megatron_of(own, proof.rules).sources_of(target.megatron, pp_rank)
     files = proof.source.read({pp_rank, *needed})
     family = known_family(files, proof.rules, proof.frozen)
-    return family.weights_only() if proof.no_save_optim else family
+    family = family.weights_only() if proof.no_save_optim else family
+    return with_copies_of(family, target.megatron)
 
 
 def _lacks_optimizer(source: Family, target: Family, pp_rank: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from pp_to_vpp.checkpoint.family import RankFiles
 from pp_to_vpp.checkpoint.optimizer_entries import OPTIMIZER
-from pp_to_vpp.checkpoint.reading import layout_of
+from pp_to_vpp.checkpoint.reading import megatron_of
 from pp_to_vpp.container.pickling import as_mapping, ordered_dict
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.naming import Section
@@ -153,7 +153,7 @@ def test_the_layout_is_that_of_the_own_arguments() -> None:
     for name, side in SIDES:
         of = family(name, side)
         for rank in of.ranks.values():
-            assert layout_of(rank.files, of.megatron.rules) == of.layout
+            assert megatron_of(rank.files, of.megatron.rules) == of.megatron
 
 
 def test_the_final_norm_follows_the_layers_by_newer_rules() -> None:
@@ -165,7 +165,7 @@ def test_the_final_norm_follows_the_layers_by_newer_rules() -> None:
         virtual_pipeline_model_parallel_size=2,
     )
     for follows, holder in ((True, 1), (False, 3)):
-        layout = layout_of(files, replace(of.megatron.rules, mtp_may_stand_alone=follows))
+        layout = megatron_of(files, replace(of.megatron.rules, mtp_may_stand_alone=follows)).layout
         assert [Section.FINAL_NORM in chunk.sections for chunk in layout.chunks].index(
             True
         ) == holder

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 
 from pp_to_vpp.errors import LayoutError
 from pp_to_vpp.megatron.forms import Ends, LayoutString
 from pp_to_vpp.megatron.megatron import Megatron
+from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.placement import Placement
 
 from ..families import SIDES, families, family
-from ..pairs import DENSE, OVERLAP
+from ..pairs import DENSE, OVERLAP, TIED_MTP
 from ..strategies import placements
 
 
@@ -75,3 +76,43 @@ def test_runs_are_alike_by_their_optimizers() -> None:
     assert overlaps
     assert saved.relaunched(placement, overlaps=True).is_laid_out_like(saved)
     assert not saved.relaunched(placement, overlaps=False).is_laid_out_like(saved)
+
+
+@given(placements())
+def test_sources_are_the_ranks_that_hold_what_is_needed(case: tuple[int, int, Placement]) -> None:
+    num_layers, pp_size, placement = case
+    assume(num_layers % pp_size == 0)
+    saved = family(DENSE, "source").megatron
+    sizes = replace(saved.arguments, num_layers=num_layers, pp_size=pp_size)
+    source = Megatron(replace(sizes, placement=placement), saved.rules)
+    target = Megatron(replace(sizes, placement=Placement()), saved.rules)
+    for p in range(pp_size):
+        needed = {layer for chunk in target.layout.rank_chunks(p) for layer in chunk.layers}
+        holders = {c.pp_rank for c in source.layout.chunks if needed & set(c.layers)}
+        last = source.layout.chunks[-1].pp_rank
+        ends = {0} if p == 0 else {last} if p == pp_size - 1 else set()
+        assert set(source.sources_of(target, p)) == (holders | ends or {0})
+
+
+_LAYOUTS = {
+    "Et|t|mL": ({Section.MTP_EMBEDDING}, {Section.MTP_EMBEDDING}),
+    "Et|tm|L": ({Section.MTP_EMBEDDING}, {Section.MTP_EMBEDDING, Section.HEAD}),
+    "Ettm||L": (set(), {Section.HEAD}),
+}
+
+
+@pytest.mark.parametrize("text", _LAYOUTS)
+def test_copies_of_the_embedding_follow_from_the_layout(text: str) -> None:
+    """Where MTP layers or embedding are beside it, the output layer's own weight is none."""
+    saved = family(TIED_MTP, "source").megatron
+    for ties, wanted in zip((False, True), _LAYOUTS[text], strict=True):
+        arguments = replace(saved.arguments, ties_embeddings=ties)
+        run = replace(saved, arguments=arguments)
+        found = run.relaunched(Placement(1, LayoutString(text)), overlaps=False)
+        assert found.embedding_copies == wanted
+
+
+def test_a_copy_that_is_to_be_made_needs_the_embedding() -> None:
+    source, target = (family(TIED_MTP, side).megatron for side in ("source", "truth"))
+    assert source.sources_of(target, 2) == (0, 1, 2)
+    assert target.sources_of(source, 2) == (1, 2)
