@@ -22,6 +22,7 @@ from .top_level import unknown_values
 _OF_ONE_RANK = "rank"
 """What the names of arguments end in that differ from rank to rank (checkpointing.py saves the
 namespace of the saving rank): rank, local_rank, and node_rank and their like of launchers."""
+_MAX_RANK = 1 << 31
 _COUNTS = ("iteration", "num_floating_point_operations_so_far")
 
 
@@ -45,6 +46,16 @@ def told(root: Mapping[Any, Any], where: str) -> Mapping[str, object]:
         steps = {show(step) for step in _steps(root[OPTIMIZER], where)}
         found["optimizer steps"] = ", ".join(sorted(steps)) or None
     return found
+
+
+def saver(files: RankFiles) -> int | None:
+    """The process that saved a rank folder, by its arguments; None if they do not tell.
+
+    Raises:
+        CheckpointError: the file has no arguments, or is no rank file.
+    """
+    found = namespace_values(rank_root(files).get("args"), files.model.path).get(_OF_ONE_RANK)
+    return found if type(found) is int and 0 <= found < _MAX_RANK else None
 
 
 def _steps(node: Any, where: str) -> Iterator[Any]:

@@ -28,6 +28,7 @@ from . import rounding
 from .forms import Ends, Even, Form, HybridPattern, LayoutString, Listed, Order
 from .naming import chunk_keys
 from .placement import LISTS, PLACEMENT_ARGUMENTS, Placement
+from .processes import Processes
 
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
@@ -60,6 +61,8 @@ class SavedArguments:
     cp_size: int
     dp_size: int
     """Without context parallelism."""
+    maps_pp_inside: bool
+    """use_tp_pp_dp_mapping: pipeline ranks lie inside the data-parallel ones."""
     optimizer_instances: int
     """num_distributed_optimizer_instances."""
     placement: Placement
@@ -105,6 +108,18 @@ class SavedArguments:
         """Ranks that share one expert buffer: the expert data-parallel size of one instance."""
         world = self.tp_size * self.cp_size * self.dp_size
         return max(1, world // (self.etp_size * self.ep_size) // self.optimizer_instances)
+
+    @property
+    def processes(self) -> Processes:
+        """How the processes of the run are numbered."""
+        return Processes(
+            tp_size=self.tp_size,
+            cp_size=self.cp_size,
+            dp_size=self.dp_size,
+            ep_size=self.ep_size,
+            etp_size=self.etp_size,
+            maps_pp_inside=self.maps_pp_inside,
+        )
 
 
 class _Reader:
@@ -397,6 +412,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         etp_size=read.size("expert_tensor_parallel_size", tp_size),
         cp_size=read.size("context_parallel_size"),
         dp_size=read.size("data_parallel_size"),
+        maps_pp_inside=read.flag("use_tp_pp_dp_mapping"),
         optimizer_instances=read.size("num_distributed_optimizer_instances"),
         placement=_placement(read, default_vp_size=max(1, len(chunk_keys(root)))),
         uses_distributed_optimizer=read.flag("use_distributed_optimizer"),

@@ -15,8 +15,9 @@ from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import MODEL_FILE, RankId
 from ..options import CRC32, Depth, Options
 from ..source import fingerprint
+from ..source.fingerprint import Identity
 from ..source.inspection import facts, oddities
-from ..source.proven import check_families
+from ..source.proven import check_families, check_savers
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..target.plan import RankPlan
@@ -26,7 +27,7 @@ from .cloning import shared_block
 from .finishing import FinishContext, KeptJob, RankDone, check_copied, check_kept, finish_rank
 from .listener import Listener, Phase, read_families
 from .plan import Part, Plan
-from .plan_family import PlanJob, PlannedFamily, RankJob, fingerprint_rank, plan_family
+from .plan_family import PlanJob, PlannedFamily, RankJob, identify_rank, plan_family
 from .schedule import Copier, FamilyCopy
 from .share import Share, deal, number_of_workers, wanted_share
 from .share import notes as share_notes
@@ -143,7 +144,7 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
 
 
 def _fingerprint(workers: Workers, survey: Survey, families: Sequence[PlannedFamily]) -> str:
-    known = {rank: text for family in families for rank, text in family.proven.fingerprints.items()}
+    known = {rank: of for family in families for rank, of in family.proven.identities.items()}
     return fingerprint_source(workers, survey, known)
 
 
@@ -318,20 +319,22 @@ def _copies(
 
 
 def fingerprint_source(
-    workers: Workers, survey: Survey, known: Mapping[RankId, str] | None = None
+    workers: Workers, survey: Survey, known: Mapping[RankId, Identity] | None = None
 ) -> str:
     """The fingerprint of the whole source: all its folders are read, and are of one save.
 
     Args:
         workers: read the folders.
         survey: the source.
-        known: fingerprints of folders that have been read.
+        known: what the folders that have been read are known by.
 
     Raises:
-        CheckpointError: a folder cannot be read, or is of another save.
+        CheckpointError: a folder cannot be read, is of another save, or not what its name says.
     """
     found = dict(known or {})
     rest = [rank for rank in survey.ranks if rank not in found]
     jobs = [RankJob(survey.path, rank, survey.told) for rank in rest]
-    found.update(zip(rest, workers.map(fingerprint_rank, jobs), strict=True))
+    found.update(zip(rest, workers.map(identify_rank, jobs), strict=True))
+    savers = {rank: identity.saver for rank, identity in found.items()}
+    check_savers(savers, survey.arguments.processes, survey.path)
     return fingerprint.of_checkpoint(found)

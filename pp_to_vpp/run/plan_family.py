@@ -14,8 +14,9 @@ from ..megatron.megatron import Megatron
 from ..megatron.ranks import RankId
 from ..source import fingerprint
 from ..source.files import FamilyFolders, SourceFile, other_files, read_source_rank, source_files
+from ..source.fingerprint import Identity
 from ..source.proof import proven_family
-from ..source.proven import ProvenFamily, check_told, proven
+from ..source.proven import ProvenFamily, check_told, proven, read_one_save
 from ..target import check
 from ..target.model import UnreadRanks
 from ..target.plan import RankPlan, plan_rank
@@ -122,9 +123,7 @@ def _read(job: PlanJob, pp_ranks: Iterable[int]) -> tuple[Family, str]:
     files: dict[int, RankFiles] = {}
     needed = set(pp_ranks)
     while True:
-        found = job.folders.read(needed)
-        check_told(found.values(), job.told)
-        files |= found
+        files |= read_one_save(job.folders, needed, job.told)
         family, rounding = proven_family(dict(sorted(files.items())))
         own, target = family.megatron, job.target.of(family.megatron)
         wanted = {p for rank in job.pp_ranks for p in own.sources_of(target, rank)}
@@ -143,8 +142,8 @@ class RankJob:
     """What all rank files tell alike."""
 
 
-def fingerprint_rank(job: RankJob) -> str:
-    """Hold a rank folder to the save; its fingerprint.
+def identify_rank(job: RankJob) -> Identity:
+    """Hold a rank folder to the save; what it is known by.
 
     Raises:
         CheckpointError: it is of another save, or cannot be read.

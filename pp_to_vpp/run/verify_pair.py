@@ -84,7 +84,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         jobs = [FamilyJob(each, source.told) for each in folders.values()]
         families = read_families(workers, prove, jobs, listener)
         check_families(families, source.path)
-        known = {rank: text for each in families for rank, text in each.fingerprints.items()}
+        known = {rank: of for each in families for rank, of in each.identities.items()}
         known_by = fingerprint.of_checkpoint(known)
         layout = told_layout((target.path, target.ranks[0], families[0].source.rules))
         _check_manifest(options.save_dir, known_by, source.iteration, layout, options)

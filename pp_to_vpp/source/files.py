@@ -29,6 +29,7 @@ from ..errors import (
     located,
     problem,
 )
+from ..megatron.processes import Processes
 from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of, is_rank_file
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
@@ -198,8 +199,8 @@ class FamilyFolders:
     """The iteration folder."""
     ranks: Mapping[int, RankId]
     """By pipeline rank."""
-    ep_size: int
-    """expert_model_parallel_size."""
+    processes: Processes
+    """Of the run that saved them."""
 
     def read(self, pp_ranks: Iterable[int]) -> dict[int, RankFiles]:
         """Decode the files of some ranks; of a layer-wise optimizer, those in the folders of all
@@ -212,12 +213,13 @@ class FamilyFolders:
 
     def _read_rank(self, rank: RankId) -> RankFiles:
         files = read_source_rank(self.directory, rank)
-        if self.ep_size == 1:
+        ep_size = self.processes.ep_size
+        if ep_size == 1:
             return files
         if not files.layer_wise:
             return with_dense_states(files, self.directory)
         others: dict[int, TorchFile] = {}
-        for ep_rank in (number for number in range(self.ep_size) if number != rank.ep_rank):
+        for ep_rank in (number for number in range(ep_size) if number != rank.ep_rank):
             others |= _read_dense_states(self.directory, replace(rank, ep_rank=ep_rank).folder)
         return replace(files, layer_wise=LayerWiseFiles(files.layer_wise.own, others))
 

@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ..checkpoint.family import RankFiles
+from ..checkpoint.one_save import saver
 from ..megatron.ranks import RankId
 from .files import RangeReader, other_files
 
 
-def of_rank(files: RankFiles, directory: str) -> str:
-    """The fingerprint of one rank folder, in hexadecimal.
+class Identity(NamedTuple):
+    """What a rank folder is known by."""
+
+    fingerprint: str
+    """In hexadecimal."""
+    saver: int | None
+    """The process that saved it, if it tells."""
+
+
+def of_rank(files: RankFiles, directory: str) -> Identity:
+    """What one rank folder is known by.
 
     Records without a checksum, and files that are copied as they are, are sampled at both ends.
 
@@ -33,12 +44,12 @@ def of_rank(files: RankFiles, directory: str) -> str:
         for name, extent in other_files(directory, files.id)[0]:
             found.update(f"{name} {extent.length}\n".encode())
             found.update(reader.ends(extent))
-    return found.hexdigest()
+    return Identity(found.hexdigest(), saver(files))
 
 
-def of_checkpoint(ranks: Mapping[RankId, str]) -> str:
+def of_checkpoint(ranks: Mapping[RankId, Identity]) -> str:
     """The fingerprint of all rank folders, from those of each."""
     found = hashlib.sha256()
-    for rank, fingerprint in sorted(ranks.items()):
-        found.update(f"{rank.folder} {fingerprint}\n".encode())
+    for rank, identity in sorted(ranks.items()):
+        found.update(f"{rank.folder} {identity.fingerprint}\n".encode())
     return found.hexdigest()

@@ -11,9 +11,11 @@ from ..container.pickling import digest
 from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, problem, show
 from ..megatron.megatron import Megatron
 from ..megatron.optimizer_chain import OptimizerKind
+from ..megatron.processes import Processes
 from ..megatron.ranks import OPTIMIZER_FILE, RankId
 from . import fingerprint
 from .files import FamilyFolders, other_files
+from .fingerprint import Identity
 from .proof import proven_family
 
 
@@ -32,8 +34,8 @@ class ProvenFamily:
     hold them. Families with the same dense or expert parameters share one."""
     left_behind: tuple[str, ...]
     """Files of the rank folders that are no part of the checkpoint."""
-    fingerprints: Mapping[RankId, str]
-    """Those of the rank folders that were read."""
+    identities: Mapping[RankId, Identity]
+    """What the rank folders that were read are known by."""
     frozen: frozenset[str]
     """Names of the parameters that the run does not train."""
     groups: Mapping[str, str]
@@ -62,7 +64,7 @@ def proven(family: Family, rounding: str, folders: FamilyFolders) -> ProvenFamil
         rounding=rounding,
         optimizer_states=_optimizer_states(family),
         left_behind=tuple(ignored),
-        fingerprints={files.id: fingerprint.of_rank(files, folders.directory) for files in read},
+        identities={files.id: fingerprint.of_rank(files, folders.directory) for files in read},
         frozen=family.frozen,
         groups={repr(kind): digest(told) for kind, told in family.group_identities.items()},
         state_entries={
@@ -83,6 +85,50 @@ def check_told(files: Iterable[RankFiles], told: Mapping[str, object]) -> None:
         raise CheckpointError(*problems[:8])
 
 
+def check_savers(
+    savers: Mapping[RankId, int | None], processes: Processes, iteration_dir: str
+) -> None:
+    """Each rank folder must be the one that its name says.
+
+    Args:
+        savers: the process that saved each folder, if that is told.
+        processes: of the run that saved the checkpoint.
+        iteration_dir: where they lie.
+
+    Raises:
+        CheckpointError: folders are copies of others, or have the names of others.
+    """
+    known = {rank: saver for rank, saver in savers.items() if saver is not None}
+    problems = [
+        problem(
+            f"{iteration_dir}/{rank.folder}",
+            "it is not what its name says: by its args.rank it was saved "
+            + ("as no rank folder of this run" if home is None else f"as {home.folder}"),
+            expected="a folder for each rank, no copies and none exchanged",
+            found=f"args.rank {known[rank]}",
+            cure="copy each folder again from where it was saved, under its own name",
+        )
+        for rank, home in sorted(processes.misnamed(known).items())
+    ]
+    if problems:
+        raise CheckpointError(*problems[:8])
+
+
+def read_one_save(
+    folders: FamilyFolders, pp_ranks: Iterable[int], told: Mapping[str, object]
+) -> dict[int, RankFiles]:
+    """The files of some ranks of a family, which are of one save and are what their names say.
+
+    Raises:
+        CheckpointError: they are not, or a file is missing or damaged.
+    """
+    files = folders.read(pp_ranks)
+    check_told(files.values(), told)
+    savers = {each.id: one_save.saver(each) for each in files.values()}
+    check_savers(savers, folders.processes, folders.directory)
+    return files
+
+
 @dataclass(frozen=True, slots=True)
 class FamilyJob:
     """A family to be read."""
@@ -98,9 +144,7 @@ def read_proven(job: FamilyJob) -> tuple[Family, str]:
     Raises:
         CheckpointError: no rules do, or the ranks are not of one save.
     """
-    files = job.folders.read(job.folders.ranks)
-    check_told(files.values(), job.told)
-    return proven_family(files)
+    return proven_family(read_one_save(job.folders, job.folders.ranks, job.told))
 
 
 def prove(job: FamilyJob) -> ProvenFamily:

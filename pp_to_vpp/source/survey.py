@@ -54,7 +54,7 @@ class Survey:
     def family(self, family: tuple[int, int]) -> FamilyFolders:
         """The folders of one family."""
         ranks = {rank.pp_rank: rank for rank in self.ranks if rank.family == family}
-        return FamilyFolders(self.path, ranks, self.arguments.ep_size)
+        return FamilyFolders(self.path, ranks, self.arguments.processes)
 
 
 def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 import pytest
 
 from pp_to_vpp.container.pickling import Global, Instance
+from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString, Listed
+from pp_to_vpp.run.convert import fingerprint_source
 from pp_to_vpp.source.survey import take_survey
 
 from ..compare import differences
 from ..converted import converted
 from ..edit import copy_of, rewrite_all
+from ..inline import Inline
 from ..pairs import (
+    BERT,
     DENSE,
     EXPERTS_FIRST,
     FROZEN_DECOUPLED,
@@ -251,3 +256,14 @@ def test_the_source_is_left_alone(program: Program, tmp_path: Path) -> None:
     assert program.convert(case.source, tmp_path / "iter_0000001", case.options).status == 0
     assert files_of(case.source) == before
     assert {path: path.stat().st_mtime_ns for path in case.source.rglob("*")} == stamps
+
+
+def test_folders_that_no_plan_needs_are_what_their_names_say_too(tmp_path: Path) -> None:
+    """Where a run does a part, most are read for their identity alone, each by itself."""
+    source = copy_of(pair(BERT).source, tmp_path)
+    good = fingerprint_source(Inline(), take_survey(str(source)))
+    assert good == fingerprint_source(Inline(), take_survey(str(pair(BERT).source)))
+    shutil.rmtree(source / "mp_rank_01_001")
+    shutil.copytree(source / "mp_rank_00_001", source / "mp_rank_01_001")
+    with pytest.raises(CheckpointError, match="mp_rank_01_001: it is not .* as mp_rank_00_001,"):
+        fingerprint_source(Inline(), take_survey(str(source)))

@@ -18,7 +18,7 @@ from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.run.plan_family import PlanJob, plan_family
 from pp_to_vpp.source import files
-from pp_to_vpp.source.files import FamilyFolders, read_source_rank
+from pp_to_vpp.source.files import read_source_rank
 from pp_to_vpp.source.survey import take_survey
 from pp_to_vpp.target import check
 from pp_to_vpp.target.request import Target
@@ -152,7 +152,7 @@ def test_other_files_are_planned_and_named(tmp_path: Path) -> None:
     loader.write_bytes(b"state")
     (source / "mp_rank_00_000" / "notes.txt").touch()
     job = job_for(DENSE, "source")
-    found = plan_family(replace(job, folders=FamilyFolders(str(source), job.folders.ranks, 1)))
+    found = plan_family(replace(job, folders=replace(job.folders, directory=str(source))))
     assert found.proven.left_behind == ("mp_rank_00_000/notes.txt",)
     assert found.ranks[1].files[-1].contents == ((Extent(str(loader), 0, 5),),)
     assert [file.name for file in found.ranks[0].files] == [
