@@ -100,7 +100,7 @@ def targets(draw: st.DrawFn, arguments: SavedArguments) -> Placement:
     if isinstance(own, HybridPattern):
         vp_size = draw(st.integers(1, 3))
         return Placement(vp_size, draw(hybrid_patterns(own, arguments.pp_size * vp_size)))
-    layers, pp_size, mtp = arguments.num_layers, arguments.pp_size, arguments.mtp_num_layers
+    layers, pp_size, mtp = arguments.num_layers, arguments.pp_size, arguments.mtp_num_layers or 0
     sizes = [v for v in (1, 2, 3, 4) if layers % (pp_size * v) == 0]
     if sizes and draw(st.integers(0, 3)) == 0:
         return Placement(draw(st.sampled_from(sizes)))

@@ -48,7 +48,8 @@ class SavedArguments:
     names: frozenset[str]
     """All argument names: they tell what the version that saved them knew."""
     num_layers: int
-    mtp_num_layers: int
+    mtp_num_layers: int | None
+    """None and 0 both mean none; but with 0 the final norm is where it is with some."""
     noop_layers: frozenset[int]
     """Numbers of layers without parameters, from 0 (MindSpeed)."""
     ties_embeddings: bool
@@ -230,6 +231,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("use_torch_fsdp2", bool, "FSDP2: it shards parameters in another format"),
     ("standalone_embedding_stage", bool, "a standalone embedding stage, which VPP cannot have"),
     ("fp8_param_gather", bool, "weights stored natively in fp8"),
+    ("fp4_param", bool, "weights stored natively in fp4"),
     ("fp4_param_gather", bool, "weights stored natively in fp4"),
     ("optimizer", lambda v: not isinstance(v, str), "no name of an optimizer"),
     ("moe_extended_tp", bool, "experts split over TP x EP (--moe-extended-tp)"),
@@ -403,7 +405,7 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
     arguments = SavedArguments(
         names=frozenset(values),
         num_layers=read.size("num_layers", high=_MAX_LAYERS),
-        mtp_num_layers=read.size("mtp_num_layers", 0, 0, _MAX_LAYERS),
+        mtp_num_layers=read.optional("mtp_num_layers", high=_MAX_LAYERS),
         noop_layers=read.numbers("noop_layers"),
         ties_embeddings=not read.flag("untie_embeddings_and_output_weights"),
         tp_size=tp_size,

@@ -93,7 +93,7 @@ def is_shared_embedding(item: Item, megatron: Megatron) -> bool:
     (language_module.py ``setup_embeddings_and_output_layer``)."""
     arguments = megatron.arguments
     if item.section is Section.EMBEDDING:
-        is_active = arguments.ties_embeddings or arguments.mtp_num_layers > 0
+        is_active = arguments.ties_embeddings or bool(arguments.mtp_num_layers)
     else:
         is_active = item.section in megatron.embedding_copies
     is_word = naming.is_word_embedding(item.rest) or naming.is_output_weight(item.rest)

@@ -67,7 +67,7 @@ class Placement:
         num_layers: int,
         pp_size: int,
         *,
-        mtp_num_layers: int = 0,
+        mtp_num_layers: int | None = None,
         mtp_may_stand_alone: bool = False,
         noop_layers: Collection[int] = (),
     ) -> PipelineLayout:
@@ -76,10 +76,10 @@ class Placement:
         Args:
             num_layers: decoder layers of the whole model.
             pp_size: pipeline_model_parallel_size.
-            mtp_num_layers: layers of multi-token prediction.
-            mtp_may_stand_alone: MTP layers may have another stage than the loss, and with them the
-                final norm belongs to the chunk of the last decoder layer (0.16 and later), but
-                for hybrids.
+            mtp_num_layers: layers of multi-token prediction; None where nobody told any number.
+            mtp_may_stand_alone: MTP layers may have another stage than the loss, and where their
+                number was told, even 0, the final norm belongs to the chunk of the last decoder
+                layer (0.16 and later), but for hybrids.
             noop_layers: layers without parameters, which count like others (MindSpeed).
 
         Raises:
@@ -91,10 +91,10 @@ class Placement:
                 f"layer placement: args.noop_layers names layer {beyond[0]} of {num_layers}; check "
                 "that the arguments are those of this checkpoint"
             )
-        shape = Shape(num_layers, pp_size, self.vp_size, mtp_num_layers, self.order)
+        shape = Shape(num_layers, pp_size, self.vp_size, mtp_num_layers or 0, self.order)
         cut = self.form.cut(shape)
         last = norm_chunk = len(cut.counts) - 1
-        if mtp_num_layers and mtp_may_stand_alone and cut.letters is None:
+        if mtp_num_layers is not None and mtp_may_stand_alone and cut.letters is None:
             # Then the norm goes with the last decoder layer (FORMAT 3.4).
             norm_chunk = max((i for i, count in enumerate(cut.counts) if count), default=last)
         elif mtp_num_layers and cut.mtp_chunk != last:

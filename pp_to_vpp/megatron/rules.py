@@ -32,8 +32,8 @@ class Rules:
     """Every rank has the param groups of all ranks, hence also the expert optimizer; before, a
     rank had those of its own parameters, and loading matched them by position."""
     mtp_may_stand_alone: bool
-    """MTP layers may have another stage than the loss, and with them the final norm is on the chunk
-    of the last decoder layer, not on the last one."""
+    """MTP layers may have another stage than the loss, and where their number was told, even 0, the
+    final norm is on the chunk of the last decoder layer, not on the last one."""
     marks_mtp_embedding: bool
     """The MTP copy of the embedding counts as an embedding: for the decoupled learning rate, and as
     no matrix for Muon and its like."""

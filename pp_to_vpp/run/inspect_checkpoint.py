@@ -151,7 +151,7 @@ def _choices(options: Options, survey: Survey, source: Megatron) -> Iterator[Cho
                 flags,
             )
             return
-    mtp = arguments.mtp_num_layers
+    mtp = arguments.mtp_num_layers or 0
     shape = Shape(arguments.num_layers, arguments.pp_size, 2, mtp, Order.INTERLEAVED)
     text = even_layout_string(shape)
     if text is not None and LAYOUT_SIGN in arguments.names:

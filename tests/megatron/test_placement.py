@@ -179,9 +179,18 @@ def test_the_final_norm_follows_the_layers_with_mtp() -> None:
     assert Section.FINAL_NORM in before.rank_chunks(2)[1].sections
 
 
-def test_the_final_norm_stays_last_without_mtp() -> None:
-    layout = Placement(2, LayoutString("Ett|tt|tt|L")).place(6, 2, mtp_may_stand_alone=True)
-    assert Section.FINAL_NORM in layout.rank_chunks(1)[1].sections
+@pytest.mark.parametrize(("mtp", "holder"), [(None, (1, 1)), (0, (0, 1))])
+def test_the_final_norm_stays_last_without_a_number_of_mtp_layers(
+    mtp: int | None, holder: tuple[int, int]
+) -> None:
+    """``--mtp-num-layers 0`` is a number: Megatron asks whether it is None."""
+    placement = Placement(2, LayoutString("Ett|tt|tt|L"))
+    layout = placement.place(6, 2, mtp_num_layers=mtp, mtp_may_stand_alone=True)
+    holders = [chunk for chunk in layout.chunks if Section.FINAL_NORM in chunk.sections]
+    assert [(chunk.pp_rank, chunk.vp_stage) for chunk in holders] == [holder]
+    assert all(Section.MTP not in chunk.sections for chunk in layout.chunks)
+    before = placement.place(6, 2, mtp_num_layers=mtp)
+    assert Section.FINAL_NORM in before.rank_chunks(1)[1].sections
 
 
 @given(st.integers(0, 20), st.integers(2, 6), st.integers(0, 2), st.data())

@@ -280,7 +280,7 @@ def test_notes_tell_what_the_version_cannot(name: str) -> None:
     """Layout strings came with 0.13; splits are the fork's own."""
     arguments = arguments_of(name)
     stages = ["E", *[""] * (arguments.pp_size - 2)]
-    mtp = "m" * arguments.mtp_num_layers
+    mtp = "m" * (arguments.mtp_num_layers or 0)
     layout = "|".join([*stages, "t" * arguments.num_layers + mtp + "L"])
     notes = notes_for(Options(HERE, layout_string=layout), arguments)
     is_old = name.endswith(("v012", "fork"))
