@@ -12,15 +12,15 @@ if ! python3 -c 'import numpy, tqdm' 2>/dev/null; then
 fi
 
 if [ $# -eq 0 ]; then
-    sample="$(mktemp -d)"
-    trap 'rm -rf "$sample"' EXIT
-    tar -xf "$repository/tests/data/moe-pp2ep2-v016.tar.xz" -C "$sample"
+    example="${PP_TO_VPP_EXAMPLE:-$repository/example}"
+    mkdir -p "$example"
+    tar -xf "$repository/tests/data/moe-pp2ep2-v016.tar.xz" -C "$example" \
+        --strip-components 2 --one-top-level=ckpt moe-pp2ep2-v016/source
     echo "converting the sample checkpoint: a small MoE model, PP 2, EP 2, saved by Megatron-LM 0.16.1"
     "${BASH_SOURCE[0]}" \
-        --load-iteration-dir "$sample/moe-pp2ep2-v016/source/iter_0000001" \
-        --save-iteration-dir "$sample/converted/iter_0000001" \
-        --target-virtual-pipeline-model-parallel-size 2
-    echo "the result has been removed; give your own folders as shown in the README"
+        --load-iteration-dir "$example/ckpt" --save-iteration-dir "$example/ckpt-converted" \
+        --target-virtual-pipeline-model-parallel-size 2 --resume
+    echo "source and target are in $example: ckpt, ckpt-converted"
     exit
 fi
 

@@ -71,6 +71,7 @@ def run_shell(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
             **os.environ,
             "PATH": os.pathsep.join(places),
             "PYTHONPATH": python_path,
+            "PP_TO_VPP_EXAMPLE": str(folder / "example"),
             "PP_TO_VPP_LOGS": str(folder / "logs"),
         },
         capture_output=True,
@@ -134,6 +135,9 @@ def test_the_first_command_converts_the_sample(workplace: Path) -> None:
     first, second = _BLOCK.findall(README)[0].splitlines()
     done = run_shell(first, workplace)
     assert done.returncode == 0, done.stderr
+    again = run_shell(first, workplace)
+    assert again.returncode == 0, again.stderr
+    assert (workplace / "example" / "ckpt-converted" / "iter_0000001" / "pp_to_vpp.json").exists()
     assert "launch Megatron with: --num-layers-per-virtual-pipeline-stage 2" in done.stdout
     assert "--num-layers-per-virtual-pipeline-stage 2" in section("Use")
     script = second.split()[0]

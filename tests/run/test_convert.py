@@ -265,5 +265,5 @@ def test_folders_that_no_plan_needs_are_what_their_names_say_too(tmp_path: Path)
     assert good == fingerprint_source(Inline(), take_survey(str(pair(BERT).source)))
     shutil.rmtree(source / "mp_rank_01_001")
     shutil.copytree(source / "mp_rank_00_001", source / "mp_rank_01_001")
-    with pytest.raises(CheckpointError, match="mp_rank_01_001: it is not .* as mp_rank_00_001,"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_001: it is not .* as mp_rank_00_001,"):
         fingerprint_source(Inline(), take_survey(str(source)))
