@@ -31,6 +31,7 @@ from .plan_family import PlanJob, PlannedFamily, RankJob, identify_rank, plan_fa
 from .schedule import Copier, FamilyCopy
 from .share import Share, deal, number_of_workers, wanted_share
 from .share import notes as share_notes
+from .siblings import Siblings
 from .workers import Workers
 
 log = logging.getLogger("pp_to_vpp")
@@ -81,11 +82,15 @@ def convert(options: Options, listener: Listener) -> Outcome:
     """
     began, save_dir = time.monotonic(), options.save_dir
     assert save_dir is not None, "options were checked"
-    with _planned(options, listener) as run:
-        done = run.write(save_dir)
+    with (
+        Siblings(options.load_dir, save_dir, wanted_share(options)) as siblings,
+        _planned(options, listener) as run,
+    ):
+        done = run.write(save_dir, siblings)
     ranks = run.plan.survey.ranks
     if target_folder.is_whole(save_dir, ranks):
         manifest.finish(save_dir, run.plan.manifest, options.depth)
+        siblings.forget()
     return Outcome(
         plan=run.plan,
         ranks=tuple(sorted(done, key=lambda rank: rank.id)),
@@ -233,7 +238,7 @@ class _Run:
             self.plan.source.rules,
         )
 
-    def write(self, save_dir: Path) -> list[RankDone]:
+    def write(self, save_dir: Path, siblings: Siblings) -> list[RankDone]:
         """Keep what is there, copy what is missing."""
         families = self.families
         if self.plan.part is not None:
@@ -244,7 +249,7 @@ class _Run:
         is_first = manifest.claim(save_dir, self.plan.manifest)
         try:
             with signs.Heartbeat(save_dir), folders.shown_at_work(save_dir, self.plan.part):
-                done = self._copy(save_dir, families, there)
+                done = self._copy(save_dir, families, there, siblings)
         except BaseException:
             if is_first:
                 manifest.withdraw(save_dir)
@@ -255,7 +260,11 @@ class _Run:
         return done
 
     def _copy(
-        self, save_dir: Path, families: Sequence[PlannedFamily], there: set[RankId]
+        self,
+        save_dir: Path,
+        families: Sequence[PlannedFamily],
+        there: set[RankId],
+        siblings: Siblings,
     ) -> list[RankDone]:
         depth, listener = self.options.depth, self.listener
         proofs = [
@@ -279,7 +288,7 @@ class _Run:
             log.debug("%s: kept, %.1f s", rank.id.folder, rank.seconds)
             done.append(rank)
             known.setdefault(rank.id.family, {}).update(found)
-        others = target_folder.Others(save_dir, self.plan.awaited, listener)
+        others = target_folder.Others(save_dir, self.plan.awaited, listener, siblings.check)
         missing = sum(plan.length for plan in self.plan.own if plan.id not in there)
         read_back = missing if depth is Depth.FULL else 0
         awaited = sum(plan.length for plan in self.plan.awaited)
@@ -298,6 +307,7 @@ class _Run:
             log.debug("%s: %.1f s from its first byte", rank.id.folder, rank.seconds)
             done.append(rank)
             others.look()
+            siblings.check()
         listener.advanced(missing - copier.written)  # what frames the records
         others.wait()
         return done

@@ -76,6 +76,12 @@ def newest_sign(save_dir: Path) -> float:
     return min((w.silent for w in _writers(save_dir) if not w.is_dead), default=math.inf)
 
 
+def is_at_work(save_dir: Path, share: object) -> bool:
+    """Whether a process of a share shows that it lives."""
+    name = f"{_shown(share)}."
+    return any(not w.is_dead and w.path.name.startswith(name) for w in _writers(save_dir))
+
+
 def _writers(save_dir: Path) -> list[Writer]:
     """Who has something unpublished in a target, this process's earlier attempts among them."""
     if not save_dir.is_dir():
@@ -166,6 +172,10 @@ def is_filled(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
+def _shown(share: object) -> str:
+    return f"{SHARING}{share}".replace("/", "-of-")
+
+
 @contextlib.contextmanager
 def shown_at_work(save_dir: Path, share: object | None) -> Iterator[None]:
     """Let the processes that share the work, if any, see that this one has begun, and lives.
@@ -176,8 +186,7 @@ def shown_at_work(save_dir: Path, share: object | None) -> Iterator[None]:
     if share is None:
         yield
         return
-    name = f"{SHARING}{share}.{own_mark()}"
-    path = save_dir / name.replace("/", "-of-")
+    path = save_dir / f"{_shown(share)}.{own_mark()}"
     try:
         path.touch()
     except OSError as error:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import CopyError, UsageError, show
@@ -194,8 +194,23 @@ def _waits_for(writer: Writer) -> str:
 class Others:
     """The rank folders that other processes of the same conversion write."""
 
-    def __init__(self, save_dir: Path, plans: Iterable[RankPlan], listener: Listener) -> None:
+    def __init__(
+        self,
+        save_dir: Path,
+        plans: Iterable[RankPlan],
+        listener: Listener,
+        check: Callable[[], None],
+    ) -> None:
+        """See what others do.
+
+        Args:
+            save_dir: the target.
+            plans: of their rank folders.
+            listener: hears what they do.
+            check: called at each look while they are waited for; raises if one has failed.
+        """
         self._save_dir = save_dir
+        self._check = check
         self._listener = listener
         self._left = {plan.id: plan.length for plan in plans}
         self._looked = time.monotonic()
@@ -216,12 +231,14 @@ class Others:
         """Wait until all are there.
 
         Raises:
-            CopyError: nobody has given a sign of life for a quarter of an hour.
+            ConversionError: one of them has failed, or nobody has given a sign of life for a
+                quarter of an hour.
         """
         self._seen, wait = time.monotonic(), _Wait(self._listener)
         self._looked = -math.inf
         self.look()
         while self._left:
+            self._check()
             silent = min(time.monotonic() - self._seen, folders.newest_sign(self._save_dir))
             missing = f"{len(self._left)} rank folders of other processes are still to come"
             if silent > _PATIENCE_SECONDS:
