@@ -58,6 +58,7 @@ HYBRID = "hybrid-emptyseg-pp2-v018"
 HYBRID_MOE = "hybrid-emptylast-mtp-pp2ep2-v019"
 NOOP = "noop-dense-emptychunk-pp2-v012"
 FORK = "uneven-31layers-pp4-fork"
+INSTANCES = "instances3-dp3-dense-pp2-v018"
 BERT = "bert-tied-pp2tp2-v016"
 TIED_MTP = "mtp-tied-own-stage-nodistopt-dense-pp3-v019"
 

@@ -80,7 +80,9 @@ def read_family(
     kinds = {_optimizer_kind(of, arguments) for of in files.values()}
     is_plain = OptimizerKind.PLAIN in kinds
     has_buffers = not (is_plain or OptimizerKind.LAYER_WISE in kinds)
-    tried = list(candidates(arguments.names, has_buffers=has_buffers)) if only is None else [only]
+    has_instances = arguments.optimizer_instances > 1
+    doubted = candidates(arguments.names, has_buffers=has_buffers, has_instances=has_instances)
+    tried = list(doubted) if only is None else [only]
     ways = itertools.product((False, True) if is_plain else (False,), tried)
     for is_told, rules in ways:
         try:

@@ -100,15 +100,14 @@ class SavedArguments:
         return (*rounding.WAYS, *more.get(self.main_params_dtype, ()))
 
     @property
-    def dense_shards(self) -> int:
-        """Ranks that share one dense buffer: DP x CP, within one optimizer instance."""
-        return max(1, self.dp_size * self.cp_size // self.optimizer_instances)
+    def dense_replicas(self) -> int:
+        """Ranks that have the same dense parameters: DP x CP."""
+        return self.dp_size * self.cp_size
 
     @property
-    def expert_shards(self) -> int:
-        """Ranks that share one expert buffer: the expert data-parallel size of one instance."""
-        world = self.tp_size * self.cp_size * self.dp_size
-        return max(1, world // (self.etp_size * self.ep_size) // self.optimizer_instances)
+    def expert_replicas(self) -> int:
+        """Ranks that have the same experts: the expert data-parallel size."""
+        return self.tp_size * self.cp_size * self.dp_size // (self.etp_size * self.ep_size)
 
     @property
     def processes(self) -> Processes:

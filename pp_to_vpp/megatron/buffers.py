@@ -105,10 +105,13 @@ def bucket_policy(chunk: ModelChunk, rank_numel: int, megatron: Megatron) -> Buc
             size = rank_numel // arguments.ddp_num_buckets
         elif arguments.ddp_bucket_size is not None:
             size = arguments.ddp_bucket_size
+    rules, instances = megatron.rules, arguments.optimizer_instances
+    if rules.pads_for_all_instances and not rules.pads_for_one_instance:
+        instances = 1
     return BucketPolicy(
         bucket_size=size,
-        dense_shards=arguments.dense_shards,
-        expert_shards=arguments.expert_shards,
+        dense_shards=max(1, arguments.dense_replicas // instances),
+        expert_shards=max(1, arguments.expert_replicas // instances),
         pads_for_bandwidth=arguments.pads_buckets,
     )
 

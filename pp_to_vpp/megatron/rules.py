@@ -26,6 +26,11 @@ class Rules:
     before."""
     counts_cp_in_default_bucket: bool
     """The default bucket size grows with DP x CP, before with DP alone."""
+    pads_for_all_instances: bool
+    """Bucket ends are padded for the data-parallel ranks of all optimizer instances, before for
+    those of one."""
+    pads_for_one_instance: bool
+    """They are padded for those of one again."""
     separates_experts_by_tp: bool
     """Experts have buffers of their own also when only their tensor-parallel size differs."""
     keeps_all_groups: bool
@@ -54,6 +59,8 @@ class Change:
     """Where Megatron does it."""
     is_of_buffers: bool = False
     """It changes nothing but where parameters lie in flat buffers."""
+    is_of_instances: bool = False
+    """It changes nothing where there is one optimizer instance."""
 
 
 CHANGES = (
@@ -76,6 +83,16 @@ CHANGES = (
         "counts_cp_in_default_bucket", "0.12", "ddp_num_buckets",
         "training.py, get_model: get_data_parallel_world_size(with_context_parallel=True)",
         is_of_buffers=True,
+    ),
+    Change(
+        "pads_for_all_instances", "0.18", "null_tokenizer_eod_id",
+        "training.py: get_data_parallel_world_size(with_context_parallel=True) for the layout",
+        is_of_buffers=True, is_of_instances=True,
+    ),
+    Change(
+        "pads_for_one_instance", "0.19", "gtp_weight_remat_size",
+        "training.py, wrap_model_chunks_with_ddp: intra_dp_cp_group",
+        is_of_buffers=True, is_of_instances=True,
     ),
     Change(
         "separates_experts_by_tp", "0.19", "gtp_weight_remat_size",
@@ -104,11 +121,18 @@ def _guess(argument_names: Collection[str]) -> dict[str, bool]:
     return {change.rule: change.sign in argument_names for change in CHANGES}
 
 
-def candidates(argument_names: Collection[str], *, has_buffers: bool = True) -> Iterator[Rules]:
+def candidates(
+    argument_names: Collection[str], *, has_buffers: bool = True, has_instances: bool = True
+) -> Iterator[Rules]:
     """The rules to try, the likeliest first: as the signs say, then with more and more doubt; about
-    flat buffers only where there are any."""
+    flat buffers, and several optimizer instances, only where there are any."""
     guess = _guess(argument_names)
-    open_rules = [change.rule for change in CHANGES if has_buffers or not change.is_of_buffers]
+    open_rules = [
+        change.rule
+        for change in CHANGES
+        if (has_buffers or not change.is_of_buffers)
+        and (has_instances or not change.is_of_instances)
+    ]
     for doubted in range(len(open_rules) + 1):
         for rows in itertools.combinations(open_rules, doubted):
             yield Rules(**{rule: now != (rule in rows) for rule, now in guess.items()})

@@ -47,18 +47,19 @@ def test_what_a_version_did_not_know_has_the_meaning_it_had() -> None:
     assert (found.ep_size, found.etp_size, found.cp_size) == (1, 2, 1)
     assert found.placement == Placement()
     assert found.ties_embeddings
-    assert (found.dense_shards, found.expert_shards) == (6, 6)
+    assert (found.dense_replicas, found.expert_replicas) == (6, 6)
 
 
-def test_shards() -> None:
+def test_replicas() -> None:
     found = read(
         context_parallel_size=2,
         expert_model_parallel_size=4,
         expert_tensor_parallel_size=1,
         num_distributed_optimizer_instances=3,
     )
-    assert found.dense_shards == 6 * 2 // 3
-    assert found.expert_shards == 2 * 2 * 6 // (1 * 4) // 3
+    assert found.optimizer_instances == 3
+    assert found.dense_replicas == 6 * 2
+    assert found.expert_replicas == 2 * 2 * 6 // (1 * 4)
 
 
 def test_the_placement_is_read() -> None:

@@ -9,16 +9,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from pp_to_vpp.errors import LayoutError
-from pp_to_vpp.megatron.buffers import BucketPolicy, Buffer, BufferParameter, chunk_buffers
+from pp_to_vpp.megatron.buffers import (
+    BucketPolicy,
+    Buffer,
+    BufferParameter,
+    bucket_policy,
+    chunk_buffers,
+)
+from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.rules import CHANGES, Rules
 
 from ..examples import examples
+from ..families import family
+from ..pairs import INSTANCES
 from ..strategies import parameters, policies, rules
 
 NEW = Rules(*[True] * len(CHANGES))
@@ -221,3 +231,16 @@ def test_divisors_fit_all_ranks(shards: int, pads: bool) -> None:
     divisor = BucketPolicy(None, shards, 1, pads).divisor(is_expert=False)
     assert divisor % shards == 0
     assert divisor % (1 << 16 if pads else 128) == 0
+
+
+@pytest.mark.parametrize(("version", "shards"), [(17, (4, 2)), (18, (12, 6)), (19, (4, 2))])
+def test_buckets_are_padded_for_the_ranks_of_an_optimizer_instance(
+    version: int, shards: tuple[int, int]
+) -> None:
+    """In 0.18 for those of all."""
+    saved = family(INSTANCES, "source").megatron
+    sizes = replace(saved.arguments, optimizer_instances=3, dp_size=12, ep_size=2)
+    rules = with_rules(pads_for_all_instances=version >= 18, pads_for_one_instance=version >= 19)
+    run = Megatron(sizes, rules)
+    found = bucket_policy(run.layout.chunks[0], 0, run)
+    assert (found.dense_shards, found.expert_shards) == shards

@@ -32,3 +32,10 @@ def test_rules_of_buffers_are_not_doubted_without_buffers() -> None:
     tried = list(candidates((), has_buffers=False))
     assert len(tried) == len(set(tried)) == 2 ** (len(CHANGES) - len(of_buffers))
     assert not any(getattr(rules, rule) for rules in tried for rule in of_buffers)
+
+
+def test_rules_of_instances_are_not_doubted_with_one() -> None:
+    of_instances = [change.rule for change in CHANGES if change.is_of_instances]
+    tried = list(candidates((), has_instances=False))
+    assert len(tried) == len(set(tried)) == 2 ** (len(CHANGES) - len(of_instances))
+    assert not any(getattr(rules, rule) for rules in tried for rule in of_instances)
