@@ -103,6 +103,10 @@ class VerificationError(ConversionError):
 class FormatError(ValueError):
     """Bytes or objects that are not what torch.save writes; says what, not where."""
 
+    def __init__(self, *what: str, cure: str | None = None) -> None:
+        super().__init__(*what)
+        self.cure = cure
+
 
 @contextmanager
 def located(where: object, *, expected: object = None, cure: str = ANOTHER_COPY) -> Iterator[None]:
@@ -114,7 +118,9 @@ def located(where: object, *, expected: object = None, cure: str = ANOTHER_COPY)
     try:
         yield
     except FormatError as error:
-        raise CheckpointError.of(where, str(error), expected=expected, cure=cure) from None
+        raise CheckpointError.of(
+            where, str(error), expected=expected, cure=error.cure or cure
+        ) from None
 
 
 _SHOWN = 120

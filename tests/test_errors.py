@@ -80,6 +80,8 @@ def test_what_is_wrong_with_bytes_is_told_with_their_file() -> None:
     assert caught.value.problems == ("a/b: two lines, expected x; do this",)
     with pytest.raises(CheckpointError, match="the file is damaged: use another copy"), located(1):
         raise FormatError
+    with pytest.raises(CheckpointError, match=r"^1: odd; burn it$"), located(1):
+        raise FormatError("odd", cure="burn it")
     for error in (KeyError("other"), CheckpointError("located already")):
         with pytest.raises(type(error)) as same, located("a/b"):
             raise error

@@ -129,10 +129,6 @@ def test_the_files_are_those_that_the_script_makes() -> None:
     assert sum(map(len, made.values())) < 1_500_000
 
 
-def run_code(root: dict[str, Any]) -> None:
-    root["rng_state"] = Instance(Global("os", "system"), (f"touch {make.CANARY}",))
-
-
 def hold_itself(root: dict[str, Any]) -> None:
     root["rng_state"] = make.cycle()
 
@@ -149,11 +145,7 @@ def nested(depth: int) -> Any:
     return made
 
 
-ODD: dict[str, Callable[[dict[str, Any]], None]] = {
-    "run_code": run_code,
-    "hold_itself": hold_itself,
-    "nest": nest,
-}
+ODD: dict[str, Callable[[dict[str, Any]], None]] = {"hold_itself": hold_itself, "nest": nest}
 
 
 def run_full(source: Path, target: Path) -> Run:
@@ -181,3 +173,34 @@ def test_odd_objects_are_carried_or_refused(case: str, source: Path, tmp_path: P
     assert run.status in (0, 4), run.errors
     assert "Traceback" not in run.errors
     assert not (tmp_path / make.CANARY).exists()
+
+
+SYSTEM = Instance(Global("posix", "system"), (f"touch {make.CANARY}",))
+
+
+def in_arguments(root: dict[str, Any]) -> None:
+    root["args"].state["own"] = [{"x": SYSTEM}]
+
+
+def in_rng_state(root: dict[str, Any]) -> None:
+    root["rng_state"] = SYSTEM
+
+
+def in_a_group(root: dict[str, Any]) -> None:
+    root["optimizer"]["optimizer"]["param_groups"][0]["own"] = SYSTEM
+
+
+def not_called(root: dict[str, Any]) -> None:
+    root["args"].state["own"] = SYSTEM.factory
+
+
+@pytest.mark.parametrize("edit", [in_arguments, in_rng_state, in_a_group, not_called])
+def test_what_would_act_is_named_and_not_carried_on(
+    edit: Callable[[dict[str, Any]], None], source: Path, tmp_path: Path
+) -> None:
+    own = copy_of(source, tmp_path)
+    path = own / "mp_rank_00_001" / "model_optim_rng.pt"
+    rewrite(path, edit)
+    target = tmp_path / "target" / source.name
+    run = run_forked(own, target)
+    assert_refused(run, 4, target, f"{path}: it calls or names posix.system")

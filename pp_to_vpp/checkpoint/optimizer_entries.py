@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..container.pickling import Global, leaves
+from ..container.tensors import tensor_at
 from ..errors import AS_SAVED, ASK_FOR_SUPPORT, CheckpointError, show
 from ..megatron.optimizer_chain import ChainedOptimizer
 from ..megatron.param_groups import keys_of_groups
@@ -131,7 +133,22 @@ def _read_entry(node: Any, where: str) -> OptimizerEntry:
     groups: Any = entry.groups
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise unknown_entry(where, GROUPS)
+    for name, value in ((name, value) for group in groups for name, value in group.items()):
+        odd = next((leaf for leaf in leaves(value) if not _is_plain(leaf)), None)
+        if odd is not None:
+            raise CheckpointError.of(
+                where,
+                f"entry {show(name)} of a param group holds more than plain values",
+                found=show(odd),
+                cure=ASK_FOR_SUPPORT,
+            )
     return entry
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, a text, a dtype, a class or a tensor, such as a learning rate."""
+    is_told = value is None or isinstance(value, (bool, int, float, str, Global))
+    return is_told or tensor_at(value) is not None
 
 
 def unknown_entry(where: str, odd: Any) -> CheckpointError:

@@ -6,10 +6,10 @@ Known ones belong to the rank, and are copied, or are keyed by chunk or layer, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..container.pickling import as_mapping
+from ..container.pickling import leaves
 from ..errors import CheckpointError, show
 from ..megatron.arguments import with_no_save_optim
 from ..megatron.naming import all_chunk_keys, split_layer
@@ -49,7 +49,7 @@ def unknown_values(root: Mapping[Any, Any], where: str) -> dict[str, Any]:
         what = next(
             (f": {text}" for name, text in _KEYED_BY_LAYER.items() if str(key).startswith(name)), ""
         )
-        if what or not isinstance(key, str) or not all(_is_plain(part) for part in _parts(value)):
+        if what or not isinstance(key, str) or not all(_is_plain(part) for part in leaves(value)):
             raise CheckpointError.of(where, f"unknown entry {show(key)}{what}", cure=_CURE)
         found[key] = value
     return found
@@ -59,28 +59,6 @@ def without_optimizer(root: Mapping[Any, Any]) -> dict[Any, Any]:
     """The top level of a rank file as ``--no-save-optim`` leaves it."""
     bare = {key: value for key, value in root.items() if key not in _OF_THE_OPTIMIZER}
     return {**bare, "args": with_no_save_optim(bare["args"])}
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """The leaves of dicts, lists and tuples, and the keys of dicts."""
-    pending, seen = [value], {id(value)}
-    while pending:
-        node = pending.pop()
-        mapping = as_mapping(node)
-        inner = (
-            [*mapping, *mapping.values()]
-            if mapping is not None
-            else list(node)
-            if isinstance(node, (list, tuple))
-            else None
-        )
-        if inner is None:
-            yield node
-            continue
-        for part in inner:
-            if id(part) not in seen or not isinstance(part, (dict, list, tuple)):
-                seen.add(id(part))
-                pending.append(part)
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,11 +13,12 @@ import hashlib
 import io
 import operator
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, cast
 
 from ..errors import FormatError
+from .callables import acting, is_attribute
 from .extents import Extent, Piece
 
 
@@ -40,7 +41,8 @@ class Instance:
     items), ``state`` what ``__setstate__`` would get.
     """
 
-    factory: Global
+    factory: Global | Instance
+    """The latter only for a class that stands in another one: ``getattr(Outer, "Inner")``."""
     arguments: tuple[Any, ...]
     by_new: bool = False
     """Made by ``factory.__new__`` (opcode NEWOBJ) instead of a call (REDUCE)."""
@@ -104,6 +106,28 @@ def as_mapping(node: object) -> dict[Any, Any] | None:
     return None
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """The leaves of dicts, lists and tuples, and the keys of dicts."""
+    pending, seen = [value], {id(value)}
+    while pending:
+        node = pending.pop()
+        mapping = as_mapping(node)
+        inner = (
+            [*mapping, *mapping.values()]
+            if mapping is not None
+            else list(node)
+            if isinstance(node, (list, tuple))
+            else None
+        )
+        if inner is None:
+            yield node
+            continue
+        for part in inner:
+            if id(part) not in seen or not isinstance(part, (dict, list, tuple)):
+                seen.add(id(part))
+                pending.append(part)
+
+
 def fresh(text: str) -> str:
     """An equal string that is another object: pickle writes it again instead of referring back."""
     return "".join(list(text))
@@ -152,6 +176,7 @@ _OPCODES = (
 _PROTOCOL = 2
 _UNWRITABLE = "its objects cannot be written back: {}"
 _MAX_KEY_PARTS = 64
+_GETATTR = tuple(Global(module, "getattr") for module in ("builtins", "__builtin__"))
 
 
 def _check_key(key: object) -> None:
@@ -164,6 +189,29 @@ def _check_key(key: object) -> None:
             raise pickle.UnpicklingError("a dictionary key of more than 64 parts")
         if isinstance(part, tuple):
             pending.extend(part)
+
+
+def _check_attribute(arguments: tuple[Any, ...], *, is_called: bool) -> None:
+    """Refuse arguments of ``getattr`` that name no member of an Enum and no nested class."""
+    match arguments:
+        case (Global(name=owner), str() as name) if is_attribute(owner, name, is_called=is_called):
+            return
+        case (Instance(factory=factory, arguments=(_, str() as owner)), str() as name) if (
+            factory in _GETATTR and is_attribute(owner, name, is_called=is_called)
+        ):
+            return
+        case (_, str() as name):
+            _refuse_acting(f"getattr(..., {name[:40]!r})")
+        case _:
+            _refuse_acting("getattr")
+
+
+def _refuse_acting(name: str) -> NoReturn:
+    raise FormatError(
+        f"it calls or names {name[:200]}, which does more than make a value when the file is "
+        "loaded",
+        cure="use another copy of the file, and trust no other file of where this came from",
+    )
 
 
 class _InertUnpickler(pickle._Unpickler):  # the C one calls what it loads
@@ -200,6 +248,9 @@ class _InertUnpickler(pickle._Unpickler):  # the C one calls what it loads
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)
         if key not in self._globals:
+            name_of_acting = acting(module, name)
+            if name_of_acting is not None:
+                _refuse_acting(name_of_acting)
             self._globals[key] = Global(module, name)
         return self._globals[key]
 
@@ -224,8 +275,13 @@ class _InertUnpickler(pickle._Unpickler):  # the C one calls what it loads
     def _load_call(self, *, by_new: bool) -> None:
         arguments = self.stack.pop()
         factory = self.stack[-1]
-        if not isinstance(factory, Global) or not isinstance(arguments, tuple):
+        is_class = isinstance(factory, Instance) and factory.factory in _GETATTR
+        if not (isinstance(factory, Global) or is_class) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("a call of something that is no global")
+        if is_class:
+            _check_attribute(factory.arguments, is_called=True)
+        elif factory in _GETATTR:
+            _check_attribute(arguments, is_called=False)
         self.stack[-1] = Instance(factory, arguments, by_new)
 
     def _load_reduce(self) -> None:

@@ -133,8 +133,10 @@ def as_tensor(node: Any) -> TensorRef | None:
         inner = as_tensor(node.arguments[0])
         _check_holds_none(node.arguments[1:])
         return None if inner is None else replace(inner, node=node)
-    is_npu = node.factory.name == _REBUILD_NPU_TENSOR and node.factory.module.startswith(
-        "torch_npu"
+    is_npu = (
+        isinstance(node.factory, Global)
+        and node.factory.name == _REBUILD_NPU_TENSOR
+        and node.factory.module.startswith("torch_npu")
     )
     if node.factory != _REBUILD_TENSOR and not is_npu:
         return None

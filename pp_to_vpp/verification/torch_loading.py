@@ -39,6 +39,10 @@ class _StandIn:
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
+    def __call__(self, *_: object) -> _StandIn:
+        """What a class that stands in another one makes."""
+        return self
+
     def _take(self, *_: object, **__: object) -> None:
         """What unpickling gives an object after it is made."""
 

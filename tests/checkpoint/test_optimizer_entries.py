@@ -16,6 +16,7 @@ from pp_to_vpp.checkpoint.optimizer_entries import (
     read_entries,
     routed_chain,
 )
+from pp_to_vpp.container.pickling import Global, Instance
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.optimizer_chain import ChainedOptimizer
 
@@ -57,6 +58,15 @@ def test_the_state_dict_of_an_fp32_optimizer_is_its_entry() -> None:
 def test_what_no_optimizer_saves_is_refused(node: Any) -> None:
     with pytest.raises(CheckpointError, match="unknown optimizer entry"):
         read_entries([node], "file")
+
+
+def test_groups_hold_plain_values() -> None:
+    """Optimizer classes too, as those of a HybridDeviceOptimizer; no objects."""
+    group = {"lr": 0.5, "betas": (0.9, None), "cpu_optimizer_cls": Global("torch.optim", "AdamW")}
+    assert read_entries({GROUPS: [group]}, "file")[0].groups == [group]
+    group["own"] = [{"x": Instance(Global("a.b", "Schedule"), ())}]
+    with pytest.raises(CheckpointError, match=r"'own' of a param group .* object of a\.b\.Sched"):
+        read_entries({GROUPS: [group]}, "file")
 
 
 def chain(*nodes: Any) -> tuple[OptimizerEntry, ...]:

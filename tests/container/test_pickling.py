@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import collections
+import datetime
+import enum
+import functools
 import io
+import operator
 import os
+import pathlib
 import pickle
 import pickletools
+import re
+import signal
 import struct
+import subprocess
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,7 +98,7 @@ def test_shared_and_recursive_objects_stay_so() -> None:
 def test_objects_remember_what_they_were_made_of() -> None:
     loaded = pickling.load(pickle.dumps(Plain(), protocol=2), no_storage)
     assert isinstance(loaded, Instance)
-    assert loaded.factory.name == "Plain"
+    assert loaded.factory == Global(__name__, "Plain")
     assert loaded.by_new
     assert loaded.state == {"number": 3}
 
@@ -105,22 +113,84 @@ class Evil:
         return self.reduction
 
 
+class Outer:
+    """Classes that stand in another one."""
+
+    class Mode(enum.Enum):
+        ON = 1
+
+    @staticmethod
+    def compute(code: str) -> Any:
+        return code
+
+
 @pytest.mark.parametrize(
-    "evil",
+    ("evil", "name"),
     [
-        Evil(os.system, ("touch RAN",)),
-        Evil(eval, ("open('RAN', 'w')",)),
-        Evil(getattr, (Evil(__import__, ("os",)), "system")),
-        Evil(Plain, (), {"x": Evil(os.mkdir, ("RAN",))}),
-        [Evil(collections.OrderedDict, (), None, None, iter([("k", Evil(os.mkdir, ("RAN",)))]))],
+        (Evil(os.system, ("touch RAN",)), f"{os.name}.system"),
+        (Evil(eval, ("open('RAN', 'w')",)), "builtins.eval"),
+        (Evil(getattr, (Evil(__import__, ("os",)), "system")), "builtins.__import__"),
+        (Evil(getattr, (os.path.join, "__globals__")), "posixpath.join"),
+        (Evil(getattr, (Plain, "__init__")), "getattr(..., '__init__')"),
+        (Evil(getattr, (no_storage, "x")), "getattr(..., 'x')"),
+        (Evil(getattr, (types.SimpleNamespace(), "x")), "getattr(..., 'x')"),
+        (Evil(getattr, (Plain, 3)), "calls or names getattr"),
+        (Evil(Outer.compute, ("1",)), "getattr(..., 'compute')"),
+        (Evil(Plain, (), {"x": Evil(os.mkdir, ("RAN",))}), f"{os.name}.mkdir"),
+        (
+            [Evil(collections.OrderedDict, (), None, None, iter([("k", Evil(os.mkdir, ("R",)))]))],
+            f"{os.name}.mkdir",
+        ),
+        ({"a bare reference": [subprocess.Popen]}, "subprocess.Popen"),
+        (operator.attrgetter("x"), "operator.attrgetter"),
+        (Evil(torch.hub.load, ("a", "b")), "torch.hub.load"),
     ],
-    ids=["reduce", "eval", "nested", "build", "items"],
 )
-def test_nothing_runs(evil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    graph = pickling.load(pickle.dumps(evil, protocol=2), no_storage)
-    pickling.dump(graph)
-    assert list(tmp_path.iterdir()) == []
+def test_nothing_that_acts_is_read(evil: Any, name: str) -> None:
+    """It is neither run nor carried on to whoever loads the target."""
+    with pytest.raises(FormatError, match=re.escape(name)):
+        pickling.load(pickle.dumps(evil, protocol=2), no_storage)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("cPickle", "pickle.loads"),
+        ("commands", "subprocess.loads"),
+        ("importlib.util", "importlib.util.loads"),
+        ("pip._internal", "pip._internal.loads"),
+        ("nt", "nt.loads"),
+    ],
+)
+def test_names_of_other_pythons_and_parts_of_packages_act_too(module: str, name: str) -> None:
+    with pytest.raises(FormatError, match=f"{re.escape(name)}, which does more than"):
+        pickling.load(f"c{module}\nloads\n.".encode(), no_storage)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Outer.Mode.ON,
+        Evil(getattr, (Evil(getattr, (Outer, "Mode")), "ON")),
+        {1, 2},
+        frozenset((1,)),
+        collections.defaultdict(list, a=[1]),
+        pathlib.PurePosixPath("a"),
+        datetime.timedelta(3),
+        functools.partial(Plain),
+        signal.SIGTERM,
+        b"bytes",
+        torch.optim.AdamW,
+        torch.bfloat16,
+        torch.nn.functional.gelu,
+        Plain(),
+    ],
+    ids=str,
+)
+def test_objects_that_are_values_come_back_byte_for_byte(value: Any) -> None:
+    data = pickle.dumps([value], protocol=2)
+    graph = pickling.load(data, no_storage)
+    assert pickling.dump(graph)[0] == data
 
 
 def _doubling_tuple(depth: int) -> bytes:
@@ -141,7 +211,7 @@ def _doubling_tuple(depth: int) -> bytes:
         (b"\x80\x02\x8b\xff\xff\xff\x7fabc.", "announced"),
         (b"\x80\x02cos\nsystem", "without an end"),
         (b"\x80\x02B\x01\x00\x00\x00a.", "opcode"),
-        (b"\x80\x02(cos\nsystem\nQ.", "persistent id"),
+        (b"\x80\x02(ca\nb\nQ.", "persistent id"),
         (b"\x80\x02i__main__\nPlain\n.", "opcode"),
         (b"\x80\x02\x82\x01.", "opcode"),
         (b"\x80\x02K\x01)R.", "no global"),

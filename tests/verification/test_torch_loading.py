@@ -133,6 +133,11 @@ def test_files_that_torch_refuses_are_told(model: TorchFile, tmp_path: Path) -> 
     assert line.startswith("torch.load fails: ")
 
 
+def make_folder(path: str) -> None:
+    """Of a package that nobody knows."""
+    Path(path).mkdir()
+
+
 class Hostile:
     """Makes a folder when it is unpickled by anything that calls what it loads."""
 
@@ -140,7 +145,7 @@ class Hostile:
         self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.path),))
+        return (make_folder, (str(self.path),))
 
 
 def test_nothing_in_a_file_runs(tmp_path: Path) -> None:
