@@ -7,6 +7,7 @@ has its 64-bit form (PyTorch ``caffe2/serialize/inline_container.cc`` over miniz
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,49 @@ _MAX32 = 0xFFFFFFFF
 _MAX16 = 0xFFFF
 _MADE_BY, _NEEDED = 0x031E, 0x002D
 """Versions in the 64-bit end record, as miniz writes them."""
-_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""The magic number, pickled, with which files before torch 1.6 begin."""
+_NO_ARCHIVES = tuple(
+    (re.compile(begin, re.IGNORECASE), what, cure)
+    for begin, what, cure in (
+        (
+            rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.",  # the pickled magic number, up to 1.5
+            "it is in torch's legacy format (_use_new_zipfile_serialization=False)",
+            "load it and save it once with torch.save as it is today",
+        ),
+        (
+            rb"version https?://",
+            "it is a Git LFS pointer in place of a file",
+            "run git lfs pull in the repository that it is from, and copy the files again",
+        ),
+        (
+            rb"/annex/objects/",
+            "it is a git-annex pointer in place of a file",
+            "run git annex get in the repository that it is from, and copy the files again",
+        ),
+        (
+            rb"(\xef\xbb\xbf)?\s*<[!?a-z]",
+            "it is a page of HTML or XML, as a server sends it in place of a file",
+            "read it: it tells why; then download the file again",
+        ),
+        (
+            rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{}\[\]]",
+            "it is JSON, as a server sends it in place of a file",
+            "read it: it tells why; then download the file again",
+        ),
+        (
+            rb"\x1f\x8b|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh",
+            "it is compressed as a whole (gzip, zstd, xz or bzip2)",
+            "unpack it",
+        ),
+        (
+            rb"[\t\n\r -~]{20,}\Z",
+            "it is plain text, no archive",
+            "read it: it may tell why; then copy the file again",
+        ),
+    )
+)
+"""What files that are no archives begin with, what they are, and what to do."""
+_BEGIN = 128
+"""Bytes that tell what a file is."""
 _MAX_DIRECTORY = 64 << 20
 """Bytes; a real rank file has some kilobytes."""
 
@@ -77,11 +119,10 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
     """
     size = file.seek(0, 2)
     file.seek(0)
-    if file.read(len(_LEGACY)) == _LEGACY:
-        raise FormatError(
-            "it is in torch's legacy format (_use_new_zipfile_serialization=False), which is no "
-            "archive: load it and save it once with torch.save as it is today"
-        )
+    begin = file.read(_BEGIN)
+    for pattern, what, cure in _NO_ARCHIVES:
+        if pattern.match(begin):
+            raise FormatError(what, cure=cure)
     entries, directory_offset = _read_directory(file, size)
     stems = {name.partition("/")[0] for name, *_ in entries}
     if len(stems) != 1:

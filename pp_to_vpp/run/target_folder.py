@@ -14,6 +14,7 @@ from ..errors import CopyError, UsageError, show
 from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import TRACKER, RankId
 from ..megatron.rules import Rules
+from ..source.foreign import DISTRIBUTED
 from ..target.plan import RankPlan
 from ..verification.compare import told_layout
 from . import folders
@@ -50,6 +51,14 @@ def check_place(load_dir: Path, save_dir: Path) -> None:
             expected=f"iter_{int(number):07d}" if is_number else "iter_ and seven digits",
             found=name,
             cure="name the target as Megatron names iterations",
+        )
+    sign = DISTRIBUTED.sign_in(save_dir)
+    if sign is not None:
+        raise UsageError.of(
+            save_dir,
+            f"{DISTRIBUTED.what} lies there, and Megatron would load that one",
+            found=sign,
+            cure="choose another folder",
         )
     place = first_existing(save_dir)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

@@ -34,11 +34,12 @@ from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of, is_
 
 _KEPT_AS_THEY_ARE = re.compile(r"train_dataloader_dprank[0-9]+\.pt")
 _REFUSED_FILES = re.compile(r"optim\.pt|model_rng\.pt")
+_OF_DLROVER = re.compile(r"rank_[0-9]+")
 _MAY_HOLD_STATE = re.compile(
-    r"\.(pt|pth|bin|ckpt|npy|npz|pkl|safetensors|distcp|ema)$|^rank_[0-9]+$"
+    r"(?!\._).*\.(pt|pth|bin|ckpt|npy|npz|pkl|safetensors|distcp|ema)$|rank_[0-9]+$", re.DOTALL
 )
-"""``.ema`` is a moving average of MindSpeed-MM; the last are folders of DLRover, which keeps
-optimizers by data-parallel rank."""
+"""``.ema`` is a moving average of MindSpeed-MM; ``._NAME`` is what macOS knows about a file, and
+Megatron opens no such name."""
 _SAMPLED = 16
 """Elements compared at each end of a parameter."""
 _READ_BYTES = 4 << 20
@@ -111,7 +112,7 @@ def _links_out(folder: Path) -> Iterator[Path]:
         return
     with _readable(folder), os.scandir(folder) as entries:
         links = sorted(entry.name for entry in entries if entry.is_symlink())
-    for path in (folder / name for name in links if _MAY_HOLD_STATE.search(name)):
+    for path in (folder / name for name in links if _MAY_HOLD_STATE.match(name)):
         if not Path(os.path.realpath(path)).is_relative_to(root):
             yield path
 
@@ -257,10 +258,13 @@ def other_files(
             raise CheckpointError.of(
                 path / name, "a file of Megatron's old format", cure=NOT_CONVERTED
             )
-        if _MAY_HOLD_STATE.search(name) and not _KEPT_AS_THEY_ARE.fullmatch(name):
+        if _MAY_HOLD_STATE.match(name) and not _KEPT_AS_THEY_ARE.fullmatch(name):
+            what = "a folder of DLRover, which keeps optimizer states by data-parallel rank"
+            if _OF_DLROVER.fullmatch(name) is None:
+                what = "an unknown file in a rank folder"
             raise CheckpointError.of(
                 path / name,
-                "an unknown file in a rank folder, which could hold state that moves with layers",
+                f"{what}, which could hold state that moves with layers",
                 cure="ask for support of it, or convert a copy without it if the relaunch can do "
                 "without",
             )

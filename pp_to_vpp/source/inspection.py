@@ -120,11 +120,17 @@ def oddities(survey: Survey, families: Iterable[ProvenFamily]) -> list[str]:
     """What of a source a user should know that is no part of a checkpoint, or that nobody knows."""
     families = list(families)
     odd = [name for name in survey.told if name.startswith("entry ")]
-    left = [name for family in families for name in family.left_behind]
-    left += [name for name in survey.ignored if not name.startswith(".") and name != MANIFEST]
+    left: dict[str, list[str]] = {}
+    for path in (path for family in families for path in family.left_behind):
+        left.setdefault(path.rpartition("/")[2], []).append(path)
+    left |= {name: [name] for name in survey.ignored if name != MANIFEST}
     return [
         *(f"{name} is unknown, alike in all files, and copied" for name in odd),
-        *(f"not copied, no part of a checkpoint: {name}" for name in left),
+        *(
+            "not copied, no part of a checkpoint: "
+            + (paths[0] if len(paths) == 1 else f"{name} in {len(paths)} rank folders")
+            for name, paths in left.items()
+        ),
         *([_UNLOADED] if any(family.rounding == REMAINDERS for family in families) else []),
     ]
 

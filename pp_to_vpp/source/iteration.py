@@ -35,7 +35,8 @@ def source_dir(path: Path) -> Path:
             path / TRACKER,
             "it names an iteration that is not there",
             expected=f"folder {name}",
-            found=", ".join(sorted(each.name for each in path.glob("iter_*"))[-5:]) or "none",
+            found=", ".join(sorted(each.name for each in path.glob("iter_*") if each.is_dir())[-5:])
+            or "none",
             cure="give the iteration folder itself",
         )
     return path / name

@@ -5,23 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.one_save import told
 from ..container.pickling import as_mapping
-from ..errors import (
-    COPY_MISSING,
-    FROM_MEGATRON,
-    NOTHING_TO_CONVERT,
-    ONE_SAVE,
-    CheckpointError,
-    problem,
-)
+from ..errors import COPY_MISSING, NOTHING_TO_CONVERT, ONE_SAVE, CheckpointError, problem
 from ..megatron.arguments import SavedArguments, read_arguments
-from ..megatron.ranks import RankId
+from ..megatron.ranks import MODEL_FILE, RankId
 from .files import FamilyFolders, check_links, read_rank
+from .foreign import DISTRIBUTED, why_foreign, why_no_folder, why_no_ranks
 
 _MAX_ITERATION = 1 << 62
 _RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
@@ -69,6 +63,8 @@ def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:
             files lie elsewhere.
     """
     path = Path(iteration_dir)
+    if path.is_file():
+        raise CheckpointError(why_no_folder(path))
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
@@ -78,7 +74,10 @@ def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:
     ranks = {rank: name for name in names if (rank := RankId.parse(name)) is not None}
     odd = [name for name in names if _RANK_LIKE.fullmatch(name) and RankId.parse(name) is None]
     if not ranks:
-        raise CheckpointError(_why_no_ranks(path, names, odd))
+        if odd:
+            raise CheckpointError(why_foreign(path) or _why_pp_1(path, odd))
+        raise CheckpointError(why_no_ranks(path, names))
+    _check_format(path, min(ranks))
     if not follow_links:
         check_links(path / name for name in ranks.values())
     first = min(ranks)
@@ -90,25 +89,33 @@ def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:
     return Survey(str(path), tuple(sorted(ranks)), arguments, told(root, where), ignored)
 
 
-def _why_no_ranks(path: Path, names: Collection[str], odd: list[str]) -> str:
-    """What the folder is instead of what was expected."""
-    expected = "folders named mp_rank_TT_PPP or mp_rank_TT_PPP_EEE"
-    if any(name in names for name in ("metadata.json", "common.pt", ".metadata")):
-        what = "this is a distributed checkpoint (torch_dist or fsdp_dtensor)"
-        cure = "Megatron reshards those by itself when it loads them: no conversion is needed"
-    elif odd:
-        what = f"its rank folders ({odd[0]}) name no pipeline rank: it was saved with PP 1"
-        cure = NOTHING_TO_CONVERT
-    elif any(name.startswith(("iter_", "release")) for name in names):
-        what = "this is a checkpoint's root, and no tracker file names its iteration"
-        last = max(name for name in names if name.startswith(("iter_", "release")))
-        cure = f"give one of its iteration folders, such as {last}"
-    else:
-        what = "it holds no rank folders"
-        cure = FROM_MEGATRON
+def _why_pp_1(path: Path, odd: list[str]) -> str:
     return problem(
-        path, what, expected=expected, found=", ".join(list(names)[:5]) or "nothing", cure=cure
+        path,
+        f"its rank folders ({odd[0]}) name no pipeline rank: it was saved with PP 1",
+        cure=NOTHING_TO_CONVERT,
     )
+
+
+def _check_format(path: Path, first: RankId) -> None:
+    """Rank folders must be those of Megatron, and all that Megatron may load.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    sign = DISTRIBUTED.sign_in(path)
+    if sign is not None:
+        raise CheckpointError.of(
+            path,
+            f"{DISTRIBUTED.what} lies beside the rank folders, and Megatron would load that one",
+            expected="rank folders alone",
+            found=sign,
+            cure="move one of the two into a folder of its own",
+        )
+    is_there = os.path.lexists(path / first.folder / MODEL_FILE)
+    foreign = None if is_there else why_foreign(path)
+    if foreign is not None:
+        raise CheckpointError(foreign)
 
 
 def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> None:
@@ -146,25 +153,34 @@ _NEVER_SAVED = (
 def _odd_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> list[str]:
     """Sizes that are not those of the folders; they may be absurd."""
     sizes = (
-        ("tensor", arguments.tp_size, {rank.tp_rank for rank in ranks}),
-        ("expert", arguments.ep_size, {rank.ep_rank or 0 for rank in ranks}),
-        ("pipeline", arguments.pp_size, {rank.pp_rank for rank in ranks}),
+        ("tensor", arguments.tp_size, {rank: rank.tp_rank for rank in ranks}),
+        ("expert", arguments.ep_size, {rank: rank.ep_rank or 0 for rank in ranks}),
+        ("pipeline", arguments.pp_size, {rank: rank.pp_rank for rank in ranks}),
     )
     problems = []
     for kind, size, numbers in sizes:
-        missing = next(number for number in itertools.count() if number not in numbers)
-        if missing != size or len(numbers) != size:
-            is_missing = f", rank {missing} is missing" if missing < size else ""
+        there = set(numbers.values())
+        missing = next(number for number in itertools.count() if number not in there)
+        too_many = [rank.folder for rank, number in numbers.items() if number >= size]
+        found, cure = f"{len(there)} of them", COPY_MISSING
+        if missing < size:
+            found += f", rank {missing} is missing"
             is_lost = kind == "tensor" and missing == arguments.etp_size * arguments.ep_size
-            problems.append(
-                problem(
-                    path,
-                    f"its folders do not fit {kind}_model_parallel_size",
-                    expected=f"ranks 0 to {size - 1}",
-                    found=f"{len(numbers)} of them{is_missing}",
-                    cure=_NEVER_SAVED if is_lost else COPY_MISSING,
-                )
+            cure = _NEVER_SAVED if is_lost else COPY_MISSING
+        elif too_many:
+            found = f"{len(too_many)} folders too many: {', '.join(too_many[:4])}"
+            cure = "an older save may have left them over: remove them"
+        else:
+            continue
+        problems.append(
+            problem(
+                path,
+                f"its folders do not fit {kind}_model_parallel_size",
+                expected=f"ranks 0 to {size - 1}",
+                found=found,
+                cure=cure,
             )
+        )
     return problems
 
 

@@ -141,7 +141,7 @@ _GOOD = saved({"a": torch.arange(100)})
     ("data", "reason"),
     [
         (b"", "too short"),
-        (b"x" * 100, "no end record"),
+        (bytes(100), "no end record"),
         (_GOOD[:-1], "no end record"),
         (_GOOD[: len(_GOOD) // 2], "no end record"),
         (_GOOD[200:], "does not|past|damaged|cut off|fit"),

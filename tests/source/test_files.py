@@ -21,6 +21,7 @@ from pp_to_vpp.source.files import (
     open_source,
     other_files,
     read_rank,
+    read_torch_file,
     source_files,
 )
 
@@ -107,6 +108,34 @@ def test_data_loaders_are_kept_and_others_left(tmp_path: Path) -> None:
     assert left == ["mp_rank_00_001/a.txt", "mp_rank_00_001/b"]
 
 
+def test_what_copy_tools_leave_is_left_behind(tmp_path: Path) -> None:
+    """Megatron opens none of these names."""
+    names = ["._distrib_optim.pt", "._model_optim_rng.pt", ".DS_Store", ".fuse_hidden0001",
+             ".model_optim_rng.pt.aB3dE9", ".nfs0000001", "Thumbs.db", "distrib_optim.pt.tmp",
+             "model_optim_rng.pt~"]  # fmt: skip
+    source = copy_of(pair(DENSE).source, tmp_path)
+    for name in names:
+        (source / "mp_rank_00_001" / name).write_bytes(b"x")
+    kept, left = other_files(str(source), RankId(0, 1, None))
+    assert kept == []
+    assert left == [f"mp_rank_00_001/{name}" for name in sorted(names)]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("rank_00001", "a folder of DLRover, which keeps optimizer states by data-parallel rank"),
+        ("other.pt", "an unknown file in a rank folder"),
+        ("odd\nname.pt", "an unknown file in a rank folder"),
+    ],
+)
+def test_files_that_may_hold_state_are_refused(name: str, what: str, tmp_path: Path) -> None:
+    source = copy_of(pair(DENSE).source, tmp_path)
+    (source / "mp_rank_00_001" / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{what}, which could hold state"):
+        other_files(str(source), RankId(0, 1, None))
+
+
 @pytest.mark.parametrize("name", ["optim.pt", "model_rng.pt"])
 def test_files_of_old_formats_are_refused(name: str, tmp_path: Path) -> None:
     source = copy_of(pair(DENSE).source, tmp_path)
@@ -134,6 +163,32 @@ def test_what_is_opened_is_for_reading_only(tmp_path: Path) -> None:
         os.write(file.fileno(), b"x")
     with pytest.raises(CheckpointError, match="Is a directory"), open_source(path.parent):
         pass
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "LFS pointer .*git lfs pull",
+        ),
+        (b"/annex/objects/SHA256E-s1--0\n", "it is a git-annex pointer .*git annex get"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "it is a page of HTML or XML"),
+        (
+            b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+            "HTML or XML, .*read it",
+        ),
+        (b'{"error": "not found"}', "it is JSON, as a server sends it"),
+        (b"\x1f\x8b\x08" + bytes(60), "it is compressed as a whole"),
+        (b"Entry not found, or you may not see it", "it is plain text, no archive"),
+        (bytes(300), "no end record of a zip archive"),
+    ],
+)
+def test_what_is_there_in_place_of_a_file_is_named(data: bytes, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "model_optim_rng.pt"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=line):
+        read_torch_file(path)
 
 
 def test_links_out_of_the_checkpoint_are_told_from_others(tmp_path: Path) -> None:

@@ -36,7 +36,10 @@ def test_a_root_is_taken_for_its_iteration(tmp_path: Path) -> None:
     assert source_dir(tmp_path) == tmp_path
     (tmp_path / TRACKER).write_text("3")
     (tmp_path / "iter_0000002").mkdir()
-    with pytest.raises(CheckpointError, match=r"not there, expected folder iter_0000003, found i"):
+    (tmp_path / "iter_0000009_0_local.pt").touch()
+    with pytest.raises(
+        CheckpointError, match=r"not there, expected folder iter_0000003, found iter_0000002; "
+    ):
         source_dir(tmp_path)
     (tmp_path / "iter_0000003").mkdir()
     assert source_dir(tmp_path) == tmp_path / "iter_0000003"

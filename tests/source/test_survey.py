@@ -55,8 +55,16 @@ def test_a_release_has_no_iteration(tmp_path: Path) -> None:
         ({"pipeline_model_parallel_size": 3}, (), ["rank 2 is missing"]),
         ({"expert_model_parallel_size": 2}, (), ["do not fit expert", "three numbers"]),
         ({"tensor_model_parallel_size": 2}, (), ["do not fit tensor_model", "rank 1 is missing"]),
-        ({}, ("mp_rank_01_000", "mp_rank_01_001"), ["do not fit tensor_model_parallel_size"]),
-        ({}, ("mp_rank_00_002",), ["do not fit pipeline_model_parallel_size"]),
+        (
+            {},
+            ("mp_rank_01_000", "mp_rank_01_001"),
+            ["2 folders too many: mp_rank_01_000, mp_rank_01_001"],
+        ),
+        (
+            {},
+            ("mp_rank_00_002",),
+            ["fit pipeline_model", "too many: mp_rank_00_002; an older save"],
+        ),
         ({}, ("mp_rank_01_000",), ["do not fit tensor_model_parallel_size"]),
     ],
 )
