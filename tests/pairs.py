@@ -59,6 +59,7 @@ HYBRID_MOE = "hybrid-emptylast-mtp-pp2ep2-v019"
 NOOP = "noop-dense-emptychunk-pp2-v012"
 FORK = "uneven-31layers-pp4-fork"
 INSTANCES = "instances3-dp3-dense-pp2-v018"
+BARE = "declr-middle-rank-dense-pp3-main-202512"
 BERT = "bert-tied-pp2tp2-v016"
 TIED_MTP = "mtp-tied-own-stage-nodistopt-dense-pp3-v019"
 

@@ -22,7 +22,7 @@ from ..megatron.layout import PipelineLayout
 from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
 from ..megatron.optimizer_chain import ChainedOptimizer, OptimizerKind
-from ..megatron.param_groups import are_explained, identity, keys_of_groups
+from ..megatron.param_groups import are_explained, identity, is_bare, keys_of_groups
 from ..megatron.parameters import GroupKey, Item, Parameters
 from ..megatron.ranks import RankId
 from .chunks import ChunkContents
@@ -194,13 +194,16 @@ class Family:
         return any(own.kind.is_expert for own in optimizers)
 
     @cached_property
-    def group_identities(self) -> Mapping[tuple[object, GroupKey], dict[Any, Any]]:
-        """What tells each param group from its siblings, as the first rank that has it does."""
-        found: dict[tuple[object, GroupKey], dict[Any, Any]] = {}
+    def group_identities(self) -> Mapping[tuple[object, GroupKey], dict[Any, Any] | None]:
+        """What tells each param group from its siblings, as the first rank that has it does; None
+        where no rank that was read tells it all."""
+        found: dict[tuple[object, GroupKey], dict[Any, Any] | None] = {}
         for own in (own for rank in self.ranks.values() for own in rank.optimizers):
             groups = own.entry.groups
             for key, group in zip(keys_of_groups(groups), groups, strict=True):
-                found.setdefault((own.kind.takes_matrices, key), identity(group))
+                place = (own.kind.takes_matrices, key)
+                if found.get(place) is None:
+                    found[place] = None if is_bare(group) else identity(group)
         return found
 
     def kept_states(self) -> Iterator[tuple[StateKind, Item, FlatState | PlainState]]:
@@ -255,7 +258,7 @@ class Family:
                 )
                 for key, group in zip(keys_of_groups(groups), groups, strict=True):
                     known = self.group_identities[own.kind.takes_matrices, key]
-                    is_odd |= not is_same(known, identity(group))
+                    is_odd |= not (is_bare(group) or is_same(known, identity(group)))
                 if is_odd:
                     odd.append((rank, own.entry))
         return tuple(odd)

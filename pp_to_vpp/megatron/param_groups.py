@@ -18,6 +18,8 @@ from .megatron import Megatron
 from .parameters import GroupKey, Item, is_embedding_or_output, is_in_expert_buffer
 from .rules import Rules
 
+_DEFAULT = "default_config"
+_RATES = ("max_lr", "min_lr")
 STEP = "step"
 """Count of optimizer steps, kept in each group by the fused optimizers."""
 
@@ -46,6 +48,11 @@ def keys_of_groups(groups: Sequence[Mapping[Any, Any]]) -> list[GroupKey]:
     there: up to 0.13 a rank has the groups of its own parameters only.
     """
     keys = [_key_of_group(group) for group in groups]
+    taken = {key for key, group in zip(keys, groups, strict=True) if not is_bare(group)}
+    for index in (index for index, group in enumerate(groups) if is_bare(group)):
+        if keys[index] in taken:  # the other one of them
+            keys[index] = replace(keys[index], is_decoupled=True)
+        taken.add(keys[index])
     usual = Counter(
         key for key, group in zip(keys, groups, strict=True) if _has_usual_multipliers(group)
     )
@@ -70,14 +77,35 @@ def _key_of_group(group: Mapping[Any, Any]) -> GroupKey:
     return GroupKey(
         decays=group.get("wd_mult") != 0,
         is_expert=group.get("is_expert_parallel") is True,
-        is_decoupled=group.get("is_decoupled_lr") is True or group.get("default_config") is False,
+        is_decoupled=group.get("is_decoupled_lr") is True or group.get(_DEFAULT) is False,
     )
 
 
 def are_sorted(groups: Iterable[Mapping[Any, Any]]) -> bool:
-    """Whether they are those of all ranks in one order for all: from 0.16, known by a key that
-    came with it (FORMAT 6.2)."""
-    return any("default_config" in group for group in groups)
+    """Whether they are those of all ranks in one order for all: from 0.16, known by the place of a
+    key that came shortly before it (FORMAT 6.2)."""
+    names = ([name for name in group if name in ("wd_mult", _DEFAULT)] for group in groups)
+    return any(of[:1] == [_DEFAULT] for of in names)
+
+
+def tells_of_defaults(group: Mapping[Any, Any]) -> bool:
+    """Whether it says if its learning rates are the usual ones: of main from November 2025 on."""
+    return _DEFAULT in group
+
+
+def is_bare(group: Mapping[Any, Any]) -> bool:
+    """Whether a group says no more than that other ranks have parameters in it: before groups were
+    sorted, main told neither their learning rates nor whether they are the usual ones, for two
+    months (optimizer/__init__.py ``_get_param_groups``)."""
+    return tells_of_defaults(group) and _RATES[0] not in group
+
+
+def bare(group: Mapping[Any, Any], others: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """A group as the ranks without its parameters had it then: with the usual learning rate, which
+    others have."""
+    usual = next((other["lr"] for other in others if other.get(_DEFAULT) is True), group["lr"])
+    told = {name: value for name, value in group.items() if name not in _RATES}
+    return {**told, _DEFAULT: True, "lr": usual}
 
 
 def identity(group: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -102,10 +130,11 @@ def are_explained(
     rates = {
         (key.is_decoupled, group.get("max_lr"), group.get("min_lr"))
         for key, group in zip(found, groups, strict=True)
+        if not is_bare(group)
     }
     if any(key.own for key in found):
         return False
-    if len(rates) != len({key.is_decoupled for key in found}):
+    if len(rates) != len({is_decoupled for is_decoupled, *_ in rates}):
         return False
     if are_sorted(groups):
         return set(keys) <= set(found)

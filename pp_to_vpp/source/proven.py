@@ -66,7 +66,11 @@ def proven(family: Family, rounding: str, folders: FamilyFolders) -> ProvenFamil
         left_behind=tuple(ignored),
         identities={files.id: fingerprint.of_rank(files, folders.directory) for files in read},
         frozen=family.frozen,
-        groups={repr(kind): digest(told) for kind, told in family.group_identities.items()},
+        groups={
+            repr(kind): digest(told)
+            for kind, told in family.group_identities.items()
+            if told is not None
+        },
         state_entries={
             kind: tuple(sorted(map(show, entries)))
             for kind, (_, entries) in family.state_entries.items()

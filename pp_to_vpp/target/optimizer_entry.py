@@ -37,7 +37,15 @@ from ..megatron.optimizer_chain import (
     in_rank_order,
     items_by_group,
 )
-from ..megatron.param_groups import STEP, are_sorted, keys_of_groups, steps
+from ..megatron.param_groups import (
+    STEP,
+    are_sorted,
+    bare,
+    is_bare,
+    keys_of_groups,
+    steps,
+    tells_of_defaults,
+)
 from ..megatron.parameters import GroupKey, Item
 from .model import TargetRank, device_tag
 
@@ -170,7 +178,7 @@ class EntryWriter:
         known = dict(zip(keys_of_groups(own), own, strict=True))
         for entry in self._entries():
             for key, group in zip(keys_of_groups(entry.groups), entry.groups, strict=True):
-                if key not in known:
+                if key not in known or (is_bare(known[key]) and not is_bare(group)):
                     known[key] = _sharing(group, known.values())
         keys = list(self._by_key)
         self._check_keys(known, keys)
@@ -179,7 +187,8 @@ class EntryWriter:
             others = [key for key in self._keys_of_all(known) if key not in keys]
             ranks = self._rank.parameters_of_all()
             order = first_seen(others, self._optimizer, ranks, self._rank.megatron)
-            groups += [known[key] for key in order]
+            are_bare = any(map(tells_of_defaults, own))
+            groups += [bare(known[key], own) if are_bare else known[key] for key in order]
         return [dict(group) for group in groups]
 
     def _sorted_groups(self) -> list[dict[Any, Any]]:

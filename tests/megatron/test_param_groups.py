@@ -12,11 +12,11 @@ from pp_to_vpp.checkpoint.family import Family
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.optimizer_chain import has_expert_optimizer
-from pp_to_vpp.megatron.param_groups import key_of_item, keys_of_groups
+from pp_to_vpp.megatron.param_groups import are_sorted, bare, is_bare, key_of_item, keys_of_groups
 from pp_to_vpp.megatron.parameters import GroupKey, Item, is_in_expert_buffer
 
-from ..families import OF_KINDS, SIDES, families, family
-from ..pairs import DEEPSEEK, DENSE, MOE, OWN_RATES, WEIGHTS
+from ..families import OF_KINDS, SIDES, families, family, read_family
+from ..pairs import BARE, DEEPSEEK, DENSE, MOE, OWN_RATES, WEIGHTS
 
 PLAIN = GroupKey(decays=True, is_expert=False, is_decoupled=False)
 FLAT = replace(PLAIN, decays=False)
@@ -178,3 +178,34 @@ def test_a_group_has_one_key_on_all_ranks() -> None:
         entries = list(saved_groups(family(OWN_RATES, side)))
         fewer, more = sorted((set(keys_of_groups(groups)) for groups in entries), key=len)
         assert fewer < more
+
+
+def told(wd_mult: float, max_lr: float | None = None, *, is_default: bool = True) -> dict[str, Any]:
+    """A group of main of December 2025: its learning rates are told where it has parameters."""
+    rates = {} if max_lr is None else {"max_lr": max_lr, "min_lr": 0.0}
+    common = {"wd_mult": wd_mult, "is_expert_parallel": False, "default_config": is_default}
+    return {**common, **rates, "lr": 0.1 if is_default else 0.2}
+
+
+def test_a_group_of_parameters_of_others_is_the_one_that_is_left() -> None:
+    """It tells no learning rates, and the one with the usual rates may stand beside it."""
+    usual, flat, own = told(1.0, 0.1), told(0.0, 0.1), told(1.0, 0.2, is_default=False)
+    assert keys_of_groups([flat, usual, told(1.0)]) == [FLAT, PLAIN, DECOUPLED]
+    assert keys_of_groups([own, told(0.0), told(1.0)]) == [DECOUPLED, FLAT, PLAIN]
+    assert keys_of_groups([told(1.0), told(0.0), told(1.0)]) == [PLAIN, FLAT, DECOUPLED]
+    assert not are_sorted([flat, usual, told(1.0)])
+    assert bare(own, [flat]) == told(1.0)
+    assert is_bare(told(1.0))
+    assert not is_bare({"wd_mult": 1.0})
+
+
+@pytest.mark.parametrize("side", ["source", "truth"])
+def test_a_rank_alone_tells_the_same_keys_of_its_groups(side: str) -> None:
+    """And no identity of those that it has no parameters of."""
+    of = family(BARE, side)
+    assert of.odd_groups == ()
+    assert None not in of.group_identities.values()
+    assert list(of.lost_groups()) == []
+    alone = next(read_family({1: of.ranks[1].files}))
+    assert alone.group_identities.keys() == of.group_identities.keys()
+    assert alone.group_identities[None, DECOUPLED] is None

@@ -48,7 +48,7 @@ def test_the_rules_and_the_rounding_are_proved(name: str, side: str) -> None:
     of, way = proven_family(folders.read(folders.ranks))
     has_none = of.kind is OptimizerKind.NONE or name == FROZEN  # the last family has no state
     assert way == ("" if has_none else UNCOMPARED.get(name, "rounded"))
-    version = {"fork": 12, "dev": 20}.get(name.rpartition("-")[2]) or int(name[-2:])
+    version = {"fork": 12, "202512": 15, "dev": 20}.get(name.rpartition("-")[2]) or int(name[-2:])
     for change in CHANGES:
         since = int(change.since.removeprefix("0."))
         assert getattr(of.megatron.rules, change.rule) is (version >= since), change
