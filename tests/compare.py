@@ -136,9 +136,9 @@ def _compare_ranks(got: Path, want: Path, source: Path) -> Iterator[str]:
         yield from _compare_model_files(
             load(got / MODEL_FILE), load(want / MODEL_FILE), load(source / MODEL_FILE), got.name
         )
-    if OPTIMIZER_FILE in names[0] and OPTIMIZER_FILE in names[1]:
-        where = f"{got.name}/{OPTIMIZER_FILE}"
-        yield from _compare(load(got / OPTIMIZER_FILE), load(want / OPTIMIZER_FILE), where)
+    for name in names[0]:
+        if name != MODEL_FILE and name in names[1]:
+            yield from _compare(load(got / name), load(want / name), f"{got.name}/{name}")
 
 
 def _compare_model_files(

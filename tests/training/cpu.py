@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import types
 import typing
@@ -204,26 +206,47 @@ def _allow_override() -> None:
 
 def patch_megatron() -> None:
     """Replace what needs Transformer Engine in Megatron, after it is imported."""
-    from megatron.core import fp8_utils
-    from megatron.core.transformer import dot_product_attention, multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils
-
-    quantize: Any = fp8_utils._quantize_param_shard_impl
-    # 0.12 refuses even if no parameter is in fp8.
-    fp8_utils._quantize_param_shard_impl = lambda params, *rest: params and quantize(params, *rest)
+    _patch_quantization()
+    latent = module_if_there("megatron.core.transformer.multi_latent_attention")
     for name in ("TELinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear"):
         # Asked for in isinstance(), which takes nothing that stands for "not installed".
-        if not isinstance(getattr(multi_latent_attention, name, type), type):
-            setattr(multi_latent_attention, name, type(name, (), {}))
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-    attention: Any = dot_product_attention.DotProductAttention
+        if latent and not isinstance(getattr(latent, name, type), type):
+            setattr(latent, name, type(name, (), {}))
+    experts = module_if_there("megatron.core.transformer.moe.moe_utils")
+    if experts and not hasattr(experts, "te_general_gemm"):
+        experts.te_general_gemm = None
+    _patch_attention()
+
+
+def module_if_there(name: str) -> Any:
+    """A module that some versions have; ``None`` in others."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
+
+
+def _patch_quantization() -> None:
+    """0.12 refuses even if no parameter is in fp8."""
+    fp8 = module_if_there("megatron.core.fp8_utils")
+    quantize = getattr(fp8, "_quantize_param_shard_impl", None)
+    if fp8 and quantize:
+        fp8._quantize_param_shard_impl = lambda params, *rest: params and quantize(params, *rest)
+
+
+def _patch_attention() -> None:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    attention: Any = DotProductAttention
     create = attention.__init__
+    known = inspect.signature(create).parameters
 
     def create_for_latent_attention(self: Any, *args: Any, **kwargs: Any) -> None:
         """Without parameters, so that the widths of its heads do not matter to a checkpoint."""
-        for name in ("k_channels", "v_channels"):
-            kwargs.pop(name, None)
-        create(self, *args, **kwargs)
+        widths = ("k_channels", "v_channels")
+        given = {n: v for n, v in kwargs.items() if n in known and n not in widths}
+        create(self, *args, **given)
 
     attention.__init__ = create_for_latent_attention

@@ -1,7 +1,8 @@
 """Starts the processes of Megatron runs.
 
 Importing torch and Megatron takes seconds and a run of a tiny model does not. So one server
-process imports them once, and forks the ranks of every run.
+process imports them once, and forks the ranks of every run. What a server imports and does with a
+job is decided by the module that it runs: this one, or ``tests.sweep.host``.
 """
 
 from __future__ import annotations
@@ -49,9 +50,19 @@ class Megatron:
         Raises:
             RankError: a rank raised, died, or took too long.
         """
+        return self.ask({"action": action, "run": run.to_json(), "options": options})
+
+    def ask(self, job: Mapping[str, Any]) -> list[Any]:
+        """Have a job done, by as many processes as it needs.
+
+        Returns:
+            what each rank returned.
+
+        Raises:
+            RankError: a rank raised, died, or took too long.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"action": action, "run": run.to_json(), "options": options}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -68,19 +79,27 @@ class Megatron:
 def megatron(
     environment: Mapping[str, str] | None = None, *, builds_models: bool = True
 ) -> Iterator[Megatron]:
-    """A server; its processes end with the context.
+    """The installed Megatron-Core.
 
     Args:
         environment: variables that it gets besides those of this process.
         builds_models: also does the actions of ``worker``, not only those of ``rules``.
     """
+    with server(__name__, *(["--models"] if builds_models else []), **(environment or {})) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def server(module: str, *arguments: str, **environment: str) -> Iterator[Megatron]:
+    """A module that serves, with its arguments and variables besides those of this process; all
+    that it starts ends with the context."""
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, *(["--models"] if builds_models else [])],
+        [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})},
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
         start_new_session=True,
     )
     try:
@@ -91,8 +110,23 @@ def megatron(
         process.communicate()
 
 
+def serve(do: Callable[[dict[str, Any]], dict[str, Any]], answers: IO[str]) -> None:
+    """Do the job of each line of standard input, until it ends."""
+    for line in sys.stdin:
+        answers.write(json.dumps(do(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def answering() -> IO[str]:
+    """Where answers go. Whatever Megatron prints is none, and goes to standard error."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
 def _serve(answers: IO[str], *, builds_models: bool) -> None:
-    """Answer each line of standard input, until it ends."""
     import torch
 
     from . import cpu
@@ -107,29 +141,30 @@ def _serve(answers: IO[str], *, builds_models: bool) -> None:
 
         cpu.patch_megatron()
         actions = {**actions, **worker.ACTIONS}
-    for line in sys.stdin:
-        answers.write(json.dumps(_run_world(json.loads(line), actions)) + "\n")
-        answers.flush()
+    serve(lambda job: _run(job, actions), answers)
 
 
-def _run_world(job: dict[str, Any], actions: _Actions) -> dict[str, Any]:
-    """Fork the ranks of a run and wait for them."""
+def _run(job: dict[str, Any], actions: _Actions) -> dict[str, Any]:
     run = Run.from_json(job["run"])
+    return run_world(run.world_size, lambda: actions[job["action"]](run, **job["options"]))
+
+
+def run_world(size: int, do: Callable[[], Any], seconds: float = TIMEOUT) -> dict[str, Any]:
+    """Fork so many ranks, have each of them do something, and wait for them."""
     with tempfile.TemporaryDirectory(prefix="megatron_world_") as folder:
 
-        def do(rank: int) -> Any:
-            _join_world(rank, run, Path(folder, "store"))
-            return actions[job["action"]](run, **job["options"])
+        def do_as_one_of_many(rank: int) -> Any:
+            _join_world(rank, size, Path(folder, "store"))
+            return do()
 
-        ranks = {_fork_rank(rank, do, Path(folder)): rank for rank in range(run.world_size)}
-        failed = _wait(dict(ranks), time.monotonic() + TIMEOUT)
+        ranks = {_fork_rank(rank, do_as_one_of_many, Path(folder)): rank for rank in range(size)}
+        failed = _wait(dict(ranks), time.monotonic() + seconds)
         if failed is not None:
             log = Path(folder, f"{failed}.log")
-            return {"failure": f"rank {failed} of {run}:\n{log.read_text()[-6000:]}"}
+            return {"failure": f"rank {failed} of {size}:\n{log.read_text()[-6000:]}"}
         return {
             "results": [
-                json.loads(Path(folder, f"{rank}.json").read_text())
-                for rank in range(run.world_size)
+                json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)
             ]
         }
 
@@ -174,17 +209,11 @@ def _fork_rank(rank: int, do: Callable[[int], Any], folder: Path) -> int:
         os._exit(status)
 
 
-def _join_world(rank: int, run: Run, store: Path) -> None:
+def _join_world(rank: int, size: int, store: Path) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=run.world_size
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever Megatron prints is not an answer
-    _serve(answers, builds_models="--models" in sys.argv)
+    _serve(answering(), builds_models="--models" in sys.argv)

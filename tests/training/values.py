@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class Named:
         return place
 
 
-def _global_name(module: Any, name: str) -> str:
+def global_name(module: Any, name: str) -> str:
     layer = _LAYER.fullmatch(name)
     if layer is None:
         return name
@@ -47,24 +47,24 @@ def _global_name(module: Any, name: str) -> str:
     return f"decoder.layers.{number - 1}.{layer[2]}"
 
 
-def named_parameters(trainee: Trainee) -> Iterator[Named]:
+def named_parameters(modules: Iterable[torch.nn.Module]) -> Iterator[Named]:
     """The parameters of all chunks of this rank."""
-    for module in trainee.modules:
+    for module in modules:
         for name, parameter in module.named_parameters():
             is_expert = re.search(r"(^|\.)experts\.", name) is not None
-            yield Named(_global_name(module, name), parameter, is_expert)
+            yield Named(global_name(module, name), parameter, is_expert)
 
 
-def _buffers(trainee: Trainee) -> Iterator[tuple[str, torch.Tensor]]:
+def named_buffers(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """What is saved with a model but is no parameter (the bias of routers)."""
-    for module in trainee.modules:
+    for module in modules:
         parameters = dict(module.named_parameters())
         for name, value in module.state_dict().items():
             if isinstance(value, torch.Tensor) and name not in parameters:
-                yield _global_name(module, name), value
+                yield global_name(module, name), value
 
 
-def _random(key: str, numel: int, scale: float) -> torch.Tensor:
+def random(key: str, numel: int, scale: float) -> torch.Tensor:
     """Normal numbers that follow from the key alone."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * scale
@@ -86,10 +86,10 @@ def fill(trainee: Trainee) -> None:
     for chunk in trainee.chunks:
         chunk.zero_grad_buffer()
     trainee.optimizer.step()  # creates the moments
-    for named in named_parameters(trainee):
+    for named in named_parameters(trainee.modules):
         key = f"{named.name} {named.place}"
         numel = named.parameter.numel()
-        values = {kind: _random(f"{kind} {key}", numel, scale) for kind, scale in _SCALES.items()}
+        values = {kind: random(f"{kind} {key}", numel, scale) for kind, scale in _SCALES.items()}
         values["exp_avg_sq"].abs_()
         named.parameter.copy_(values["param"].view_as(named.parameter))
         optimizer, start, end = _state(trainee, named.parameter)
@@ -98,8 +98,8 @@ def fill(trainee: Trainee) -> None:
         states = optimizer._get_main_param_and_optimizer_states(named.parameter)
         for kind, whole in values.items():
             states[kind].copy_(whole[start:end])
-    for name, buffer in _buffers(trainee):
-        buffer.copy_(_random(name, buffer.numel(), 0.1).view_as(buffer))
+    for name, buffer in named_buffers(trainee.modules):
+        buffer.copy_(random(name, buffer.numel(), 0.1).view_as(buffer))
     for group in trainee.optimizer.param_groups:
         if "step" in group:
             group["step"] = SAVED_STEP
@@ -109,7 +109,7 @@ def digests(trainee: Trainee) -> dict[str, dict[str, Any]]:
     """A digest of each parameter, of its fp32 main parameter and of its moments, and what else
     its updates depend on, by global name and place."""
     found: dict[str, dict[str, Any]] = {}
-    for named in named_parameters(trainee):
+    for named in named_parameters(trainee.modules):
         record = {"weight": _digest(named.parameter.detach())}
         optimizer, start, end = _state(trainee, named.parameter)
         shards = {}
@@ -125,7 +125,7 @@ def digests(trainee: Trainee) -> dict[str, dict[str, Any]]:
             dist.all_reduce(whole, group=_sharing_ranks(is_expert=named.is_expert))
             record[kind] = _digest(whole)
         found[f"{named.name} {named.place}"] = record
-    for name, buffer in _buffers(trainee):
+    for name, buffer in named_buffers(trainee.modules):
         found[name] = {"buffer": _digest(buffer)}
     return found
 
