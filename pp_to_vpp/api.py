@@ -1,8 +1,9 @@
 """The program as a library: what the command line does, with the same checks and the same errors.
 
 Every function raises a ``ConversionError`` with one line per problem, prints nothing, and logs to
-the logger ``pp_to_vpp``. Worker processes are forked (on Linux): call from a program that has not
-started threads, or has ``if __name__ == "__main__":`` around what it does elsewhere.
+the logger ``pp_to_vpp``. Call it from any thread, from several at a time, and in a notebook: it
+touches no process but its own workers, in which nothing of the caller's main module runs. With
+``processes=1``, and in a daemonic process, the caller's own process does all the work.
 """
 
 from __future__ import annotations

@@ -402,14 +402,14 @@ def _logging(log: TextIO | None, given: Options) -> Iterator[None]:
 
 def _run(given: Options) -> Done:
     """Do what is asked for."""
-    # numpy would start a thread for each core, for nothing, and forking wants a single thread.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from . import screen  # --help must not wait for numpy
     from .run.convert import convert, plan
     from .run.inspect_checkpoint import inspect
     from .run.listener import Listener
     from .run.verify_pair import verify_existing
+    from .run.workers import settle_in
 
+    settle_in()
     tasks: dict[Task, Callable[[Options, Listener], Done]] = {
         Task.INSPECT: inspect, Task.PLAN: plan, Task.CONVERT: convert, Task.VERIFY: verify_existing,
     }  # fmt: skip

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString, Listed
 from pp_to_vpp.megatron.placement import Placement
@@ -18,28 +13,15 @@ from pp_to_vpp.run.workers import Workers
 
 
 class Inline(Workers):
-    """Does each task at once, in this process."""
+    """One that deals work out as for more, and knows whether it was ended."""
 
-    def __init__(self, count: int = 2, looked: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, count: int = 2) -> None:
+        super().__init__(1)
         self.count = count
-        self._looked = looked
         self.killed = False
-        self._dead_thread = None
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.killed = self.killed or kind is not None
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """The result, or the error, is there at once."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
     def kill(self) -> None:
-        """Nobody is there to be ended."""
+        super().kill()
         self.killed = True
 
 
@@ -63,6 +45,4 @@ def run(source: Path, target: Path, wanted: Placement, depth: Depth = Depth.NONE
     """Convert."""
     options = asking_for(source, wanted)
     options.save_dir, options.depth, options.processes = target, depth, 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "Workers", Inline)
-        convert.convert(options, Listener())
+    convert.convert(options, Listener())

@@ -50,14 +50,16 @@ def run_process(*arguments: str | Path, timeout: float = 300) -> Run:
 
 
 class Program:
-    """Runs the command line in this process, with two workers unless told otherwise."""
+    """Runs the command line in this process, which does the work too unless told otherwise."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, capsys: pytest.CaptureFixture[str], workers: int = 1) -> None:
         self._capsys = capsys
+        self._workers = workers
 
-    def __call__(self, *arguments: str | Path, workers: int = 2) -> Run:
+    def __call__(self, *arguments: str | Path, workers: int | None = None) -> Run:
         self._capsys.readouterr()
-        given = [*map(str, arguments), "--num-max-processing-processes", str(workers)]
+        count = str(workers or self._workers)
+        given = [*map(str, arguments), "--num-max-processing-processes", count]
         try:
             status = cli.main(given)
         except SystemExit as error:

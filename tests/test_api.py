@@ -12,6 +12,7 @@ import pp_to_vpp
 from pp_to_vpp.api import Conversion, Folder
 
 from .compare import differences
+from .edit import copy_of
 from .pairs import DENSE, HYBRID, MOE, pair
 from .runs import environment
 
@@ -97,6 +98,29 @@ def test_a_wrong_keyword_is_a_wrong_keyword() -> None:
         pp_to_vpp.plan(pair(DENSE).source, vpp=2)  # type: ignore[call-arg]
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         pp_to_vpp.other  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_program_keeps_its_threads_and_processes(tmp_path: Path) -> None:
+    """And three conversions at a time in its threads succeed, and one in a process of its pool."""
+    command = [sys.executable, "-m", "tests.guest", str(pair(MOE).source), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
+    targets = [path / pair(MOE).source.name for path in tmp_path.iterdir()]
+    assert len(targets) == 4
+    for target in targets:
+        assert differences(target, pair(MOE).truth, pair(MOE).source) == []
+
+
+def test_the_source_is_read_anew_by_every_call(tmp_path: Path) -> None:
+    """Though the process that reads it is the same."""
+    source = copy_of(pair(DENSE).source, tmp_path)
+    assert pp_to_vpp.inspect(source, processes=1).iteration == 1
+    path = source / "mp_rank_00_001" / "model_optim_rng.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(pp_to_vpp.CheckpointError, match="mp_rank_00_001"):
+        pp_to_vpp.inspect(source, processes=1)
 
 
 def test_importing_it_is_nothing_to_wait_for() -> None:

@@ -118,7 +118,10 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
     target = request.wanted_target(options, survey.arguments)
     prepare(options.depth)
     block = _block(options.save_dir, survey)
-    with Workers(number_of_workers(options), listener.looked) as workers:
+    count = number_of_workers(options)
+    if options.is_dry_run:
+        count = min(count, len(survey.families))
+    with Workers(count, listener.looked) as workers:
         needs_contents = not options.is_dry_run and share is None
         jobs = [
             PlanJob(

@@ -55,9 +55,6 @@ class CopyTask:
                 yield extent
 
 
-_buffer: mmap.mmap | None = None
-
-
 def copy(task: CopyTask) -> tuple[int | None, ...]:
     """Carry out a task; the CRC-32 of each move that wants one.
 
@@ -65,6 +62,9 @@ def copy(task: CopyTask) -> tuple[int | None, ...]:
         CopyError: reading or writing failed.
     """
     found: list[int | None] = []
+    # Of whole pages: the kernel copies a third slower to addresses a little off.
+    # Private: by default a process forked later would share its bytes.
+    buffer = mmap.mmap(-1, _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(_opened(task.path, os.O_WRONLY))
         extents = [move.piece for move in task.moves if isinstance(move.piece, Extent)]
@@ -77,7 +77,7 @@ def copy(task: CopyTask) -> tuple[int | None, ...]:
         for move in task.moves:
             match move.piece:
                 case Extent() as extent:
-                    files = _Files(sources[extent.path], target, task.path, task.block)
+                    files = _Files(sources[extent.path], target, task.path, task.block, buffer)
                     found.append(files.move(extent, move))
                 case Literal(data):
                     if move.offset is not None:
@@ -117,6 +117,7 @@ class _Files:
     path: str
     """Of the target."""
     block: int
+    buffer: mmap.mmap
 
     def move(self, extent: Extent, move: Move) -> int | None:
         """Copy a range, or only read it; its checksum, if that is wanted."""
@@ -142,15 +143,9 @@ class _Files:
         return extent.blocks(offset, self.block)
 
     def _read(self, extent: Extent, offset: int | None, crc32: int = 0) -> int:
-        """Read, checksum and write a range through the worker's buffer; the checksum of what came
-        before it and of the range."""
-        global _buffer  # noqa: PLW0603  (one buffer per worker, allocated when first needed)
-        if _buffer is None:
-            # Of whole pages: the kernel copies a third slower to addresses a little off.
-            # Private: by default a process forked later would share its bytes.
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            _buffer = mmap.mmap(-1, _BUFFER_BYTES, flags=flags)
-        view = memoryview(_buffer)
+        """Read, checksum and write a range through the buffer; the checksum of what came before it
+        and of the range."""
+        view = memoryview(self.buffer)
         done = 0
         while done < extent.length:
             size = min(_BUFFER_BYTES, extent.length - done)

@@ -90,7 +90,8 @@ def inspect(options: Options, listener: Listener) -> Inspection:
     request.wanted_ranks(options, survey.arguments)
     jobs = [FamilyJob(survey.family(key), survey.told) for key in survey.families]
     prepare(options.depth)
-    with Workers(number_of_workers(options), listener.looked) as workers:
+    count = min(number_of_workers(options), len(jobs))
+    with Workers(count, listener.looked) as workers:
         looks = read_families(workers, look_at, jobs, listener)
     families = [look.proven for look in looks]
     check_families(families, survey.path)

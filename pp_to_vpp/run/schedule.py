@@ -15,7 +15,7 @@ from ..container.extents import Extent, Literal, Zeros
 from ..target.plan import FilePlan, RankPlan
 from .copying import CopyTask, Move, copy
 from .folders import TemporaryFolder, create_folder, remove_own
-from .workers import QUEUED_PER_WORKER, Workers
+from .workers import Workers
 
 _TASK_BYTES = 64 << 20
 _TASK_MOVES = 512
@@ -177,7 +177,7 @@ class Copier(Generic[Result]):
         work = self._work(families)
         is_over = False
         while True:
-            while not is_over and len(copying) < QUEUED_PER_WORKER * self._workers.count:
+            while not is_over and len(copying) < self._workers.in_hand:
                 rank, task = next(work, (None, None))
                 if rank is None or task is None:
                     is_over = True

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .workers import no_more
+from .workers import obtaining
 
 WRITING, SHARING, SMALL = ".writing-", ".sharing-", ".small-"
 """Beginnings of temporary names: a rank folder before its publication; a process at work; a small
@@ -160,10 +160,8 @@ class Heartbeat:
         Raises:
             CopyError: the system gives no thread.
         """
-        try:
+        with obtaining("starting a thread"):
             self._thread.start()
-        except RuntimeError as error:
-            raise no_more(error) from None
         return self
 
     def __exit__(self, *exception: object) -> None:

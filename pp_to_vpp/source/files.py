@@ -192,6 +192,12 @@ def _read_dense_states(iteration_dir: str, folder: str) -> Mapping[int, TorchFil
     return {dp_rank: without_experts(file) for dp_rank, file in files.items()}
 
 
+def forget() -> None:
+    """Decode every folder anew: another run may find others at the same paths."""
+    for remembered in (read_source_rank, _read_optimizer_file, _read_dense_states):
+        remembered.cache_clear()
+
+
 @dataclass(frozen=True, slots=True)
 class FamilyFolders:
     """Where the ranks of one (tp, ep) lie."""

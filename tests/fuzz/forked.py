@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pp_to_vpp import cli, report
-from pp_to_vpp.run import convert
 from pp_to_vpp.target import request
-from tests.inline import Inline
 from tests.runs import Run
 
 LATE = -1000
@@ -27,9 +25,7 @@ _WARM = (report, request)
 """What the program imports late, imported before the fork."""
 
 
-def run(
-    work: Callable[[], int], folder: Path, *, seconds: float, megabytes: int, inline: bool = True
-) -> Run:
+def run(work: Callable[[], int], folder: Path, *, seconds: float, megabytes: int) -> Run:
     """Do some work in a child that may not take more time or memory than this.
 
     The status is that of the work, minus the signal that killed the child, or ``LATE``.
@@ -39,7 +35,6 @@ def run(
         folder: the child's current folder.
         seconds: until it is killed, with all that it started.
         megabytes: what it may take on top of what this process has already.
-        inline: without worker processes, which is faster.
     """
     limit = _address_space() + (megabytes << 20)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -52,8 +47,6 @@ def run(
             status = 1
             try:
                 _enter(folder, (output.fileno(), errors.fileno()), limit)
-                if inline:
-                    convert.__dict__["Workers"] = Inline
                 status = _status_of(work)
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -113,6 +106,6 @@ def _text(file: Any) -> str:
     return data.decode(errors="replace")
 
 
-def program(*arguments: str | Path) -> int:
+def program(*arguments: str | Path, workers: int = 1) -> int:
     """The program's exit status."""
-    return cli.main([*map(str, arguments), "--num-max-processing-processes", "1"])
+    return cli.main([*map(str, arguments), "--num-max-processing-processes", str(workers)])

@@ -117,31 +117,31 @@ class Bench:
             gc.freeze()  # children share these pages
         return path
 
-    def try_file(self, name: str, file: str, content: bytes, *, inline: bool = True) -> Run:
+    def try_file(self, name: str, file: str, content: bytes, workers: int = 1) -> Run:
         """Convert a checkpoint with other content in one of its files."""
         source = self.source(name)
         path = source / file
         path.write_bytes(content)
         try:
             return forked.run(
-                lambda: self._convert(source, path, "none" if inline else "structure"),
+                lambda: self._convert(source, path, workers),
                 self.folder,
                 seconds=_SECONDS,
                 megabytes=_MEGABYTES,
-                inline=inline,
             )
         finally:
             shutil.copyfile(pair(name).source / file, path)
             shutil.rmtree(self.target.parent, ignore_errors=True)
 
-    def _convert(self, source: Path, changed: Path, depth: str) -> int:
+    def _convert(self, source: Path, changed: Path, workers: int) -> int:
         """Convert and, if that works, prove it; in the child, which decodes only what changed."""
         del self._decoded[changed]
         read = files.read_torch_file
         files.read_torch_file = lambda path: self._decoded.get(path) or read(path)
         folders = ("--load-iteration-dir", source, "--save-iteration-dir", self.target)
+        depth = "none" if workers == 1 else "structure"
         wanted = ("--target-virtual-pipeline-model-parallel-size", "2", "--verify", depth)
-        status = forked.program(*folders, *wanted)
+        status = forked.program(*folders, *wanted, workers=workers)
         if status != 0:
             return status
         status = forked.program(*folders)  # what a conversion with verification would have said
@@ -284,8 +284,8 @@ def fuzz(
         index = first
         while time.monotonic() - began < seconds and result.tried < inputs:
             name, file, content = make_input(seed, index)
-            inline = index % _WITH_POOL != 0
-            run = bench.try_file(name, file, content, inline=inline)
+            workers = 1 if index % _WITH_POOL else 2
+            run = bench.try_file(name, file, content, workers)
             word, is_fine = outcome(run)
             result.outcomes[word] += 1
             if not is_fine:

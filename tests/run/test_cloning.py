@@ -57,7 +57,7 @@ def test_files_placed_for_sharing_hold_the_same(
 ) -> None:
     case = pair(name)
     target = tmp_path / "iter_0000001"
-    options = ("--checksums", checksums, "--verify", "full", "--num-max-processing-processes", "1")
+    options = ("--checksums", checksums, "--verify", "full")
     run = program.convert(case.source, target, case.options, *options)
     assert run.status == 0, run.errors
     assert "bytes are shared with the source" in run.output
@@ -69,13 +69,10 @@ def test_files_placed_for_sharing_hold_the_same(
 
 
 def test_whole_blocks_stand_alike_in_theirs(
-    calls: list[Call], program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calls: list[Call], program: Program, tmp_path: Path
 ) -> None:
     """What is shared is cut at borders of blocks; with checksums of their own, nothing else is
     copied by the kernel."""
-    from ..inline import Inline
-
-    monkeypatch.setattr(convert, "Workers", Inline)
     case = pair(DENSE)
     run = program.convert(case.source, tmp_path / "a", case.options, "--verify", "full")
     assert run.status == 0, run.errors

@@ -49,6 +49,12 @@ def undisturbed(written: Callable[[str], dict[str, bytes]]) -> dict[str, bytes]:
     return written(MOE)
 
 
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    """The command line, with worker processes."""
+    return Program(capsys, workers=2)
+
+
 def _arguments(target: Path, *more: str, name: str = MOE) -> list[str | Path]:
     return [
         "--load-iteration-dir", pair(name).source, "--save-iteration-dir", target,

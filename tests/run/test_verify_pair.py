@@ -9,14 +9,13 @@ import pytest
 
 from pp_to_vpp.errors import CheckpointError, UsageError, VerificationError
 from pp_to_vpp.options import Depth, Options
-from pp_to_vpp.run import verify_pair
+from pp_to_vpp.run import workers as processes
 from pp_to_vpp.run.listener import Listener
 from pp_to_vpp.run.verify_pair import Verified, verify_existing
 from pp_to_vpp.verification import torch_loading
 
 from ..edit import copy_of
 from ..families import family
-from ..inline import Inline
 from ..pairs import DENSE, EMPTY, MOE, pair
 from ..runs import Program
 
@@ -29,9 +28,7 @@ def verified(source: Path, target: Path | None, *, depth: Depth = Depth.STRUCTUR
         heard[-1].append(count)
 
     listener = Listener(began=lambda _, total: heard.append([total]), advanced=advanced)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify_pair, "Workers", Inline)
-        found = verify_existing(Options(source, target, depth=depth), listener)
+    found = verify_existing(Options(source, target, depth=depth, processes=1), listener)
     assert all(total == sum(parts) for total, *parts in heard)
     assert heard[0][0] == found.ranks
     assert heard[-1][0] >= found.length
@@ -54,28 +51,28 @@ def test_a_real_pair_is_told(name: str, depth: Depth, program: Program, tmp_path
     assert found.seconds > 0
 
 
-@pytest.mark.parametrize("is_inline", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_torch_opens_the_files_beside_the_comparison(
-    is_inline: bool, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it finds is told; that it is missing, too, as before a conversion."""
+    monkeypatch.setattr(processes, "_has_one_thread", lambda: True)  # forked ones are patched, too
     case, target = pair(MOE), tmp_path / "iter_0000001"
     assert program.convert(case.source, target, case.options).status == 0
     both = ("--load-iteration-dir", case.source, "--save-iteration-dir", target, "--verify", "full")
-    if is_inline:
-        monkeypatch.setattr(verify_pair, "Workers", Inline)
-    assert program(*both).status == 0
+    assert program(*both, workers=workers).status == 0
     monkeypatch.setattr(
         torch_loading, "differences", lambda file, _: [f"odd {Path(file.path).name}"]
     )
-    run = program(*both)
+    run = program(*both, workers=workers)
     program.refuses(6, run, "mp_rank_00_001_001/distrib_optim.pt: odd distrib_optim.pt; do not tr")
 
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'torch'")
 
     monkeypatch.setattr(torch_loading, "load_torch", missing)
-    program.refuses(2, program(*both), "which cannot be imported (No module named 'torch')")
+    run = program(*both, workers=workers)
+    program.refuses(2, run, "which cannot be imported (No module named 'torch')")
 
 
 def test_forgetting_the_target_layout_is_told(program: Program, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pp_to_vpp.verification.in_full import check_source
 
 from ..edit import copy_of, flip_byte
 from ..families import family, target_of
-from ..inline import Inline, run
+from ..inline import run
 from ..pairs import DENSE, LAYER_WISE, MOE, SOAP, pair
 
 
@@ -48,8 +48,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(os, "pread", counted)
     monkeypatch.setattr(os, "preadv", counted_into)
-    for module in (convert, verify_pair):
-        monkeypatch.setattr(module, "Workers", Inline)
     return found
 
 
