@@ -14,23 +14,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..container.pickling import as_mapping
-from ..container.tensors import as_tensor
-from ..errors import (
-    ANOTHER_COPY,
-    AS_SAVED,
-    ASK_FOR_SUPPORT,
-    WITH_A_PATTERN,
-    CheckpointError,
-    located,
-    problem,
-    show,
-)
+from ..container.tensors import TensorRef, as_tensor
+from ..errors import ANOTHER_COPY, AS_SAVED, WITH_A_PATTERN, CheckpointError, located, problem, show
 from ..megatron import naming
 from ..megatron.layout import ModelChunk, PipelineLayout
 from ..megatron.naming import Section
 from ..megatron.parameters import Item
 
 METADATA = "_metadata"
+_UNPLACED = (
+    "it could belong to a layer, or to every chunk: ask for support of it, or remove it from all "
+    "files of a copy if the model makes it anew, as it does non-persistent buffers"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,7 +245,7 @@ def _place_keys(
     """Section, global layer and rest of each key."""
     placed: dict[str, tuple[Section, int | None, str]] = {}
     problems = []
-    previous = Section.EMBEDDING
+    previous, last = Section.EMBEDDING, ""
     for key in keys:
         place = naming.split_layer(key)
         if place is not None:
@@ -259,15 +254,11 @@ def _place_keys(
         else:
             section, layer, rest = _section_in(chunk, key, previous), None, key
         if section is None:
-            problems.append(
-                problem(
-                    where,
-                    f"no rule says which chunk key {show(key)} belongs to",
-                    cure=ASK_FOR_SUPPORT,
-                )
-            )
+            problems.append(_unplaced(key, chunk, where))
             continue
-        if section < previous:
+        if section < previous and _is_unnamed(last):
+            problems.append(_unplaced(last, chunk, where))
+        elif section < previous:
             # The order of keys is that of parameters, hence of their buffers (FORMAT 3.1).
             problems.append(
                 problem(
@@ -277,11 +268,25 @@ def _place_keys(
                     cure=AS_SAVED,
                 )
             )
-        previous = section
+        previous, last = section, key
         placed[key] = (section, layer, rest)
     if problems:
         raise CheckpointError(*problems[:8])
     return placed
+
+
+def _is_unnamed(key: str) -> bool:
+    return naming.split_layer(key) is None and naming.section_by_name(key) is None
+
+
+def _unplaced(key: str, chunk: ModelChunk, where: str) -> str:
+    sections = (section.name.lower().replace("_", " ") for section in chunk.sections)
+    return problem(
+        where,
+        f"no rule says which chunk key {show(key)} belongs to",
+        expected=f"keys of {', '.join(dict.fromkeys(('layers', *sections)))}",
+        cure=_UNPLACED,
+    )
 
 
 def _section_in(chunk: ModelChunk, key: str, previous: Section) -> Section | None:
@@ -321,15 +326,30 @@ def _make_item(
     with located(f"{where}, {name}"):
         tensor = as_tensor(value)
     is_parameter = model == naming.MODEL and naming.is_parameter(rest)
-    if is_parameter and (tensor is None or not tensor.is_contiguous):
+    if tensor is not None:
+        is_parameter = is_parameter and tensor.may_be_trained
+        if is_parameter and not (tensor.is_contiguous or tensor.has_own_storage):
+            raise not_contiguous(where, name, tensor)
+    elif is_parameter:
         raise CheckpointError.of(
             where,
             f"{name} is no plain tensor",
-            found=show(value) if tensor is None else "a transposed view",
+            found=show(value),
             cure="weights stored natively in fp8 or as tensor subclasses are not supported: "
             "save without --fp8-param-gather",
         )
     return Item(section, layer, name, rest, value, tensor, is_parameter, model)
+
+
+def not_contiguous(where: str, name: str, tensor: TensorRef) -> CheckpointError:
+    """The refusal of a weight whose elements lie otherwise than can be converted."""
+    return CheckpointError.of(
+        where,
+        f"{name} is not contiguous",
+        expected="elements in the order of its dimensions, as Megatron saves them",
+        found=f"strides {tensor.stride} for {tensor.shape}, in a storage of {tensor.storage.numel}",
+        cure="load it, call .contiguous(), and save it",
+    )
 
 
 def _place_modules(

@@ -17,7 +17,7 @@ from ..errors import ANOTHER_COPY, NOT_CONVERTED, ONE_SAVE, CheckpointError, loc
 from ..megatron.buffers import Buffer, RankBuffers
 from ..megatron.optimizer_chain import ChainedOptimizer
 from ..megatron.parameters import Item
-from .chunks import ChunkContents
+from .chunks import ChunkContents, not_contiguous
 from .optimizer_entries import optimizer_entries, unknown_entry
 
 COALESCED = "buckets_coalesced"
@@ -137,6 +137,8 @@ def read_flat_states(
         for (stage, buffer), (dtypes, tensors, names) in zip(expected, found, strict=True):
             for member, start in zip(buffer.members, buffer.saved_starts, strict=True):
                 item = contents[stage].parameters[member]
+                if not item.weight.is_contiguous:
+                    raise not_contiguous(where, item.name, item.weight)
                 numel = item.weight.numel
                 own = {name: tensor.segment(start, numel) for name, tensor in tensors.items()}
                 by_name[item.name] = FlatState(own, names, dtypes)

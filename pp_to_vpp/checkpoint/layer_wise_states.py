@@ -21,7 +21,6 @@ from ..megatron.optimizer_chain import ChainedOptimizer, Share, in_rank_order
 from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import GroupKey, Item, Parameters
 from ..megatron.ranks import layer_wise_file
-from ..megatron.rounding import SIXTEEN_BIT
 from .flat_states import Unexplained
 from .optimizer_entries import MAINS, STATE, OptimizerEntry, read_entries, routed_chain
 from .plain_states import PlainState, read_plain_states
@@ -108,7 +107,7 @@ def read_layer_wise_states(
         Unexplained: groups or shapes are not those of the parameters.
     """
     first = next(iter(files.own.values())).path
-    _check_run(parameters, megatron, first)
+    _check_run(megatron, first)
     own = layer_wise.file_ranks(ep_rank, megatron)
     _check_files(files, own, megatron, first)
     read = {
@@ -162,7 +161,8 @@ def told_trained(
     agree: Agreement,
 ) -> set[Item]:
     """The parameters of a rank that are trained, as main parameters tell: those of all files, put
-    back into the order in which they were dealt out, stand in the order of the parameters.
+    back into the order in which they were dealt out, stand in the order of the parameters. Only
+    16-bit ones have any.
 
     Args:
         files: those of all data-parallel ranks.
@@ -195,15 +195,12 @@ def told_trained(
     for is_expert in (False, True):
         ranks = layer_wise.file_ranks(ep_rank, megatron) if is_expert else range(len(mains))
         dealt = [[known for known in mains[dp] if known[1].is_expert == is_expert] for dp in ranks]
-        candidates = [known for known in queue if known[1].is_expert == is_expert]
+        places = {item: (place, key) for place, key, item in queue if key.is_expert == is_expert}
 
-        def fits(
-            candidate: tuple[int, GroupKey, Item], main: tuple[int, GroupKey, TensorRef]
-        ) -> bool:
-            return candidate[:2] == main[:2] and may_be_main(agree, candidate[2], main[2])
+        def fits(item: Item, main: tuple[int, GroupKey, TensorRef], places: Any = places) -> bool:
+            return places[item] == main[:2] and may_be_main(agree, item, main[2])
 
-        found = only_alignment(layer_wise.gathered(dealt), candidates, fits)
-        trained.update(item for _, _, item in found)
+        trained.update(only_alignment(layer_wise.gathered(dealt), list(places), fits))
     return trained
 
 
@@ -241,7 +238,7 @@ def _unlike_copy(where: str) -> CheckpointError:
     return CheckpointError.of(where, what, cure=ONE_SAVE)
 
 
-def _check_run(parameters: Parameters, megatron: Megatron, where: str) -> None:
+def _check_run(megatron: Megatron, where: str) -> None:
     """Refuse the runs whose files do not hold all states, or are not known."""
     arguments = megatron.arguments
     if arguments.cp_size > 1:
@@ -259,14 +256,6 @@ def _check_run(parameters: Parameters, megatron: Megatron, where: str) -> None:
             found=arguments.etp_size,
             cure=NOT_CONVERTED,
         )
-    for item in (item for items in parameters for item in items):
-        if item.weight.dtype not in SIXTEEN_BIT:
-            raise CheckpointError.of(
-                where,
-                f"a layer-wise optimizer of {item.weight.dtype} parameters ({item.name})",
-                expected="bf16 or fp16",
-                cure=NOT_CONVERTED,
-            )
 
 
 def _check_files(files: LayerWiseFiles, own: range, megatron: Megatron, where: str) -> None:

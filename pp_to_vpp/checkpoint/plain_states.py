@@ -19,6 +19,7 @@ from ..megatron.optimizer_chain import ChainedOptimizer, Share
 from ..megatron.param_groups import keys_of_groups
 from ..megatron.parameters import Item
 from ..megatron.rounding import SIXTEEN_BIT
+from .chunks import not_contiguous
 from .flat_states import Unexplained
 from .optimizer_entries import MAINS, STATE, OptimizerEntry
 
@@ -60,9 +61,8 @@ class PlainState:
 
     @property
     def main(self) -> TensorRef | None:
-        """The main parameter, if there is one in the order of its elements."""
-        tensor = self.tensors.get(MAIN)
-        return tensor if tensor is not None and tensor.is_contiguous else None
+        """The main parameter, whose elements lie as those of the weight."""
+        return self.tensors.get(MAIN)
 
 
 def read_plain_states(
@@ -110,7 +110,7 @@ def read_plain_states(
             for item, number in zip(items, numbers, strict=True):
                 main = next(queue, None) if item.weight.dtype in SIXTEEN_BIT else None
                 state = states.get(number)
-                shapes = _state_shapes(item, of_matrices=optimizer.takes_matrices is True)
+                shapes = state_shapes(item, of_matrices=optimizer.takes_matrices is True)
                 tensors = _checked_tensors(item, main, state, shapes, where)
                 found[item.name] = PlainState(state, main, tensors)
         if by_key:
@@ -148,7 +148,7 @@ def _check_numbers(entry: OptimizerEntry, states: Mapping[Any, Any], where: str)
         raise CheckpointError.of(where, what, cure=AS_SAVED)
 
 
-def _state_shapes(item: Item, *, of_matrices: bool) -> set[tuple[int, ...]]:
+def state_shapes(item: Item, *, of_matrices: bool) -> set[tuple[int, ...]]:
     """The shapes that states may have: the parameter's, or none. Optimizers for matrices also keep
     factors for rows and columns (emerging_optimizers: soap.py, adaptive_muon.py)."""
     shape = item.weight.shape
@@ -180,4 +180,8 @@ def _checked_tensors(
         tensors[name] = tensor
     if main is not None and (MAIN not in tensors or tensors[MAIN].dtype != "float32"):
         raise Unexplained(f"{item.name}: its main parameter is no float32 tensor")
+    if main is not None and tensors[MAIN].order != item.weight.order:
+        odd = item.weight if tensors[MAIN].is_contiguous else tensors[MAIN]
+        what = item.name if odd is item.weight else f"the main parameter of {item.name}"
+        raise not_contiguous(where, what, odd)
     return tensors

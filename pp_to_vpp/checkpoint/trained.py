@@ -27,13 +27,13 @@ from ..megatron.rounding import SIXTEEN_BIT
 from ..megatron.rules import candidates
 from .chunks import ChunkContents
 from .flat_states import NUMEL, PARAM, Unexplained
-from .optimizer_entries import MAINS, OptimizerEntry
+from .optimizer_entries import MAINS, STATE, OptimizerEntry
+from .plain_states import state_shapes
 
 Agreement: TypeAlias = Callable[[TensorRef, TensorRef], bool]
 """Whether a weight can follow from a main parameter of its run, by samples of their bytes."""
 _MAX_ANSWERS = 64
 _Main = TypeVar("_Main")
-_Candidate = TypeVar("_Candidate")
 
 
 def answers(
@@ -98,8 +98,8 @@ def _choices(
     """Which of the parameters of a kind, that share no storage, may be a buffer by itself; None
     for none of them.
 
-    Without their states, one that is alone of its kind is taken for trained, and others for frozen
-    if none could be a buffer.
+    Without their states, one that is alone of its kind is taken for trained, in weights alone
+    unless its storage is that of no buffer, and others for frozen if none could be a buffer.
 
     Raises:
         Unexplained: one could be, and no file at hand tells.
@@ -109,7 +109,7 @@ def _choices(
         mains = [main for own in entries for entry in own for main in _flat_mains(entry)]
         return [None, *_lone(items, mains, agree)]
     if len(items) == 1:
-        return [items[0]]
+        return [items[0]] if optimizers is not None else [items[0], None]
     divisor = bucket_policy(chunk, 0, megatron).divisor(is_expert=is_expert)
     for item in items:
         if optimizers is not None and item.weight.numel % divisor == 0:
@@ -188,8 +188,9 @@ def told_groups(
     """The chunks of a rank whose optimizer is not distributed, with the group that each parameter
     is in by its main parameter; those in none are frozen.
 
-    In each group the main parameters stand in the order of the parameters. There must be one way
-    to find them there.
+    In each group the main parameters of the 16-bit weights stand in the order of the parameters;
+    so do the states of all, by number, and those of the others can be told by their shapes. There
+    must be one way to find them there.
 
     Raises:
         Unexplained: there is none, or more than one.
@@ -200,14 +201,20 @@ def told_groups(
         by_key = items_by_group(parameters, optimizer, megatron)
         taken = {item for items in by_key.values() for item in items}
         candidates = [item for items in parameters for item in items if item in taken]
-        if any(item.weight.dtype not in SIXTEEN_BIT for item in candidates):
-            raise Unexplained("only 16-bit weights have main parameters that tell their group")
-        mains = entry.node.get(MAINS)
+        states, mains = entry.inner.get(STATE), entry.node.get(MAINS)
+        mains = [[] for _ in entry.groups] if mains is None else mains
         if not isinstance(mains, list) or len(mains) != len(entry.groups):
             raise Unexplained("no main parameters tell the groups of parameters")
-        for key, own in zip(keys_of_groups(entry.groups), mains, strict=True):
-            nodes = [tensor_at(node) for node in own] if isinstance(own, list) else [None]
-            for item in only_alignment(nodes, candidates, partial(may_be_main, agree)):
+        has_shape = partial(_may_have, states, optimizer.takes_matrices is True)
+        for key, group, own in zip(keys_of_groups(entry.groups), entry.groups, mains, strict=True):
+            numbers, nodes = group.get("params"), own if isinstance(own, list) else [None]
+            found = only_alignment(
+                [tensor_at(node) for node in nodes], candidates, partial(may_be_main, agree)
+            )
+            if isinstance(numbers, list) and len(numbers) > len(found):
+                others = [i for i in candidates if i in found or i.weight.dtype not in SIXTEEN_BIT]
+                found = only_alignment(numbers, others, has_shape)
+            for item in found:
                 if told.setdefault(item, key) is not key:
                     raise Unexplained(f"{item.name} could be in two param groups")
     return tuple(
@@ -216,11 +223,20 @@ def told_groups(
     )
 
 
+def _may_have(states: Any, of_matrices: bool, item: Item, number: object) -> bool:  # noqa: FBT001
+    """Whether the state of a number can be that of an item, by the shapes of its tensors."""
+    state = states.get(number) if isinstance(states, dict) and type(number) is int else None
+    shapes = state_shapes(item, of_matrices=of_matrices)
+    tensors = (tensor_at(node) for node in (as_mapping(state) or {}).values())
+    return all(tensor.shape in shapes for tensor in tensors if tensor is not None)
+
+
 def may_be_main(agree: Agreement, item: Item, main: TensorRef | None) -> bool:
     """Whether a tensor can be the main parameter of an item, by form and samples."""
-    if main is None or main.dtype != "float32" or main.shape != item.weight.shape:
+    weight = item.weight
+    if main is None or weight.dtype not in SIXTEEN_BIT or main.dtype != "float32":
         return False
-    return agree(item.weight, main)
+    return (main.shape, main.order) == (weight.shape, weight.order) and agree(weight, main)
 
 
 def _told(item: Item, told: Mapping[Item, GroupKey]) -> Item:
@@ -230,11 +246,9 @@ def _told(item: Item, told: Mapping[Item, GroupKey]) -> Item:
 
 
 def only_alignment(
-    mains: Sequence[_Main],
-    candidates: Sequence[_Candidate],
-    fits: Callable[[_Candidate, _Main], bool],
-) -> list[_Candidate]:
-    """The candidates that main parameters belong to, in their order.
+    mains: Sequence[_Main], candidates: Sequence[Item], fits: Callable[[Item, _Main], bool]
+) -> list[Item]:
+    """The candidates that main parameters, or states, belong to, in their order.
 
     There is one way if taking the first that fits for each, from the front, gives the same as
     taking the last, from the end.
@@ -244,17 +258,20 @@ def only_alignment(
     """
     first = _first_fits(mains, candidates, fits)
     last = _first_fits(mains[::-1], candidates[::-1], fits)
-    if first is None or last is None or first != last[::-1]:
-        what = "no way" if first is None else "more than one way"
-        raise Unexplained(f"{what} to tell the trained parameters by their values")
+    if first is None or last is None:
+        raise Unexplained("no way to tell the trained parameters by their values")
+    for one, other in zip(first, last[::-1], strict=True):
+        if one is not other:
+            raise Unexplained(
+                "more than one way to tell the trained parameters by their values: "
+                f"{one.name} may be one, or {other.name}"
+            )
     return first
 
 
 def _first_fits(
-    mains: Sequence[_Main],
-    candidates: Sequence[_Candidate],
-    fits: Callable[[_Candidate, _Main], bool],
-) -> list[_Candidate] | None:
+    mains: Sequence[_Main], candidates: Sequence[Item], fits: Callable[[Item, _Main], bool]
+) -> list[Item] | None:
     """For each main parameter the first candidate after the one before; None if one has none."""
     queue = iter(candidates)
     found = []

@@ -98,6 +98,27 @@ class TensorRef:
         return True
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """How its elements lie: the strides of dimensions with more than one."""
+        return tuple(step for n, step in zip(self.shape, self.stride, strict=True) if n != 1)
+
+    @property
+    def has_own_storage(self) -> bool:
+        """Whether it fills its storage, each element once, in whatever order of its dimensions."""
+        dimensions = sorted(zip(self.stride, self.shape, strict=True))
+        expected = 1
+        for step, n in dimensions:
+            if n != 1 and step != expected:
+                return False
+            expected *= n
+        return self.storage.numel == self.numel
+
+    @property
+    def may_be_trained(self) -> bool:
+        """Whether torch lets it require gradients: floating point and complex tensors alone."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
+    @property
     def extent(self) -> Extent:
         """The bytes it covers in the file that it was read from, first to last element."""
         size = self.item_bytes

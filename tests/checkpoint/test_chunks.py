@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pp_to_vpp.checkpoint.chunks import ChunkContents, read_chunks
 from pp_to_vpp.checkpoint.family import RankFiles
-from pp_to_vpp.container.pickling import Global, Instance, as_mapping, ordered_dict
+from pp_to_vpp.container.extents import Zeros
+from pp_to_vpp.container.pickling import Global, Instance, Storage, as_mapping, ordered_dict
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.megatron.naming import Section, all_chunk_keys, chunk_keys
 
@@ -159,6 +160,7 @@ REFUSED: dict[str, tuple[Callable[[Keys], Keys | None], int, str]] = {
     "no embedding": (without("embedding"), 0, "puts embedding here, but no key does"),
     "no head": (without("output_layer"), 1, "puts head here, but no key does"),
     "unknown key in the middle": (put("odd.weight", 30), 0, "no rule says .* key 'odd.weight'"),
+    "rotary buffer": (put("rotary_pos_emb.inv_freq", 0), 1, "no rule .*'rotary_pos_emb.inv_freq'"),
     "head on the first rank": (put("output_layer.weight", 68), 0, "'output_layer.weight'"),
     "embedding on the last": (put("embedding.x.weight", 0), 1, "'embedding.x.weight'"),
     "mtp without mtp": (put("mtp.layers.0.x.weight", 66), 1, "'mtp.layers.0.x.weight'"),
@@ -179,13 +181,19 @@ def test_what_has_no_place_is_refused(case: str) -> None:
         read(chunk_with(edit, DENSE, pp_rank), DENSE, pp_rank)
 
 
-def test_a_transposed_weight_is_no_plain_tensor() -> None:
+def test_a_transposed_weight_must_fill_its_storage() -> None:
     of = family(DENSE, "source")
     (item,) = (i for i in of.items() if i.name == _WEIGHT)
     storage, offset, shape, stride, *rest = item.value.arguments
     turned = Instance(item.value.factory, (storage, offset, shape[::-1], stride[::-1], *rest))
-    with pytest.raises(CheckpointError, match="is no plain tensor, found a transposed view"):
+    with pytest.raises(CheckpointError, match=rf"{_WEIGHT} is not contiguous, .* found strides \("):
         read(chunk_with(put(_WEIGHT, 9, turned), DENSE, 0), DENSE, 0)
+    own = Storage(storage.type, "cpu", item.weight.numel, (Zeros(2 * item.weight.numel),))
+    turned = Instance(item.value.factory, (own, 0, shape[::-1], stride[::-1], *rest))
+    found = read(chunk_with(put(_WEIGHT, 9, turned), DENSE, 0), DENSE, 0)
+    (weight,) = (i.weight for content in found for i in content.items if i.name == _WEIGHT)
+    assert weight.has_own_storage
+    assert not weight.is_contiguous
 
 
 def test_a_tensor_out_of_its_storage_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import pytest
 from pp_to_vpp.checkpoint.chunks import ChunkContents
 from pp_to_vpp.checkpoint.flat_states import Unexplained
 from pp_to_vpp.checkpoint.reading import read_family as read_family_by
-from pp_to_vpp.checkpoint.trained import answers, marked
-from pp_to_vpp.container.pickling import Instance, as_mapping
-from pp_to_vpp.container.tensors import TensorRef
+from pp_to_vpp.checkpoint.trained import answers, marked, only_alignment
+from pp_to_vpp.container.extents import Literal
+from pp_to_vpp.container.pickling import Global, Instance, Storage, as_mapping
+from pp_to_vpp.container.tensors import TensorRef, flat_tensor
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.source.proof import likeliest_family
 
-from ..edit import copy_of, rewrite
+from ..compare import differences
+from ..edit import copy_of, float_tensor, rewrite, rewrite_all
 from ..families import families, family, read_family
 from ..pairs import (
     DENSE,
@@ -27,9 +30,12 @@ from ..pairs import (
     FROZEN_LAYER_WISE,
     FROZEN_MOST,
     FROZEN_PLAIN,
+    LAYER_WISE,
     LONE,
+    MUON,
     MUP,
     PLAIN,
+    WEIGHTS,
     pair,
 )
 from ..runs import Program
@@ -123,8 +129,9 @@ def test_a_weight_alone_of_its_kind_is_trained(optimizers: list[object] | None) 
     first = lone.ranks[0].contents[0]
     alone = replace(first, items=(replace(first.items[0], is_frozen=False),))
     both = (alone, shared.ranks[0].contents[1])
-    (found,) = answers(both, optimizers, lone.megatron, never)
+    found, *others = answers(both, optimizers, lone.megatron, never)
     assert trained(found) == trained(both)
+    assert [trained(other) for other in others] == [trained(both[1:])] * (optimizers is None)
 
 
 def test_weights_alone_with_storages_of_their_own_are_frozen_beside_buffers() -> None:
@@ -199,3 +206,58 @@ def test_damaged_main_parameters_tell_nothing(
 def test_marking_nothing_changes_nothing() -> None:
     contents = family(LONE, "truth").ranks[0].contents
     assert trained(marked(contents, ())) == trained(contents)
+
+
+_BOUNDS = "mlp.router.qb_bin_bounds"
+_TABLE = "mlp.router.tid2eid"
+
+
+def with_buffers(iteration: Path, numel: int) -> None:
+    """Two tensors that are not trained in each layer, as hash routing and quantile balancing of
+    Megatron's development branch register them."""
+
+    def edit(root: Any) -> None:
+        for name in (name for name in root if name.startswith("model")):
+            chunk = as_mapping(root[name]) or {}
+            items = list(chunk.items())
+            chunk.clear()
+            for index, (key, value) in enumerate(items):
+                chunk[key] = value
+                layer = ".".join(key.split(".")[:3])
+                after = items[index + 1][0] if index + 1 < len(items) else ""
+                if key.startswith("decoder.layers.") and not after.startswith(f"{layer}."):
+                    data = struct.pack(f"<{numel}f", *range(numel))
+                    chunk[f"{layer}.{_BOUNDS}"] = float_tensor(data)
+                    table = Storage(Global("torch", "IntStorage"), "cpu", numel, (Literal(data),))
+                    chunk[f"{layer}.{_TABLE}"] = flat_tensor(table)
+
+    rewrite_all(iteration, edit)
+
+
+@pytest.mark.parametrize("name", [DENSE, PLAIN, FROZEN_PLAIN, MUON, LAYER_WISE, WEIGHTS])
+def test_tensors_without_state_are_carried_as_buffers(
+    name: str, program: Program, tmp_path: Path
+) -> None:
+    """Under any optimizer, without a list of their names."""
+    case = pair(name)
+    source, truth = (
+        copy_of(side, tmp_path / side.parent.name) for side in (case.source, case.truth)
+    )
+    for side in (source, truth):
+        with_buffers(side, 3)
+    target = tmp_path / "target" / source.name
+    run = program.convert(source, target, case.options)
+    assert run.status == 0, run.errors
+    assert differences(target, truth, source) == []
+
+
+def test_a_tensor_that_may_have_a_state_is_named() -> None:
+    """Of fp32 weights no main parameter tells which are trained, and shapes must."""
+    of = family(FROZEN_PLAIN, "source")
+    contents = of.ranks[0].contents
+    mains = [item.weight.shape for content in contents for item in content.parameters]
+    items = [item for content in contents for item in content.parameters]
+    assert only_alignment(mains, items, lambda item, shape: item.weight.shape == shape) == items
+    name = re.escape(items[-1].name)
+    with pytest.raises(Unexplained, match=rf"more than one way .* or {name}"):
+        only_alignment(mains[-1:], items, lambda item, shape: item.weight.shape == shape)
