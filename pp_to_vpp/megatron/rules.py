@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,13 @@ def candidates(
     for doubted in range(len(open_rules) + 1):
         for rows in itertools.combinations(open_rules, doubted):
             yield Rules(**{rule: now != (rule in rows) for rule, now in guess.items()})
+
+
+def placing(argument_names: Collection[str]) -> Iterator[Rules]:
+    """The rules to try where nothing but the placement of layers matters, the likeliest first."""
+    rules = Rules(**_guess(argument_names))
+    yield rules
+    yield replace(rules, mtp_may_stand_alone=not rules.mtp_may_stand_alone)
 
 
 def doubted(rules: Rules, argument_names: Collection[str]) -> list[str]:

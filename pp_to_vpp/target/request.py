@@ -11,7 +11,7 @@ from ..megatron.forms import Ends, Even, HybridPattern, LayoutString, Listed, Or
 from ..megatron.megatron import Megatron
 from ..megatron.naming import Section
 from ..megatron.placement import FORK_SIGN, LAYOUT_SIGN, Placement
-from ..megatron.rules import candidates
+from ..megatron.rules import placing
 from ..options import Options
 
 
@@ -26,8 +26,23 @@ class Target:
     """It has no optimizer state."""
 
     def of(self, source: Megatron) -> Megatron:
-        """The run that will load it, of the version that saved the source."""
-        return source.relaunched(self.placement, overlaps=self.overlaps)
+        """The run that will load it, of the version that saved the source.
+
+        Raises:
+            LayoutError: it is impossible, or the source has it already.
+        """
+        target = source.relaunched(self.placement, overlaps=self.overlaps)
+        if target.is_laid_out_like(source) and not self.no_save_optim:
+            raise LayoutError.of(
+                "target layout",
+                "the source already has the layout that is asked for",
+                found=f"virtual pipeline size {target.layout.vp_size} with the same layers per "
+                "chunk",
+                cure="there is nothing to convert; ask for another layout",
+            )
+        _check_mtp_copies(source, target)
+        _check_mtp_kind(source, target)
+        return target
 
 
 def wanted_ranks(options: Options, arguments: SavedArguments) -> tuple[int, ...]:
@@ -68,31 +83,45 @@ def wanted_ranks(options: Options, arguments: SavedArguments) -> tuple[int, ...]
 
 
 def wanted_target(options: Options, arguments: SavedArguments) -> Target:
-    """The target that the options ask for.
+    """The target that the options ask for; where a rule decides whether it is possible, those who
+    prove the rule judge it (``Target.of``).
 
     Raises:
-        LayoutError: it is impossible, or the source has it already.
+        LayoutError: it is impossible by all rules, or the source has it already.
         CheckpointError: the placement of the source is not understood.
     """
-    source = Megatron(arguments, next(candidates(arguments.names)))
-    try:
-        _ = source.layout
-    except LayoutError as error:
-        where = f"{options.load_dir}: the source's own arguments tell no possible placement"
-        raise CheckpointError(*(f"{where}: {line}" for line in error.problems)) from None
     wanted = Target(_placement(options, arguments), options.overlaps, options.no_save_optim)
-    target = wanted.of(source)
-    if target.is_laid_out_like(source) and not wanted.no_save_optim:
+    if options.overlaps and wanted.placement.vp_size == 1:
         raise LayoutError.of(
-            options.load_dir,
-            "the source already has the layout that is asked for",
-            found=f"virtual pipeline size {target.layout.vp_size} with the same layers per chunk",
-            cure="there is nothing to convert; ask for another layout",
+            "--target-overlap-param-gather-with-optimizer-step",
+            "Megatron allows it with virtual pipeline stages only",
+            cure="leave it out",
         )
-    copies = [
-        any(Section.MTP_EMBEDDING in chunk.sections for chunk in run.layout.chunks)
-        for run in (source, target)
-    ]
+    refusals: list[LayoutError] = []
+    misplaced: list[LayoutError] = []
+    for source in (Megatron(arguments, rules) for rules in placing(arguments.names)):
+        try:
+            _ = source.layout
+        except LayoutError as error:
+            misplaced.append(error)
+            continue
+        try:
+            wanted.of(source)
+        except LayoutError as error:
+            refusals.append(error)
+        else:
+            return wanted
+    if refusals:
+        raise refusals[0]
+    where = f"{options.load_dir}: the source's own arguments tell no possible placement"
+    raise CheckpointError(*(f"{where}: {line}" for line in misplaced[0].problems))
+
+
+def _check_mtp_copies(source: Megatron, target: Megatron) -> None:
+    """Raises:
+    LayoutError: one of them has a copy of the embedding for its MTP layers, the other has none.
+    """
+    copies = [Section.MTP_EMBEDDING in run.embedding_copies for run in (source, target)]
     if copies[0] != copies[1]:
         raise LayoutError.of(
             "target layout",
@@ -100,14 +129,6 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
             f"the {'target' if copies[1] else 'source'} alone would have",
             cure="ask for a layout with m on the first stage as in the source, or off it as there",
         )
-    _check_mtp_kind(source, target)
-    if options.overlaps and target.layout.vp_size == 1:
-        raise LayoutError.of(
-            "--target-overlap-param-gather-with-optimizer-step",
-            "Megatron allows it with virtual pipeline stages only",
-            cure="leave it out",
-        )
-    return wanted
 
 
 def _check_mtp_kind(source: Megatron, target: Megatron) -> None:

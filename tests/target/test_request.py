@@ -10,20 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_to_vpp.errors import LayoutError, UsageError
+from pp_to_vpp.errors import CheckpointError, LayoutError, UsageError
 from pp_to_vpp.megatron.arguments import SavedArguments
 from pp_to_vpp.megatron.forms import Ends, Even, HybridPattern, LayoutString
 from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.placement import Placement
 from pp_to_vpp.megatron.rules import candidates
-from pp_to_vpp.options import Options
+from pp_to_vpp.options import Depth, Options
 from pp_to_vpp.target import request
 from pp_to_vpp.target.request import wanted_ranks, wanted_target
 
+from ..compare import differences
+from ..edit import copy_of, rewrite_all
 from ..examples import examples
 from ..families import OF_KINDS, SIDES, family, opposite, surveyed, target_of
-from ..inline import asking_for
-from ..pairs import DEEPSEEK, DENSE, FORK, HYBRID, HYBRID_MOE, names
+from ..inline import asking_for, run
+from ..pairs import DEEPSEEK, DENSE, FORK, HYBRID, HYBRID_MOE, TIED_MTP, names, pair
 from ..strategies import targets
 
 HERE = Path("/somewhere/iter_0000001")
@@ -300,3 +302,32 @@ def test_mtp_layers_keep_their_copy_of_the_embedding(layout: str, reason: str) -
     """On the first stage they have none of their own, and nobody could make it."""
     with pytest.raises(LayoutError, match=reason):
         wanted_target(Options(HERE, layout_string=layout), arguments_of(DEEPSEEK))
+
+
+def test_a_wrong_first_guess_of_rules_refuses_nothing(tmp_path: Path) -> None:
+    """The layout is judged by the rules that the files prove: here MTP layers apart from the loss,
+    of a commit that does not know the argument by which such versions are known."""
+    case = pair(TIED_MTP)
+    source = copy_of(case.truth, tmp_path)
+    rewrite_all(source, lambda root: root["args"].state.__delitem__("mtp_standalone"))
+    wanted = family(TIED_MTP, "source").megatron.arguments.placement
+    made, expected = tmp_path / "made" / "iter_0000002", tmp_path / "expected" / "iter_0000002"
+    run(source, made, wanted, Depth.FULL)
+    run(case.truth, expected, wanted)
+    assert differences(made, expected, source) == []
+
+
+def test_a_target_is_judged_by_the_rules_of_its_source() -> None:
+    saved = family(TIED_MTP, "source").megatron
+    apart = Options(HERE, layout_string="E|t|t||m|L")
+    target = wanted_target(apart, saved.arguments)
+    assert target.of(saved).layout.vp_size == 2
+    without = replace(saved, rules=replace(saved.rules, mtp_may_stand_alone=False))
+    with pytest.raises(LayoutError, match="MTP layers in another stage"):
+        target.of(without)
+
+
+def test_a_source_that_no_rules_place_is_refused_at_once() -> None:
+    arguments = replace(arguments_of(DENSE), placement=Placement(7))
+    with pytest.raises(CheckpointError, match="tell no possible placement"):
+        wanted_target(Options(HERE, target_vp_size=2), arguments)
