@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from . import __version__, outputs, report
-from .errors import ConversionError, CopyError, UsageError
+from .errors import ConversionError, CopyError, UsageError, refusals
 from .options import CRC32, NO_CHECKSUMS, Depth, Options, Task
 from .progress import Progress, is_watched
 from .report import Call
@@ -236,8 +236,9 @@ def main(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     call = Call(tuple(arguments), time.time())
     try:
-        given = ready(parser().parse_args(arguments, Options(Path())))
-        _check_outputs(given)
+        with refusals(None, "cannot be used"):
+            given = ready(parser().parse_args(arguments, Options(Path())))
+            _check_outputs(given)
     except ConversionError as error:
         status = _refuse(error, _report_of_wrong_call(arguments), call)
         if isinstance(error, UsageError):
@@ -288,15 +289,16 @@ def _log_and_plan(given: Options) -> Iterator[None]:
 def _guarded_run(given: Options, call: Call) -> int:
     """Run; the exit status of whatever happens."""
     try:
-        done = _run(given)
-        from . import picture, screen  # --help must not wait for numpy
+        with refusals(None, "cannot be used"):  # what no nearer place has told
+            done = _run(given)
+            from . import picture, screen  # --help must not wait for numpy
 
-        screen.show(done, given)
-        if given.picture is not None and not _is_told_by_another(done):
-            source, target = done.layouts
-            outputs.write_output(given.picture, picture.drawn(source, target, given.picture))
-        if given.report is not None:
-            outputs.write_output(given.report, report.of(done, call))
+            screen.show(done, given)
+            if given.picture is not None and not _is_told_by_another(done):
+                source, target = done.layouts
+                outputs.write_output(given.picture, picture.drawn(source, target, given.picture))
+            if given.report is not None:
+                outputs.write_output(given.report, report.of(done, call))
     except ConversionError as error:
         return _refuse(error, given.report, call)
     except KeyboardInterrupt:

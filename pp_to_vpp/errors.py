@@ -13,6 +13,7 @@ or objects of a file begins as a ``FormatError``, which knows no file; ``located
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, TypeVar
@@ -121,6 +122,58 @@ def located(where: object, *, expected: object = None, cure: str = ANOTHER_COPY)
         raise CheckpointError.of(
             where, str(error), expected=expected, cure=error.cure or cure
         ) from None
+
+
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_IMPOSSIBLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV)
+"""What file systems say that have no such call, as mounts of object stores do."""
+
+
+def refused(where: object, what: str, error: OSError, kind: type[_Kind]) -> _Kind | CopyError:
+    """A refusal by the operating system, as one line; of a limit of the process, whatever it wanted
+    then, it is a ``CopyError``."""
+    text = f"{what} ({error.strerror or error})"
+    if error.errno in _LIMITS:
+        cure = "raise the limit (ulimit -a), or use fewer --num-max-processing-processes"
+        return CopyError.of(where, text, cure=cure)
+    cure = "check the file system, then run again with --resume"
+    if issubclass(kind, CheckpointError):
+        cure = "check the path, its mode and its file system"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "free some space, then run again with --resume"
+    elif error.errno in _IMPOSSIBLE:
+        cure = (
+            "if this file system has no such call, as mounts of object stores, write elsewhere and "
+            "copy the target there; else run again with --resume"
+        )
+    return kind.of(where, text, cure=cure)
+
+
+@contextmanager
+def refusals(where: object, what: str, kind: type[ConversionError] | None = None) -> Iterator[None]:
+    """Say of what the operating system refuses where it was: every call of it may fail.
+
+    Args:
+        where: the path; None for that of the error, if it tells one.
+        what: could not be done.
+        kind: of error; ``CopyError`` if None.
+
+    Raises:
+        ConversionError: instead of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename if where is None else where
+        if place is None:
+            raise
+        raise refused(place, what, error, kind or CopyError) from error
+
+
+def is_refusal(error: ConversionError) -> bool:
+    """Whether it tells that the operating system refuses to read what is there."""
+    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, missing)
 
 
 _SHOWN = 120

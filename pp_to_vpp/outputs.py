@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from .errors import CopyError
+from .errors import refusals
 
 STANDARD_OUTPUT = Path("-")
 
@@ -30,17 +30,17 @@ def why_unwritable(path: Path, checkpoints: Iterable[Path]) -> str | None:
     if path == STANDARD_OUTPUT:
         return None
     place = Path(os.path.realpath(path))
-    for folder in map(Path, map(os.path.realpath, checkpoints)):
-        if place.is_relative_to(folder) or _is_linked_from(folder, place):
-            return f"it lies in the checkpoint {folder}"
     try:
+        for folder in map(Path, map(os.path.realpath, checkpoints)):
+            if place.is_relative_to(folder) or _is_linked_from(folder, place):
+                return f"it lies in the checkpoint {folder}"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            return "it is a folder"
+        if _is_special(path):
+            return None if os.access(path, os.W_OK) or not path.exists() else "it is not writable"
     except OSError as error:
         return error.strerror
-    if path.is_dir():
-        return "it is a folder"
-    if _is_special(path):
-        return None if os.access(path, os.W_OK) or not path.exists() else "it is not writable"
     return None if os.access(path.parent, os.W_OK) else "its folder is not writable"
 
 
@@ -68,14 +68,12 @@ def open_output(path: Path, *, append: bool) -> TextIO:
         CopyError: it cannot be opened.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
+    with refusals(path, "cannot be written"):
         if path == STANDARD_OUTPUT:
             descriptor = os.dup(1)
         else:
             descriptor = os.open(path, flags | (os.O_APPEND if append else os.O_TRUNC), 0o666)
             os.set_blocking(descriptor, True)
-    except OSError as error:
-        raise _output_error(path, error) from None
     return os.fdopen(
         descriptor, "a" if append else "w", encoding="utf-8", errors="backslashreplace"
     )
@@ -92,14 +90,5 @@ def write_output(path: Path, content: str | bytes) -> None:
     if not _is_special(path):
         write_whole(path, content)
         return
-    try:
-        with open_output(path, append=False) as file:
-            file.buffer.write(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise _output_error(path, error) from None
-
-
-def _output_error(path: Path, error: OSError) -> CopyError:
-    from .run.folders import copy_error
-
-    return copy_error(path, "cannot be written", error)
+    with refusals(path, "cannot be written"), open_output(path, append=False) as file:
+        file.buffer.write(content.encode() if isinstance(content, str) else content)

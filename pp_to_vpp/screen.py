@@ -112,6 +112,8 @@ def _show_outcome(outcome: Outcome) -> None:
         f"{outcome.seconds:.1f} s ({rate}/s)"
         + (f"; kept {kept} from an earlier run" if kept else "")
     )
+    for path in outcome.left_behind:
+        _say(f"note: {path} was left by an earlier run and is still in use; it may be removed")
     if not plan.writes_tracker:
         return
     _say_moves(*plan.layouts)  # again, hours later

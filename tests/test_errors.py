@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from typing import Any
 
 import pytest
 
 from pp_to_vpp import errors
-from pp_to_vpp.errors import CheckpointError, ConversionError, FormatError, located, problem, show
+from pp_to_vpp.errors import (
+    CheckpointError,
+    ConversionError,
+    CopyError,
+    FormatError,
+    located,
+    problem,
+    refusals,
+    show,
+)
 
 
 def _subclasses(kind: type[ConversionError]) -> list[type[ConversionError]]:
@@ -86,3 +97,31 @@ def test_what_is_wrong_with_bytes_is_told_with_their_file() -> None:
         with pytest.raises(type(error)) as same, located("a/b"):
             raise error
         assert same.value is error
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "found", "cure"),
+    [
+        (errno.EDQUOT, CopyError, CopyError, "free some space, then run again with --resume"),
+        (errno.EIO, CopyError, CopyError, "check the file system, then run again with --resume"),
+        (errno.ENOSYS, CopyError, CopyError, "write elsewhere and copy the target there"),
+        (errno.EIO, CheckpointError, CheckpointError, "check the path, its mode and its file sy"),
+        (errno.EMFILE, CheckpointError, CopyError, "raise the limit (ulimit -a), or use fewer"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_a_cure(
+    number: int, kind: type[ConversionError], found: type[ConversionError], cure: str
+) -> None:
+    for where, error in (
+        ("/x/y", OSError(number, os.strerror(number))),
+        (None, OSError(number, os.strerror(number), "/x/y")),
+    ):
+        with pytest.raises(found) as told, refusals(where, "cannot be read", kind):
+            raise error
+        assert str(told.value).startswith(f"/x/y: cannot be read ({os.strerror(number)}); ")
+        assert cure in str(told.value)
+
+
+def test_an_error_without_a_place_is_left_alone() -> None:
+    with pytest.raises(OSError, match="nowhere"), refusals(None, "cannot be read"):
+        raise OSError("nowhere")

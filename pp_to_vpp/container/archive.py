@@ -118,8 +118,7 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
             records.
     """
     size = file.seek(0, 2)
-    file.seek(0)
-    begin = file.read(_BEGIN)
+    begin = read_at(file, 0, _BEGIN)
     for pattern, what, cure in _NO_ARCHIVES:
         if pattern.match(begin):
             raise FormatError(what, cure=cure)
@@ -146,9 +145,18 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
     return stem, records
 
 
-def _read_at(file: BinaryIO, offset: int, length: int, what: str) -> bytes:
+def read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    """Bytes of a file; fewer than asked for only where it ends. One call of the system may give
+    fewer anywhere, as some network file systems do."""
     file.seek(offset)
     data = file.read(length)
+    while data and len(data) < length and (more := file.read(length - len(data))):
+        data += more
+    return data
+
+
+def _read_at(file: BinaryIO, offset: int, length: int, what: str) -> bytes:
+    data = read_at(file, offset, length)
     if len(data) != length:
         raise FormatError(f"{what} is cut off")
     return data

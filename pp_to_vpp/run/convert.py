@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..container.extents import Extent
+from ..errors import CopyError
 from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import MODEL_FILE, RankId
 from ..options import CRC32, Depth, Options
@@ -49,6 +50,8 @@ class Outcome:
     """Of the records written."""
     tracker: str
     """What became of the tracker file."""
+    left_behind: tuple[Path, ...] = ()
+    """What could not be removed of earlier runs."""
 
     @property
     def layouts(self) -> tuple[PipelineLayout, PipelineLayout]:
@@ -91,16 +94,26 @@ def convert(options: Options, listener: Listener) -> Outcome:
     if target_folder.is_whole(save_dir, ranks):
         manifest.finish(save_dir, run.plan.manifest, options.depth)
         siblings.forget()
+    tracker = "left to the first process"
+    if run.plan.writes_tracker:
+        tracker = target_folder.write_tracker(save_dir, ranks)
     return Outcome(
         plan=run.plan,
         ranks=tuple(sorted(done, key=lambda rank: rank.id)),
         seconds=time.monotonic() - began,
         depth=options.depth,
         checksums=options.checksums,
-        tracker=target_folder.write_tracker(save_dir, ranks)
-        if run.plan.writes_tracker
-        else "left to the first process",
+        tracker=tracker,
+        left_behind=_left_behind(save_dir, run.plan.own),
     )
+
+
+def _left_behind(save_dir: Path, own: Sequence[RankPlan]) -> tuple[Path, ...]:
+    """What cannot be removed even now; a look at the end that fails is no harm."""
+    with suppress(CopyError):
+        folders.clear_leftovers(save_dir, [plan.id.folder for plan in own])
+        return folders.left_behind(save_dir)
+    return ()
 
 
 @contextmanager

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from ..container import archive
 from ..container.crc32 import concatenate, of_bytes, of_zeros
 from ..container.extents import Extent, Literal, Piece, Zeros
-from ..errors import AT_REST, CopyError
+from ..errors import AT_REST, CopyError, refusals, refused
 from ..target.plan import FilePlan
-from .folders import copy_error
 
 _BUFFER_BYTES = 256 << 10
 """Fits into the second-level cache: read, checksum and write touch main memory once each."""
@@ -98,14 +97,13 @@ def _advise(descriptor: int, offset: int, length: int, advice: int) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str, flags: int) -> Iterator[int]:
-    try:
+    with refusals(path, "cannot be opened"):
         descriptor = os.open(path, flags | os.O_CLOEXEC)
-    except OSError as error:
-        raise copy_error(path, "cannot be opened", error) from None
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        with refusals(path, "cannot be closed"):  # network file systems write at last then
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +147,8 @@ class _Files:
         done = 0
         while done < extent.length:
             size = min(_BUFFER_BYTES, extent.length - done)
-            try:
+            with refusals(extent.path, "cannot be read"):
                 count = os.preadv(self.source, [view[:size]], extent.offset + done)
-            except OSError as error:
-                raise copy_error(extent.path, "cannot be read", error) from None
             if count == 0:
                 raise CopyError.of(
                     extent.path, "it became shorter while it was copied", cure=AT_REST
@@ -175,7 +171,7 @@ class _Files:
                 )
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                    raise copy_error(self.path, "cannot be written", error) from None
+                    raise refused(self.path, "cannot be written", error, CopyError) from None
                 count = 0
             if count == 0:
                 self._read(extent.cut(done, extent.length - done), offset + done)
@@ -194,10 +190,8 @@ def _around(extent: Extent, blocks: Extent) -> Iterator[Extent]:
 def _write(target: int, data: memoryview, offset: int, path: str) -> None:
     done = 0
     while done < len(data):
-        try:
+        with refusals(path, "cannot be written"):
             done += os.pwrite(target, data[done:], offset + done)
-        except OSError as error:
-            raise copy_error(path, "cannot be written", error) from None
 
 
 def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int] | None) -> int | None:
@@ -216,10 +210,8 @@ def complete_file(path: str, plan: FilePlan, crc32s: Sequence[int] | None) -> in
         for offset, data in archive.frame(plan.archive, written) if plan.archive else ():
             _write(target, memoryview(data), offset, path)
             parts.append((offset, len(data), of_bytes(data)))
-        try:
+        with refusals(path, "cannot be brought to disk"):
             os.fsync(target)
-        except OSError as error:
-            raise copy_error(path, "cannot be brought to disk", error) from None
     total = 0
     for _, length, crc32 in sorted(parts):
         total = concatenate(total, crc32, length)

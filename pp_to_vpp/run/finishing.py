@@ -13,7 +13,7 @@ from ..container.extents import Extent, Literal
 from ..errors import AT_REST, CopyError, FormatError, UsageError
 from ..megatron.ranks import RankId
 from ..options import Depth
-from ..source.files import SourceFile, check_links, open_source, source_files
+from ..source.files import SourceFile, check_links, names_in, open_source, source_files
 from ..target.plan import FilePlan, RankPlan
 from ..verification.compare import Proof, VerifyJob, verify_folder
 from ..verification.in_full import check_source
@@ -147,7 +147,7 @@ def check_kept(job: KeptJob) -> tuple[RankDone, Mapping[Extent, int]]:
     """
     began = time.monotonic()
     folder = job.save_dir / job.plan.id.folder
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = names_in(folder, CopyError) if folders.is_folder(folder) else []
     differing = "its files" if names != sorted(file.name for file in job.plan.files) else ""
     if not differing:
         check_links([folder])
@@ -183,7 +183,7 @@ def _is_as_planned(path: Path, plan: FilePlan) -> bool:
             position = offset
             for piece in pieces:
                 own = isinstance(piece, Literal) and piece.data
-                if own and os.pread(file.fileno(), len(own), position) != own:
+                if own and archive.read_at(file, position, len(own)) != own:
                     return False
                 position += piece.length
     return True

@@ -11,23 +11,17 @@ import errno
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CopyError
+from ..errors import CopyError, refusals
+from ..source.files import names_in
 from ..target.plan import RankPlan
 from . import signs
 from .signs import SHARING, SMALL, WRITING, Writer, own_mark
-
-
-def copy_error(path: str | Path, what: str, error: OSError) -> CopyError:
-    """A refusal by the operating system, as one line."""
-    cure = "check the file system, then run again with --resume"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        cure = "free some space, then run again with --resume"
-    return CopyError.of(path, f"{what} ({error.strerror})", cure=cure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +38,39 @@ class TemporaryFolder:
         """Path of one of its files."""
         return str(self.path / name)
 
+    def remove(self) -> None:
+        """It will not be whole; or it has its name, and then nothing is removed."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
 
 def clear_leftovers(save_dir: Path, folders: Iterable[str]) -> list[Writer]:
     """Remove what interrupted runs left of these rank folders; who is writing the others.
 
     A folder is renamed before it is emptied: a run that is still alive can then no longer publish
-    it, so removing it by mistake ends that run with an error and can do no other harm.
+    it, so removing it by mistake ends that run with an error and can do no other harm. What cannot
+    be removed then, such as files that a process of another host has open on NFS, may stay.
 
     Raises:
-        CopyError: they cannot be removed.
+        CopyError: a folder cannot be renamed.
     """
     wanted, others = set(folders), []
-    try:
-        for writer in _writers(save_dir):
-            folder = folder_of(writer.path)
-            if folder is not None and folder not in wanted:
-                continue
-            if not writer.is_dead:
-                others += [writer] if folder is not None else []
-            elif folder is None:
-                writer.path.unlink(missing_ok=True)
-            else:
-                _remove(writer.path, save_dir / f"{WRITING}{folder}.{signs.DEAD}")
-    except OSError as error:
-        raise copy_error(save_dir, "leftovers of an earlier run cannot be removed", error) from None
+    for writer in _writers(save_dir):
+        folder = folder_of(writer.path)
+        if folder is not None and folder not in wanted:
+            continue
+        if not writer.is_dead:
+            others += [writer] if folder is not None else []
+        elif folder is None:
+            with contextlib.suppress(OSError):
+                writer.path.unlink()
+        else:
+            _remove(writer.path)
     return others
+
+
+def left_behind(save_dir: Path) -> tuple[Path, ...]:
+    """What dead runs, or this one, left in a target and could not be removed yet."""
+    return tuple(writer.path for writer in _writers(save_dir) if writer.is_dead)
 
 
 def newest_sign(save_dir: Path) -> float:
@@ -84,9 +86,9 @@ def is_at_work(save_dir: Path, share: object) -> bool:
 
 def _writers(save_dir: Path) -> list[Writer]:
     """Who has something unpublished in a target, this process's earlier attempts among them."""
-    if not save_dir.is_dir():
+    if not is_folder(save_dir):
         return []
-    names = [n for n in sorted(os.listdir(save_dir)) if n.startswith((WRITING, SHARING, SMALL))]
+    names = [n for n in names_in(save_dir, CopyError) if n.startswith((WRITING, SHARING, SMALL))]
     now = signs.server_time(save_dir) if names else 0.0
     return [signs.writer_of(save_dir / n, n[1:].partition(".")[2], now) for n in names]
 
@@ -97,12 +99,17 @@ def folder_of(path: Path) -> str | None:
     return name.removeprefix(WRITING).partition(".")[0] if name.startswith(WRITING) else None
 
 
-def _remove(path: Path, dead: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # removed by a run that does the same
-        if path != dead:
-            shutil.rmtree(dead, ignore_errors=True)
+def _remove(path: Path) -> None:
+    """Each leftover gets a name of its own: one that cannot be removed is in nobody's way."""
+    dead = path
+    if path.suffix != f".{signs.DEAD}":
+        dead = path.with_name(f"{path.name}.{signs.DEAD}")
+        with (
+            refusals(path, "leftovers of an earlier run cannot be removed"),
+            contextlib.suppress(FileNotFoundError),  # removed by a run that does the same
+        ):
             path.rename(dead)
-        shutil.rmtree(dead)
+    shutil.rmtree(dead, ignore_errors=True)
 
 
 def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
@@ -115,22 +122,17 @@ def create_folder(save_dir: Path, plan: RankPlan) -> TemporaryFolder:
     folder = TemporaryFolder(
         save_dir / f"{WRITING}{name}.{own_mark()}", save_dir / name, time.monotonic()
     )
-    try:
+    with refusals(folder.path, "cannot be written"):
         save_dir.mkdir(parents=True, exist_ok=True)
         folder.path.mkdir()
-        for file in plan.files:
-            with (folder.path / file.name).open("xb") as target:
-                target.truncate(file.length)
-    except OSError as error:
-        raise copy_error(folder.path, "cannot be written", error) from None
+        try:
+            for file in plan.files:
+                with (folder.path / file.name).open("xb") as target:
+                    target.truncate(file.length)
+        except BaseException:
+            folder.remove()
+            raise
     return folder
-
-
-def remove_own(save_dir: Path) -> None:
-    """Remove what this process has not published."""
-    for path in signs.own_names(save_dir):
-        if folder_of(path) is not None:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -152,24 +154,53 @@ def publish(folder: TemporaryFolder) -> bool:
     Raises:
         CopyError: the file system refuses.
     """
-    try:
+    with refusals(folder.target, "cannot be given its name"):
         sync_folder(folder.path)
         try:
             folder.path.rename(folder.target)
         except OSError:
             if not is_filled(folder.target):
                 raise
-            shutil.rmtree(folder.path, ignore_errors=True)
+            folder.remove()
             return False
         sync_folder(folder.target.parent)
-    except OSError as error:
-        raise copy_error(folder.target, "cannot be given its name", error) from None
     return True
 
 
+def _mode(path: Path) -> int:
+    """What is at a path, as ``stat`` tells; 0 for nothing."""
+    with refusals(path, "cannot be looked at"):
+        try:
+            return path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there.
+
+    Raises:
+        CopyError: the file system does not tell.
+    """
+    return _mode(path) != 0
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there.
+
+    Raises:
+        CopyError: the file system does not tell.
+    """
+    return stat.S_ISDIR(_mode(path))
+
+
 def is_filled(path: Path) -> bool:
-    """Whether something is there that is more than an empty folder."""
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    """Whether something is there that is more than an empty folder.
+
+    Raises:
+        CopyError: the file system does not tell.
+    """
+    return exists(path) and (not is_folder(path) or bool(names_in(path, CopyError)))
 
 
 def _shown(share: object) -> str:
@@ -187,10 +218,8 @@ def shown_at_work(save_dir: Path, share: object | None) -> Iterator[None]:
         yield
         return
     path = save_dir / f"{_shown(share)}.{own_mark()}"
-    try:
+    with refusals(save_dir, "cannot be written"):
         path.touch()
-    except OSError as error:
-        raise copy_error(save_dir, "cannot be written", error) from None
     try:
         yield
     finally:
@@ -220,13 +249,23 @@ def write_first(path: Path, text: str) -> bool:
             os.link(temporary, path)  # exclusive on network file systems too
         except FileExistsError:
             return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            with contextlib.suppress(FileExistsError), path.open("x") as file:
-                file.write(text)
-                return True
-            return False
+        except OSError:  # file systems without links say so in many ways
+            return _write_new(path, text)
+    return True
+
+
+def _write_new(path: Path, text: str) -> bool:
+    """Write a file that is not there; whether it was not."""
+    try:
+        file = path.open("x")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(text)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -235,15 +274,13 @@ def _written(path: Path, content: str | bytes) -> Iterator[Path]:
     """Content on disk under a private name beside ``path``, which is removed afterwards."""
     name = path.name.replace(".", "-")  # the mark comes after the first dot
     temporary = path.with_name(f"{SMALL}{name}.{own_mark()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-        sync_folder(path.parent)
-    except OSError as error:
-        raise copy_error(path, "cannot be written", error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with refusals(path, "cannot be written"):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)

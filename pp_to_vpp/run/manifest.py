@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import __version__
 from ..container.archive import MAX_DIVISOR
-from ..errors import UsageError, problem, show
+from ..errors import CopyError, UsageError, problem, refusals, show
 from ..megatron.megatron import Megatron
 from ..options import CRC32, MANIFEST, Depth, Options
 from . import folders
@@ -75,12 +75,12 @@ def read_manifest(save_dir: Path) -> Mapping[str, Any] | None:
     """
     path = save_dir / MANIFEST
     try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(_MAX_BYTES))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise folders.copy_error(path, "cannot be read", error) from None
+        with refusals(path, "cannot be read"):
+            try:
+                with path.open("rb") as file:
+                    found = json.loads(file.read(_MAX_BYTES))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
     except ValueError as error:
         raise _unreadable(path, str(error)) from None
     if not isinstance(found, dict):
@@ -131,12 +131,14 @@ def claim(save_dir: Path, manifest: Mapping[str, Any]) -> bool:
         CopyError: it cannot be written.
     """
     path = save_dir / MANIFEST
-    try:
+    with refusals(save_dir, "cannot be written"):
         save_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise folders.copy_error(save_dir, "cannot be written", error) from None
-    if folders.write_first(path, _text(manifest)):
-        return True
+    try:
+        if folders.write_first(path, _text(manifest)):
+            return True
+    except CopyError:  # it may have its name, and not have come to disk
+        withdraw(save_dir)
+        raise
     check(save_dir, manifest)
     return False
 

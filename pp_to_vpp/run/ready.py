@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..errors import CheckpointError, refusals
 from ..options import Options, Task
 from ..source.iteration import is_iteration, source_dir, tracked
 
@@ -17,14 +18,18 @@ def ready(options: Options) -> Options:
 
     Raises:
         UsageError: options contradict each other.
-        CheckpointError: the tracker of the source names an iteration that is not there.
+        CheckpointError: the source cannot be looked at, or its tracker names an iteration that is
+            not there.
+        CopyError: the target cannot be looked at.
     """
     options.check()
-    load_dir, save_dir = source_dir(options.load_dir), options.save_dir
-    if save_dir is not None and not is_iteration(save_dir):
-        told = tracked(save_dir)
-        if told is not None and options.task is Task.VERIFY:
-            save_dir /= told
-        elif told is not None or load_dir != options.load_dir:
-            save_dir /= load_dir.name
+    with refusals(None, "cannot be read", CheckpointError):
+        load_dir, save_dir = source_dir(options.load_dir), options.save_dir
+    with refusals(None, "cannot be looked at"):
+        if save_dir is not None and not is_iteration(save_dir):
+            told = tracked(save_dir)
+            if told is not None and options.task is Task.VERIFY:
+                save_dir /= told
+            elif told is not None or load_dir != options.load_dir:
+                save_dir /= load_dir.name
     return replace(options, load_dir=load_dir, save_dir=save_dir)

@@ -14,7 +14,7 @@ from ..container.crc32 import Derivation, Ledger
 from ..container.extents import Extent, Literal, Zeros
 from ..target.plan import FilePlan, RankPlan
 from .copying import CopyTask, Move, copy
-from .folders import TemporaryFolder, create_folder, remove_own
+from .folders import TemporaryFolder, create_folder
 from .workers import Workers
 
 _TASK_BYTES = 64 << 20
@@ -167,7 +167,8 @@ class Copier(Generic[Result]):
             yield from self._run(families)
         except BaseException:
             self._workers.kill()  # nobody may publish a folder that is being removed
-            remove_own(self._save_dir)
+            for rank in self._in_work:
+                rank.folder.remove()
             raise
 
     def _run(self, families: Iterable[FamilyCopy]) -> Iterator[Result]:

@@ -9,15 +9,14 @@ may differ.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import socket
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import refusals
 from .workers import obtaining
 
 WRITING, SHARING, SMALL = ".writing-", ".sharing-", ".small-"
@@ -27,7 +26,7 @@ BEAT_SECONDS = 30.0
 SILENT_SECONDS = 180.0
 """Who has touched nothing for so long is dead: six beats were missed."""
 DEAD = "dead"
-"""The mark of what is being removed."""
+"""The end of the mark of what is being removed."""
 
 
 class _Mark(NamedTuple):
@@ -102,8 +101,9 @@ def writer_of(path: Path, mark: str, now: float) -> Writer:
     """
     silent = now - last_touched(path)
     parsed, own = _Mark.parse(mark), _mark_of(os.getpid())
-    if mark == DEAD or parsed is None:
-        return Writer(path, "", "", silent, mark == DEAD or silent > SILENT_SECONDS, is_seen=False)
+    is_dead = mark.rpartition(".")[2] == DEAD
+    if is_dead or parsed is None:
+        return Writer(path, "", "", silent, is_dead or silent > SILENT_SECONDS, is_seen=False)
     if own.namespace and (own.host, own.boot, own.namespace) == parsed[:3]:
         # A name of this very process was left by an earlier attempt of it.
         is_alive = parsed != own and _start_time_of(parsed.pid) == parsed.start
@@ -130,20 +130,24 @@ def server_time(folder: Path) -> float:
     """The time by the clock that stamps files in a folder.
 
     Raises:
-        OSError: nothing can be written there.
+        CopyError: nothing can be written there.
     """
     path = folder / f"{SMALL}clock.{own_mark()}"
-    try:
-        path.touch()
-        return path.stat().st_mtime
-    finally:
-        path.unlink(missing_ok=True)
+    with refusals(folder, "cannot be written"):
+        try:
+            path.touch()
+            return path.stat().st_mtime
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def own_names(folder: Path) -> Iterator[Path]:
-    """What this process has made in a folder and not published."""
-    for prefix in (WRITING, SHARING):
-        yield from folder.glob(f"{prefix}*.{glob.escape(own_mark())}")
+def own_names(folder: Path) -> list[Path]:
+    """What this process has made in a folder and not published; nothing if it cannot be listed."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder)
+    own = f".{own_mark()}"
+    return [folder / n for n in names if n.startswith((WRITING, SHARING)) and n.endswith(own)]
 
 
 class Heartbeat:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ..errors import CopyError, UsageError, show
+from ..errors import (
+    CheckpointError,
+    ConversionError,
+    CopyError,
+    UsageError,
+    refusals,
+    refused,
+    show,
+)
 from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import TRACKER, RankId
 from ..megatron.rules import Rules
+from ..source.files import names_in
 from ..source.foreign import DISTRIBUTED
 from ..target.plan import RankPlan
 from ..verification.compare import told_layout
 from . import folders
-from .folders import is_filled
+from .folders import exists, is_filled, is_folder
 from .listener import Listener
 from .share import TOGETHER, launched
 from .signs import SILENT_SECONDS, Writer
@@ -61,21 +71,29 @@ def check_place(load_dir: Path, save_dir: Path) -> None:
             cure="choose another folder",
         )
     place = first_existing(save_dir)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not is_folder(place) or not os.access(place, os.W_OK | os.X_OK):
         raise CopyError.of(
             place,
             "the target cannot be written",
-            found="no folder" if not place.is_dir() else "no permission to write",
+            found="no folder" if not is_folder(place) else "no permission to write",
             cure="choose another --save-iteration-dir",
         )
-    target = save_dir.resolve()
-    sources = {path.resolve() for path in (load_dir, *load_dir.glob("mp_rank_*"))}
-    if sources & {target, *target.parents}:
+    ranks = (name for name in names_in(load_dir) if name.startswith("mp_rank_"))
+    sources = {_identity(load_dir / name, CheckpointError) for name in ("", *ranks)} - {None}
+    if sources & {_identity(path, CopyError) for path in (place, *place.parents)}:
         raise UsageError.of(
             "--save-iteration-dir",
             "it lies in the source, which is never written",
             cure="choose another folder",
         )
+
+
+def _identity(path: Path, kind: type[ConversionError]) -> tuple[int, int] | None:
+    """What a folder is, by whatever name; None where there is none."""
+    with refusals(path, "cannot be looked at", kind), contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def notes(save_dir: Path | None, iteration: int | None) -> list[str]:
@@ -86,10 +104,12 @@ def notes(save_dir: Path | None, iteration: int | None) -> list[str]:
         iteration: that of training which the source tells.
     """
     name = "" if save_dir is None else Path(os.path.abspath(save_dir)).name
-    match = _ITERATION.fullmatch(name)
-    if iteration is None or match is None or not match[1] or int(match[1]) == iteration:
-        return []
-    return [f"the target is called {name}, and the checkpoint is of iteration {iteration}"]
+    match, found = _ITERATION.fullmatch(name), list[str]()
+    if iteration is not None and match is not None and match[1] and int(match[1]) != iteration:
+        found.append(f"the target is called {name}, and the checkpoint is of iteration {iteration}")
+    if save_dir is not None and _free_space(save_dir) is None:
+        found.append("the target's file system does not tell how much room it has")
+    return found
 
 
 def check_others(
@@ -231,7 +251,7 @@ class Others:
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
-        for rank in [r for r in self._left if (self._save_dir / r.folder).is_dir()]:
+        for rank in [r for r in self._left if is_folder(self._save_dir / r.folder)]:
             self._listener.advanced(self._left.pop(rank))
             self._listener.finished(rank.folder)
             self._seen = self._looked
@@ -268,8 +288,8 @@ def check_space(save_dir: Path, plans: Iterable[RankPlan]) -> None:
         CopyError: the file system of the target has too little room.
     """
     needed = sum(plan.length - plan.shared for plan in plans)
-    free = shutil.disk_usage(first_existing(save_dir)).free
-    if free < needed:
+    free = _free_space(save_dir)
+    if free is not None and free < needed:
         raise CopyError.of(
             save_dir,
             "too little free space",
@@ -279,22 +299,38 @@ def check_space(save_dir: Path, plans: Iterable[RankPlan]) -> None:
         )
 
 
+def _free_space(save_dir: Path) -> int | None:
+    """Bytes; None if the file system does not tell, as some in user space.
+
+    Raises:
+        CopyError: it fails.
+    """
+    place = first_existing(save_dir)
+    try:
+        found = os.statvfs(place)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ESTALE):
+            raise refused(place, "its free space cannot be read", error, CopyError) from None
+        return None
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
 def first_existing(path: Path) -> Path:
     """A folder, or the one above it that will hold it."""
     place = path.resolve()
-    while not place.exists():
+    while not exists(place):
         place = place.parent
     return place
 
 
 def is_whole(save_dir: Path, ranks: Iterable[RankId]) -> bool:
     """Whether every rank folder is there."""
-    return all((save_dir / rank.folder).is_dir() for rank in ranks)
+    return all(is_folder(save_dir / rank.folder) for rank in ranks)
 
 
 def write_tracker(save_dir: Path, ranks: Sequence[RankId]) -> str:
     """Name the iteration in the tracker file once every rank folder is there; what became of it."""
-    missing = [rank for rank in ranks if not (save_dir / rank.folder).is_dir()]
+    missing = [rank for rank in ranks if not is_folder(save_dir / rank.folder)]
     named = Path(os.path.abspath(save_dir))  # as --load will name it, whatever it links to
     match = _ITERATION.fullmatch(named.name)
     path = named.parent / TRACKER

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..container.extents import Extent
-from ..errors import CheckpointError, UsageError, VerificationError
+from ..errors import CheckpointError, CopyError, UsageError, VerificationError
 from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import RankId
 from ..options import MANIFEST, Depth, Options
 from ..source import fingerprint
+from ..source.files import sizes_in
 from ..source.proven import FamilyJob, check_families, prove
 from ..source.survey import Survey, take_survey
 from ..target import request
@@ -29,6 +29,7 @@ from ..verification.compare import (
 )
 from ..verification.in_full import check_source
 from . import manifest
+from .folders import exists
 from .listener import Listener, Phase, read_families
 from .share import deal, number_of_workers, wanted_share
 from .target_folder import check_place
@@ -65,7 +66,7 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     """
     began = time.monotonic()
     share = wanted_share(options)
-    if options.save_dir is None or not options.save_dir.exists():
+    if options.save_dir is None or not exists(options.save_dir):
         raise UsageError.of(
             options.save_dir,
             "there is nothing to verify",
@@ -78,7 +79,8 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     target = _survey_target(options.save_dir, source)
     prepare(Depth.STRUCTURE)  # torch starts in a worker, beside those that compare
     with Workers(number_of_workers(options), listener.looked) as workers:
-        sizes = {rank: _size(options.save_dir / rank.folder) for rank in target.ranks}
+        places = {rank: options.save_dir / rank.folder for rank in target.ranks}
+        sizes = {rank: sum(sizes_in(place, CopyError)) for rank, place in places.items()}
         own = target.ranks if share is None else deal(sizes, share.count).hands[share.index]
         folders = {key: source.family(key) for key in source.families}
         jobs = [FamilyJob(each, source.told) for each in folders.values()]
@@ -153,11 +155,6 @@ def _verify(
         problems = workers.result_of(opened)
     if problems:
         raise VerificationError(*problems)
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files of a rank folder."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
 def _survey_target(save_dir: Path, source: Survey) -> Survey:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -25,9 +24,10 @@ from ..errors import (
     NOT_CONVERTED,
     PUT_FILE_THERE,
     CheckpointError,
-    CopyError,
+    ConversionError,
     located,
     problem,
+    refusals,
 )
 from ..megatron.processes import Processes
 from ..megatron.ranks import MODEL_FILE, OPTIMIZER_FILE, RankId, dp_rank_of, is_rank_file
@@ -64,7 +64,7 @@ def open_source(path: Path) -> Iterator[BinaryIO]:
     Raises:
         CheckpointError: it is missing, unreadable, or no regular file.
     """
-    with _readable(path):
+    with refusals(path, "cannot be read", CheckpointError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -72,18 +72,24 @@ def open_source(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Say of what the system refuses where it was."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            cure = "raise the limit (ulimit -a), or use fewer --num-max-processing-processes"
-            raise CopyError.of(path, f"cannot be read ({error.strerror})", cure=cure) from None
-        raise CheckpointError.of(
-            path, f"cannot be read ({error.strerror})", cure="check the file and its mode"
-        ) from None
+def names_in(folder: Path, kind: type[ConversionError] = CheckpointError) -> list[str]:
+    """The names in a folder, in order.
+
+    Raises:
+        ConversionError: of that kind; it cannot be listed.
+    """
+    with refusals(folder, "cannot be listed", kind):
+        return sorted(os.listdir(folder))
+
+
+def sizes_in(folder: Path, kind: type[ConversionError] = CheckpointError) -> list[int]:
+    """Bytes of each file in a folder.
+
+    Raises:
+        ConversionError: of that kind; they cannot be looked at.
+    """
+    with refusals(folder, "cannot be read", kind), os.scandir(folder) as entries:
+        return [entry.stat().st_size for entry in entries]
 
 
 def check_links(folders: Iterable[Path]) -> None:
@@ -110,7 +116,7 @@ def _links_out(folder: Path) -> Iterator[Path]:
     if not Path(os.path.realpath(folder)).is_relative_to(root):
         yield folder
         return
-    with _readable(folder), os.scandir(folder) as entries:
+    with refusals(folder, "cannot be read", CheckpointError), os.scandir(folder) as entries:
         links = sorted(entry.name for entry in entries if entry.is_symlink())
     for path in (folder / name for name in links if _MAY_HOLD_STATE.match(name)):
         if not Path(os.path.realpath(path)).is_relative_to(root):
@@ -126,7 +132,7 @@ def read_torch_file(path: Path) -> TorchFile:
     with open_source(path) as file:
 
         def read(record: Record) -> bytes:
-            return os.pread(file.fileno(), record.length, record.offset)
+            return archive.read_at(file, record.offset, record.length)
 
         try:
             with located(path, expected="a file that torch.save wrote for Megatron-LM"):
@@ -155,18 +161,18 @@ def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> Ra
         CheckpointError: a file is missing or damaged.
     """
     path = Path(iteration_dir) / (folder or rank.folder)
-    has_optimizer = os.path.lexists(path / OPTIMIZER_FILE)
+    names = names_in(path)
     return RankFiles(
         rank,
         read_torch_file(path / MODEL_FILE),
-        read_torch_file(path / OPTIMIZER_FILE) if has_optimizer else None,
-        LayerWiseFiles(_read_layer_wise(path)),
+        read_torch_file(path / OPTIMIZER_FILE) if OPTIMIZER_FILE in names else None,
+        LayerWiseFiles(_read_layer_wise(path, names)),
     )
 
 
-def _read_layer_wise(folder: Path) -> dict[int, TorchFile]:
+def _read_layer_wise(folder: Path, names: Iterable[str]) -> dict[int, TorchFile]:
     """The files of a layer-wise optimizer in a rank folder, by data-parallel rank."""
-    found = ((dp_rank_of(name), folder / name) for name in sorted(os.listdir(folder)))
+    found = ((dp_rank_of(name), folder / name) for name in names)
     return {dp_rank: read_torch_file(path) for dp_rank, path in found if dp_rank is not None}
 
 
@@ -180,15 +186,16 @@ def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
 def _read_optimizer_file(iteration_dir: str, folder: str) -> TorchFile | None:
     """A folder's ``distrib_optim.pt``, if there is one, decoded once for all families that share
     the state of dense parameters in it."""
-    path = Path(iteration_dir) / folder / OPTIMIZER_FILE
-    return read_torch_file(path) if os.path.lexists(path) else None
+    path = Path(iteration_dir) / folder
+    return read_torch_file(path / OPTIMIZER_FILE) if OPTIMIZER_FILE in names_in(path) else None
 
 
 @functools.lru_cache(maxsize=2048)
 def _read_dense_states(iteration_dir: str, folder: str) -> Mapping[int, TorchFile]:
     """The states of dense parameters in the layer-wise files of a folder, decoded once for all
     families that share them."""
-    files = _read_layer_wise(Path(iteration_dir) / folder)
+    path = Path(iteration_dir) / folder
+    files = _read_layer_wise(path, names_in(path))
     return {dp_rank: without_experts(file) for dp_rank, file in files.items()}
 
 
@@ -257,7 +264,7 @@ def other_files(
     path = Path(iteration_dir) / (folder or rank.folder)
     kept: list[tuple[str, Extent]] = []
     left: list[str] = []
-    for name in sorted(os.listdir(path)):
+    for name in names_in(path):
         if is_rank_file(name):
             continue
         if _REFUSED_FILES.fullmatch(name):
@@ -297,14 +304,14 @@ class RangeReader:
     """Reads ranges; each file is opened once."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[str, int] = {}
+        self._open = ExitStack()
+        self._files: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> RangeReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self._open.close()
 
     def read(self, extent: Extent) -> bytes:
         """Bytes of a file.
@@ -313,15 +320,10 @@ class RangeReader:
             CheckpointError: the file ends before.
         """
         path = extent.path
-        if path not in self._descriptors:
-            with open_source(Path(path)) as file:
-                self._descriptors[path] = os.dup(file.fileno())
-        try:
-            data = os.pread(self._descriptors[path], extent.length, extent.offset)
-        except OSError as error:
-            raise CheckpointError.of(
-                path, f"cannot be read ({error.strerror})", cure="check the file system"
-            ) from None
+        if path not in self._files:
+            self._files[path] = self._open.enter_context(open_source(Path(path)))
+        with refusals(path, "cannot be read", CheckpointError):
+            data = archive.read_at(self._files[path], extent.offset, extent.length)
         if len(data) != extent.length:
             raise CheckpointError.of(path, "it is cut off", cure=ANOTHER_COPY)
         return data

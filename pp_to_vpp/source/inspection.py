@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..megatron.arguments import SavedArguments
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.rounding import HALVES, REMAINDERS, UNCOMPARED
 from ..options import MANIFEST
+from .files import sizes_in
 from .proven import FamilyJob, ProvenFamily, proven, read_proven
 from .survey import Survey
 
@@ -67,9 +67,9 @@ def look_at(job: FamilyJob) -> Look:
     family, rounding = read_proven(job)
     manifest = family.manifest()
     files = [
-        entry.stat().st_size
+        size
         for rank in job.folders.ranks.values()
-        for entry in os.scandir(Path(job.folders.directory) / rank.folder)
+        for size in sizes_in(Path(job.folders.directory) / rank.folder)
     ]
     return Look(
         proven=proven(family, rounding, job.folders),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 
 from ..checkpoint.one_save import told
 from ..container.pickling import as_mapping
-from ..errors import COPY_MISSING, NOTHING_TO_CONVERT, ONE_SAVE, CheckpointError, problem
+from ..errors import COPY_MISSING, NOTHING_TO_CONVERT, ONE_SAVE, CheckpointError, problem, refusals
 from ..megatron.arguments import SavedArguments, read_arguments
 from ..megatron.ranks import MODEL_FILE, RankId
-from .files import FamilyFolders, check_links, read_rank
+from .files import FamilyFolders, check_links, names_in, read_rank
 from .foreign import DISTRIBUTED, why_foreign, why_no_folder, why_no_ranks
 
 _MAX_ITERATION = 1 << 62
@@ -63,14 +62,10 @@ def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:
             files lie elsewhere.
     """
     path = Path(iteration_dir)
-    if path.is_file():
-        raise CheckpointError(why_no_folder(path))
-    try:
-        names = sorted(os.listdir(path))
-    except OSError as error:
-        raise CheckpointError.of(
-            path, f"cannot be listed ({error.strerror})", cure="check --load-iteration-dir"
-        ) from None
+    with refusals(path, "cannot be read", CheckpointError):
+        if path.is_file():
+            raise CheckpointError(why_no_folder(path))
+    names = names_in(path)
     ranks = {rank: name for name in names if (rank := RankId.parse(name)) is not None}
     odd = [name for name in names if _RANK_LIKE.fullmatch(name) and RankId.parse(name) is None]
     if not ranks:

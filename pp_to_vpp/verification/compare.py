@@ -25,7 +25,16 @@ from ..checkpoint.reading import megatron_of
 from ..container.crc32 import Checksums
 from ..container.extents import Extent
 from ..container.pickling import is_same
-from ..errors import ConversionError, UsageError, VerificationError, problem, show
+from ..errors import (
+    CheckpointError,
+    ConversionError,
+    CopyError,
+    UsageError,
+    VerificationError,
+    is_refusal,
+    problem,
+    show,
+)
 from ..megatron import rounding
 from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
 from ..megatron.forms import HybridPattern
@@ -116,14 +125,16 @@ def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
         job: iteration folder, rank, and the rules of the version that wrote the source.
 
     Raises:
-        VerificationError: the folder cannot be read, or tells an impossible layout.
+        VerificationError: the folder lacks what it must have, or tells an impossible layout.
+        CopyError: the system refuses to read it.
     """
     directory, rank, rules = job
     try:
         check_links([Path(directory) / rank.folder])
         return megatron_of(read_rank(directory, rank), rules).layout
     except ConversionError as error:
-        raise VerificationError(*error.problems) from None
+        kind = CopyError if is_refusal(error) else VerificationError
+        raise kind(*error.problems) from None
 
 
 def prepare(depth: Depth) -> None:
@@ -145,14 +156,31 @@ def prepare(depth: Depth) -> None:
 
 
 def verify_folder(job: VerifyJob) -> Verdict:
-    """Verify one target rank folder; one that cannot be read or understood has that as a problem.
+    """Verify one target rank folder; one that lacks something or cannot be understood has that as a
+    problem.
 
     Raises:
         CheckpointError: the source cannot be read.
+        CopyError: the system refuses to read the target.
+    """
+    place = str(Path(job.directory) / (job.folder or job.rank.folder))
+    try:
+        return _verdict(job)
+    except CheckpointError as error:
+        if not error.problems[0].startswith(place):
+            raise
+        if is_refusal(error):
+            raise CopyError(*error.problems) from None
+        return Verdict(error.problems, 0, {})
+
+
+def _verdict(job: VerifyJob) -> Verdict:
+    """Raises:
+    CheckpointError: the source or the target cannot be read.
     """
     proof, pp_rank = job.proof, job.rank.pp_rank
+    files = read_rank(job.directory, job.rank, job.folder)
     try:
-        files = read_rank(job.directory, job.rank, job.folder)
         target, way, samples = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
     except ConversionError as error:
         return Verdict(error.problems, 0, {})

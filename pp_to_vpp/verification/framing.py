@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from ..container import archive, torch_file
 from ..container.extents import Extent
 from ..container.torch_file import TorchFile
 from ..errors import FormatError
-from ..source.files import RangeReader
+from ..source.files import RangeReader, source_files
 
 
 def differences(file: TorchFile) -> Iterator[str]:
@@ -23,9 +22,9 @@ def differences(file: TorchFile) -> Iterator[str]:
     except FormatError as error:
         yield str(error)
         return
-    size = os.stat(file.path).st_size
-    if plan.length != size:
-        yield f"it has {size} bytes, not the {plan.length} of its records"
+    (now,) = source_files([file.path])
+    if plan.length != now.length:
+        yield f"it has {now.length} bytes, not the {plan.length} of its records"
         return
     with RangeReader() as reader:
         for offset, data in archive.frame(plan, crc32s):

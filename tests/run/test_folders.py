@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -60,19 +61,42 @@ def test_nobody_writes_into_a_folder_twice(tmp_path: Path) -> None:
         folders.create_folder(tmp_path, PLAN)
 
 
-def test_own_folders_are_removed_and_no_others(tmp_path: Path, sleeper: int) -> None:
-    own = folders.create_folder(tmp_path, PLAN)
-    others = [
-        leftover(tmp_path, mark(sleeper)),
-        leftover(tmp_path, mark(os.getpid(), "1")),
-        leftover(tmp_path, mark(host="elsewhere")),
-    ]
-    (tmp_path / NAME).mkdir()
-    folders.remove_own(tmp_path)
-    assert not own.path.exists()
-    assert all(path.is_dir() for path in others)
-    assert (tmp_path / NAME).is_dir()
-    folders.remove_own(tmp_path / "missing")
+def test_a_folder_that_cannot_be_filled_is_removed(tmp_path: Path) -> None:
+    twice = RankPlan(RANK, (PLAN.files[0], PLAN.files[0]))
+    with pytest.raises(CopyError, match="File exists"):
+        folders.create_folder(tmp_path, twice)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_leftover_that_cannot_be_removed_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps files that another host has open, and their folder. It is removed later."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        for number in range(2):
+            leftover(tmp_path, mark("4194305", str(number)))
+            assert folders.clear_leftovers(tmp_path, [NAME]) == []
+        left = folders.left_behind(tmp_path)
+        assert [path.suffix for path in left] == [".dead", ".dead"]
+        folders.publish(folders.create_folder(tmp_path, PLAN))
+    assert folders.clear_leftovers(tmp_path, [NAME]) == []
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMLINK])
+def test_where_links_fail_a_file_is_made_that_was_not_there(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a.json"
+    assert folders.write_first(path, "first")
+    assert not folders.write_first(path, "second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_lives_is_left_alone_and_told(tmp_path: Path, sleeper: int) -> None:
@@ -209,15 +233,6 @@ def test_small_files_are_written_whole_or_not_at_all(
         folders.write_whole(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_errors_of_the_system_are_one_line_with_a_cure() -> None:
-    full = folders.copy_error("/x/y", "cannot be written", OSError(errno.EDQUOT, "Quota"))
-    assert str(full) == (
-        "/x/y: cannot be written (Quota); free some space, then run again with --resume"
-    )
-    other = folders.copy_error("/x/y", "cannot be read", OSError(errno.EIO, "I/O error"))
-    assert "check the file system" in str(other)
 
 
 def test_places_that_cannot_be_written_are_told(tmp_path: Path) -> None:

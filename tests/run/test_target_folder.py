@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,15 +132,44 @@ def test_room_is_needed_for_all_of_it(
 
     def usage(path: Path) -> object:
         asked.append(path)
-        return SimpleNamespace(free=free)
+        return SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1000)
 
-    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(os, "statvfs", usage)
     if free < 100:
         with pytest.raises(CopyError, match=r"space, expected 100 bytes, found 99 bytes free"):
             check_space(tmp_path / "deep" / "down", plans)
     else:
         check_space(tmp_path / "deep" / "down", plans)
     assert asked == [tmp_path]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EACCES, 0])
+def test_room_that_nobody_tells_is_noted_and_no_refusal(
+    number: int, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems in user space refuse the question, others tell 0 bytes of 0."""
+
+    def usage(_: Path) -> object:
+        if number:
+            raise OSError(number, os.strerror(number))
+        return SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=0, f_bsize=4096)
+
+    monkeypatch.setattr(os, "statvfs", usage)
+    run = program.convert(pair(DENSE).source, tmp_path / "x", pair(DENSE).options, "--dry-run")
+    assert run.status == 0, run
+    assert "note: the target's file system does not tell how much room it has" in run.output
+
+
+def test_a_file_system_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, *_: object, **__: object) -> object:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "statvfs", fail)
+    with pytest.raises(CopyError, match=r"its free space cannot be read \(Input/output error\)"):
+        check_space(tmp_path, [])
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(CopyError, match=r"x: cannot be looked at \(Input/output error\)"):
+        is_filled(tmp_path / "x")
 
 
 def test_runs_of_two_layouts_make_no_checkpoint(program: Program, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from pp_to_vpp.container import archive
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.errors import CheckpointError
 from pp_to_vpp.options import Depth, Options
@@ -31,14 +33,14 @@ from ..pairs import DENSE, LAYER_WISE, MOE, SOAP, pair
 def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Bytes that are read of each file, by this process and not by torch."""
     found: Counter[str] = Counter()
-    pread, preadv = os.pread, os.preadv
+    read_at, preadv = archive.read_at, os.preadv
 
     def count(descriptor: int, length: int) -> None:
         found[os.readlink(f"/proc/self/fd/{descriptor}")] += length
 
-    def counted(descriptor: int, length: int, offset: int) -> bytes:
-        data = pread(descriptor, length, offset)
-        count(descriptor, len(data))
+    def counted(file: BinaryIO, offset: int, length: int) -> bytes:
+        data = read_at(file, offset, length)
+        count(file.fileno(), len(data))
         return data
 
     def counted_into(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -46,7 +48,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         count(descriptor, length)
         return length
 
-    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(archive, "read_at", counted)
     monkeypatch.setattr(os, "preadv", counted_into)
     return found
 
