@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from .errors import UsageError
-from .options import Depth, Options
+from .options import Depth, Options, Task
 from .run.ready import ready
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def plan(source: Folder, target: Folder | None = None, **asked: Unpack[Conversio
     """
     from .run.convert import plan as run
 
-    return run(*_asked(source, target, asked, is_dry_run=True))
+    return run(*_asked(source, target, asked, Task.PLAN))
 
 
 def convert(source: Folder, target: Folder, **asked: Unpack[Conversion]) -> Outcome:
@@ -145,7 +145,7 @@ def convert(source: Folder, target: Folder, **asked: Unpack[Conversion]) -> Outc
     """
     from .run.convert import convert as run
 
-    return run(*_asked(source, target, asked))
+    return run(*_asked(source, target, asked, Task.CONVERT))
 
 
 def verify(
@@ -176,17 +176,24 @@ def verify(
 
 
 def _asked(
-    source: Folder, target: Folder | None, asked: Mapping[str, object], *, is_dry_run: bool = False
+    source: Folder, target: Folder | None, asked: Mapping[str, object], task: Task | None = None
 ) -> tuple[Options, Listener]:
     """What a run needs.
 
+    Args:
+        source: the checkpoint.
+        target: of the conversion.
+        asked: by keyword.
+        task: what a function does that wants a layout.
+
     Raises:
-        UsageError: see ``Options.check``.
+        UsageError: see ``Options.check``; or there is no layout.
         TypeError: a keyword that is none.
     """
     from .run.listener import Listener
 
-    options = Options(Path(source), None if target is None else Path(target), is_dry_run=is_dry_run)
+    options = Options(Path(source), None if target is None else Path(target))
+    options.is_dry_run = task is Task.PLAN
     listener = Listener()
     given: dict[str, Any] = dict(asked)
     for name, value in given.items():
@@ -198,6 +205,11 @@ def _asked(
             setattr(options, _FIELDS[name], value)
         else:
             raise TypeError(f"unexpected keyword argument {name!r}")
+    if task is not None and options.task is not task:
+        raise UsageError(
+            "no target layout; pass virtual_pipeline_model_parallel_size, "
+            "pipeline_model_parallel_layout or hybrid_layer_pattern"
+        )
     return ready(options), listener
 
 

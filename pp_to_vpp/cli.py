@@ -237,8 +237,9 @@ def main(arguments: Sequence[str]) -> int:
     call = Call(tuple(arguments), time.time())
     try:
         with refusals(None, "cannot be used"):
-            given = ready(parser().parse_args(arguments, Options(Path())))
-            _check_outputs(given)
+            called = parser().parse_args(arguments, Options(Path()))
+            given = ready(called)
+            _check_outputs(called, given)
     except ConversionError as error:
         status = _refuse(error, _report_of_wrong_call(arguments), call)
         if isinstance(error, UsageError):
@@ -327,8 +328,12 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _check_outputs(given: Options) -> None:
+def _check_outputs(called: Options, given: Options) -> None:
     """Refuse before hours of copying what cannot be written beside the target.
+
+    Args:
+        called: with the folders that the call names.
+        given: with the iteration folders that are meant.
 
     Raises:
         UsageError: it cannot be.
@@ -338,7 +343,7 @@ def _check_outputs(given: Options) -> None:
         ("--log-file", given.log_file),
         ("--picture", given.picture),
     ):
-        reason = _why_unwritable(path, given)
+        reason = _why_unwritable(path, called, given)
         if reason is not None:
             raise UsageError(f"{option} {path}: cannot be written ({reason})")
     if given.picture is not None:
@@ -347,9 +352,10 @@ def _check_outputs(given: Options) -> None:
         picture.check_drawing(given.picture)
 
 
-def _why_unwritable(path: Path | None, given: Options) -> str | None:
+def _why_unwritable(path: Path | None, *calls: Options) -> str | None:
     """Why what a call wants written cannot be; None if it can, or nothing is wanted."""
-    folders = [folder for folder in (given.load_dir, given.save_dir) if folder is not None]
+    named = (folder for call in calls for folder in (call.load_dir, call.save_dir))
+    folders = dict.fromkeys(folder for folder in named if folder is not None)
     return None if path is None else outputs.why_unwritable(path, folders)
 
 

@@ -25,15 +25,19 @@ def why_unwritable(path: Path, checkpoints: Iterable[Path]) -> str | None:
 
     Args:
         path: as given.
-        checkpoints: iteration folders of source and target, which hold nothing but a checkpoint.
+        checkpoints: folders of source and target as they were given, and their iteration folders,
+            which hold nothing but a checkpoint.
     """
     if path == STANDARD_OUTPUT:
         return None
     place = Path(os.path.realpath(path))
     try:
-        for folder in map(Path, map(os.path.realpath, checkpoints)):
-            if place.is_relative_to(folder) or _is_linked_from(folder, place):
-                return f"it lies in the checkpoint {folder}"
+        given = map(Path, map(os.path.realpath, checkpoints))
+        inside = [f for f in given if place.is_relative_to(f) or _is_linked_from(f, place)]
+        # So does what lies in the iteration folder of another one, or in a rank folder of that.
+        inside += [f for f in place.parents[:2] if next(f.glob("mp_rank_[0-9]*"), None) is not None]
+        if inside:
+            return f"it lies in the checkpoint {inside[0]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             return "it is a folder"

@@ -62,7 +62,7 @@ def test_layouts_by_the_names_of_megatron(tmp_path: Path) -> None:
     [
         ({"virtual_pipeline_model_parallel_size": 3}, pp_to_vpp.LayoutError, "do not divide"),
         ({"virtual_pipeline_model_parallel_size": 0}, pp_to_vpp.UsageError, "not a positive"),
-        ({}, pp_to_vpp.UsageError, "give --target-virtual-pipeline-model-parallel-size"),
+        ({}, pp_to_vpp.UsageError, "no target layout; pass virtual_pipeline_model_parallel_size, "),
         ({"verify": "some"}, pp_to_vpp.UsageError, "no such depth, expected none, structure, full"),
         (
             {"virtual_pipeline_model_parallel_size": 2, "share": "2/2"},
@@ -91,6 +91,15 @@ def test_a_source_that_is_not_there(source: Folder, tmp_path: Path) -> None:
         pp_to_vpp.inspect(tmp_path / source)
     with pytest.raises(pp_to_vpp.UsageError, match="nothing to verify"):
         pp_to_vpp.verify(pair(DENSE).source, tmp_path / "none")
+
+
+def test_a_conversion_needs_a_layout(tmp_path: Path) -> None:
+    """The command line verifies with the same words."""
+    with pytest.raises(pp_to_vpp.UsageError, match="no target layout; pass virtual_pipeline"):
+        pp_to_vpp.convert(pair(DENSE).truth, tmp_path / "out")
+    with pytest.raises(pp_to_vpp.UsageError, match="no target layout; pass virtual_pipeline"):
+        pp_to_vpp.plan(pair(DENSE).truth, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_keyword_is_a_wrong_keyword() -> None:

@@ -67,6 +67,24 @@ def test_logs_and_reports_lie_beside_a_checkpoint(
     assert {path: path.read_bytes() for path in source.glob("*/*")} == before
 
 
+@pytest.mark.parametrize("option", ["--log-file", "--report", "--picture"])
+def test_nothing_is_written_into_folders_that_were_given(
+    option: str, program: Program, tmp_path: Path
+) -> None:
+    """A root stands for a checkpoint; another one's iteration folder holds nothing else either."""
+    source = copy_of(pair(DENSE).source, tmp_path)
+    (source.parent / "latest_checkpointed_iteration.txt").write_text("1")
+    other = copy_of(pair(DENSE).source, tmp_path / "other")
+    target = tmp_path / "target"
+    for folder in (source.parent, target, other, other / "mp_rank_00_000"):
+        path = folder / "x.svg"
+        run = program.convert(source.parent, target, _V2, option, path)
+        assert run.status == 2
+        assert f"{option} {path}: cannot be written (it lies in the checkpoint" in run.errors
+        assert not path.exists()
+    assert not target.exists()
+
+
 @pytest.mark.parametrize("option", ["--log-file", "--report"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "device"])
 def test_what_is_no_plain_file_is_written_through(

@@ -7,6 +7,7 @@ of registration, with the module versions of torch in its attribute ``_metadata`
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,7 +79,11 @@ def read_chunks(
             place, or moving averages are not those of the chunks.
     """
     chunks = layout.rank_chunks(pp_rank)
-    contents = _read_model(root, chunks, naming.MODEL, where)
+    try:
+        contents = _read_model(root, chunks, naming.MODEL, where)
+    except CheckpointError:
+        _check_exchanged(root, layout, pp_rank, where)
+        raise
     if not naming.chunk_keys(root, naming.AVERAGE):
         return contents
     averages = _read_model(root, chunks, naming.AVERAGE, where)
@@ -86,6 +91,30 @@ def read_chunks(
     for own, average in both:
         _check_alike(own, average, f"{where} ({naming.AVERAGE})")
     return tuple(replace(own, average=average) for own, average in both)
+
+
+def _check_exchanged(
+    root: Mapping[Any, Any], layout: PipelineLayout, pp_rank: int, where: str
+) -> None:
+    """Say of a file that is not its pipeline rank's whose it is.
+
+    Raises:
+        CheckpointError: it is that of another one.
+    """
+    for other in (rank for rank in range(layout.pp_size) if rank != pp_rank):
+        with contextlib.suppress(CheckpointError):
+            _read_model(root, layout.rank_chunks(other), naming.MODEL, where)
+            break
+    else:
+        return
+    raise CheckpointError.of(
+        where,
+        "it has the layers of another pipeline rank",
+        expected=f"those of pipeline rank {pp_rank}",
+        found=f"those of {other}",
+        cure="folders were copied or exchanged: copy each again from where it was saved, under "
+        "its own name",
+    )
 
 
 def _read_model(

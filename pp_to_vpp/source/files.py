@@ -277,7 +277,7 @@ def other_files(
                 what = "an unknown file in a rank folder"
             raise CheckpointError.of(
                 path / name,
-                f"{what}, which could hold state that moves with layers",
+                f"{what}: it could hold state that moves with layers",
                 cure="ask for support of it, or convert a copy without it if the relaunch can do "
                 "without",
             )

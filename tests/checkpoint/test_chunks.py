@@ -21,7 +21,7 @@ from pp_to_vpp.megatron.naming import Section, all_chunk_keys, chunk_keys
 from ..compare import load
 from ..edit import float_tensor
 from ..families import SIDES, families, family
-from ..pairs import DEEPSEEK, DENSE, names
+from ..pairs import DEEPSEEK, DENSE, FORK, names
 
 Keys = dict[str, Any]
 
@@ -259,3 +259,14 @@ def test_the_mtp_copy_of_the_embedding_is_another_tensor() -> None:
     (one,), (copy,) = of.sections[Section.EMBEDDING], of.sections[Section.MTP_EMBEDDING]
     assert one.rest == copy.rest
     assert one.name != copy.name
+
+
+@pytest.mark.parametrize(("name", "own", "other"), [(DENSE, 0, 1), (FORK, 1, 3), (DEEPSEEK, 1, 0)])
+def test_the_file_of_another_pipeline_rank_is_named(name: str, own: int, other: int) -> None:
+    """Where layers or sections differ, which are called alike on all ranks."""
+    of = family(name, "source")
+    root = as_mapping(of.ranks[other].files.model.root)
+    assert root is not None
+    line = f"expected those of pipeline rank {own}, found those of {other}; folders were copied"
+    with pytest.raises(CheckpointError, match=line):
+        read(dict(root), name, own)

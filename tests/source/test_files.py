@@ -132,7 +132,7 @@ def test_what_copy_tools_leave_is_left_behind(tmp_path: Path) -> None:
 def test_files_that_may_hold_state_are_refused(name: str, what: str, tmp_path: Path) -> None:
     source = copy_of(pair(DENSE).source, tmp_path)
     (source / "mp_rank_00_001" / name).mkdir()
-    with pytest.raises(CheckpointError, match=f"{what}, which could hold state"):
+    with pytest.raises(CheckpointError, match=f"{what}: it could hold state"):
         other_files(str(source), RankId(0, 1, None))
 
 
