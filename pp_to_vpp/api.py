@@ -44,7 +44,11 @@ class Running(TypedDict, total=False):
 class Conversion(Running, total=False):
     """What is asked of a conversion: see ``convert``."""
 
+    pipeline_model_parallel_size: int
+    data_parallel_size: int
     virtual_pipeline_model_parallel_size: int
+    decoder_first_pipeline_num_layers: int
+    decoder_last_pipeline_num_layers: int
     first_virtual_pipeline_num_layers_split: Sequence[int]
     last_virtual_pipeline_num_layers_split: Sequence[int]
     pipeline_model_parallel_layout: str
@@ -59,7 +63,11 @@ class Conversion(Running, total=False):
 
 
 _FIELDS = {
+    "pipeline_model_parallel_size": "target_pp_size",
+    "data_parallel_size": "target_dp_size",
     "virtual_pipeline_model_parallel_size": "target_vp_size",
+    "decoder_first_pipeline_num_layers": "first_layers",
+    "decoder_last_pipeline_num_layers": "last_layers",
     "first_virtual_pipeline_num_layers_split": "first_split",
     "last_virtual_pipeline_num_layers_split": "last_split",
     "pipeline_model_parallel_layout": "layout_string",
@@ -114,10 +122,14 @@ def convert(source: Folder, target: Folder, **asked: Unpack[Conversion]) -> Outc
         target: what it is converted to; other than the source.
         asked: one of these asks for a layout:
 
+            pipeline_model_parallel_size (int), data_parallel_size (int): those of the target; the
+                source's if not told
             virtual_pipeline_model_parallel_size (int): virtual stages per pipeline rank, 1 for
                 plain pipeline parallelism; with first_virtual_pipeline_num_layers_split and
                 last_virtual_pipeline_num_layers_split (numbers), the layers of each virtual stage
-                of the first and last pipeline stage (Microsoft's fork)
+                of the first and last pipeline stage (Microsoft's fork); with
+                decoder_first_pipeline_num_layers and decoder_last_pipeline_num_layers (int), the
+                layers of these stages
             pipeline_model_parallel_layout (str): Megatron's layout string
             hybrid_layer_pattern (str): Megatron's pattern of a hybrid model
 

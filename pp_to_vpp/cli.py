@@ -128,6 +128,14 @@ def parser() -> _Parser:
             "it when given",
         )
     add = made.add_argument_group("target layout").add_argument
+    for kind in ("pipeline-model", "data"):
+        add(
+            f"--target-{kind}-parallel-size",
+            dest=f"target_{kind[0]}p_size",
+            type=_positive,
+            metavar="N",
+            help=f"{kind.replace('-', ' ')} parallel size of the target [default: the source's]",
+        )
     add(
         "--target-virtual-pipeline-model-parallel-size",
         dest="target_vp_size",
@@ -136,6 +144,13 @@ def parser() -> _Parser:
         help="virtual stages per pipeline rank; 1 means plain pipeline parallelism",
     )
     for end in ("first", "last"):
+        add(
+            f"--target-decoder-{end}-pipeline-num-layers",
+            dest=f"{end}_layers",
+            type=_positive,
+            metavar="n",
+            help=f"layers of the {end} pipeline stage of the target; the others get equal shares",
+        )
         add(
             f"--target-{end}-virtual-pipeline-num-layers-split",
             dest=f"{end}_split",

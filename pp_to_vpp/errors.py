@@ -34,7 +34,6 @@ WITH_A_PATTERN = (
 COPY_MISSING = "copy what is missing from where the checkpoint was saved"
 PUT_FILE_THERE = "put the file itself there, as cp -rL does"
 AT_REST = "nothing may write to the source: run again when it is at rest"
-NOTHING_TO_CONVERT = "virtual stages need pipeline parallelism: there is nothing to convert"
 
 
 class ConversionError(Exception):

@@ -17,8 +17,8 @@ _GIVE_LAYOUT = (
     "--target-pipeline-model-parallel-layout or --target-hybrid-layer-pattern"
 )
 _OF_A_TARGET = (
-    "first_split", "last_split", "overlaps", "no_save_optim", "pp_ranks", "share", "is_dry_run",
-    "depth", "checksums", "resume",
+    "first_layers", "last_layers", "first_split", "last_split", "overlaps", "no_save_optim",
+    "pp_ranks", "share", "is_dry_run", "depth", "checksums", "resume",
 )  # fmt: skip
 """Options that mean nothing where a checkpoint is only described."""
 
@@ -57,7 +57,13 @@ class Options:
     pp_size: int | None = None
     ep_size: int | None = None
     tp_size: int | None = None
+    target_pp_size: int | None = None
+    """None for the source's, like the next."""
+    target_dp_size: int | None = None
     target_vp_size: int | None = None
+    first_layers: int | None = None
+    """decoder_first_pipeline_num_layers of the target."""
+    last_layers: int | None = None
     first_split: Sequence[int] | None = None
     """Layers of each virtual stage of the target's first pipeline stage."""
     last_split: Sequence[int] | None = None
@@ -92,8 +98,8 @@ class Options:
     @property
     def task(self) -> Task:
         """Without a target layout nothing can be converted: what is there is looked at."""
-        wanted = (self.target_vp_size, self.layout_string, self.hybrid_pattern)
-        if any(words is not None for words in wanted):
+        sizes = (self.target_pp_size, self.target_dp_size, self.target_vp_size)
+        if any(words is not None for words in (*sizes, self.layout_string, self.hybrid_pattern)):
             return Task.PLAN if self.is_dry_run else Task.CONVERT
         return Task.INSPECT if self.save_dir is None else Task.VERIFY
 
@@ -122,7 +128,11 @@ class Options:
     def _check_values(self) -> None:
         """What the command line's own types refuse, for callers from Python."""
         numbers = (
+            ("pipeline model parallel size", self.target_pp_size),
+            ("data parallel size", self.target_dp_size),
             ("virtual pipeline model parallel size", self.target_vp_size),
+            ("layers of the first pipeline stage", self.first_layers),
+            ("layers of the last pipeline stage", self.last_layers),
             ("number of processes", self.processes),
         )
         for name, value in numbers:
@@ -137,6 +147,12 @@ class Options:
 
     def _check_splits(self) -> None:
         first, last, vp_size = self.first_split, self.last_split, self.target_vp_size
+        ends = {self.first_layers, self.last_layers} - {None}
+        if ends and any(words is not None for words in (self.layout_string, first, last)):
+            raise UsageError(
+                "give the layers of the first and last pipeline stage, their splits or a layout "
+                "string, one of the three"
+            )
         if (first is None) != (last is None):
             raise UsageError(
                 "give both --target-first-... and --target-last-...-num-layers-split, or none"

@@ -148,13 +148,14 @@ def _block(cells: Sequence[Sequence[Cell]], words: Words, *, coloured: bool) -> 
 
 
 def _beside(blocks: Sequence[Sequence[str]], titles: Sequence[str]) -> list[str]:
-    """Blocks of as many lines, side by side under their titles."""
+    """Blocks side by side under their titles."""
     left, right = ([title, *block] for title, block in zip(titles, blocks, strict=True))
     indent = len(left[1]) - len(left[1].lstrip())
     left[0] = " " * indent + left[0]
     right[0] = " " * indent + right[0]
     width = max(map(_length, left)) + 4
-    return [(_padded(one, width) + other).rstrip() for one, other in zip(left, right, strict=True)]
+    lines = itertools.zip_longest(left, right, fillvalue="")
+    return [(_padded(one, width) + other).rstrip() for one, other in lines]
 
 
 def check_drawing(path: Path) -> None:
@@ -195,11 +196,11 @@ def drawn(source: PipelineLayout, target: PipelineLayout | None, path: Path) -> 
     sides = [grid(layout, source) for layout in (source, target) if layout is not None]
     widths = [len(side[0]) * _column(side) for side in sides]
     inches = min(_MAX_INCHES, max(_MIN_INCHES, _INCHES_PER_LAYER * sum(widths) + 1))
-    height = 0.34 * source.pp_size + 1.1
+    height = 0.34 * max(map(len, sides)) + 1.1
     figure = Figure(figsize=(inches, height), layout="constrained")
     axes = figure.subplots(1, len(sides), squeeze=False, width_ratios=widths)[0]
     for index, (each, side) in enumerate(zip(axes, sides, strict=True)):
-        _draw_side(each, side, tells_staying=index > 0)
+        _draw_side(each, side, _colours(source.pp_size), tells_staying=index > 0)
     if target is not None:
         for each, title in zip(axes, ("source", "target"), strict=True):
             each.set_title(title, fontsize=9)
@@ -231,8 +232,10 @@ def _colours(count: int) -> list[Any]:
     ]
 
 
-def _draw_side(axes: Any, cells: Sequence[Sequence[Cell]], *, tells_staying: bool) -> None:
-    colours, column = _colours(len(cells)), _column(cells)
+def _draw_side(
+    axes: Any, cells: Sequence[Sequence[Cell]], colours: Sequence[Any], *, tells_staying: bool
+) -> None:
+    column = _column(cells)
     for pp_rank, row in enumerate(cells):
         for vp_stage, cell in enumerate(row):
             left = vp_stage * column

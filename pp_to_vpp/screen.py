@@ -121,6 +121,8 @@ def _show_outcome(outcome: Outcome) -> None:
     _say(f"verified: {outcome.depth.value}{bare}")
     _say(f"tracker: {outcome.tracker}")
     _say(f"launch Megatron with: {plan.launch_flags}")
+    for note in plan.notes:
+        _say(f"note: {note}")
 
 
 def _show_verified(verified: Verified) -> None:

@@ -72,6 +72,37 @@ def differences(converted: Path, truth: Path, source: Path) -> list[str]:
     return found
 
 
+def differences_of_sizes(converted: Path, truth: Path, source: Path) -> list[str]:
+    """The same where source and target have other numbers of pipeline or data-parallel ranks: all
+    is compared with the truth, but for what no file tells: random states must be those of some
+    folder of the source."""
+    found = list(_compare_names(_rank_folders(converted), _rank_folders(truth), "rank folders"))
+    known = [load(source / rank / MODEL_FILE).get("rng_state") for rank in _rank_folders(source)]
+    for rank in (rank for rank in _rank_folders(truth) if (converted / rank).is_dir()):
+        sides = converted / rank, truth / rank
+        names = [sorted(path.name for path in folder.glob("*.pt")) for folder in sides]
+        found += _compare_names(names[0], names[1], f"files of {rank}")
+        for name in (name for name in names[0] if name in names[1]):
+            both = [load(folder / name) for folder in sides]
+            if name == MODEL_FILE:
+                own, _ = (root.pop("rng_state", None) for root in both)
+                if all(list(_compare(own, other, "")) for other in known):
+                    found.append(f"{rank}: random states of no folder of the source")
+                for root in both:
+                    root["args"] = _known_arguments(root["args"])
+                for key in (key for key in both[0] if key.startswith("model") and key in both[1]):
+                    one, other = (list(getattr(r[key], "_metadata", {}).items()) for r in both)
+                    found += _compare(one, other, f"{rank}/{key}._metadata")
+            found += _compare(both[0], both[1], f"{rank}/{name}")
+    return found
+
+
+def _known_arguments(args: Any) -> dict[str, Any]:
+    """Those that files tell: not where in a node a rank was, nor paths of its harness."""
+    unknown = ("local_rank", "save", "load", "tensorboard_dir")
+    return {name: value for name, value in vars(args).items() if name not in unknown}
+
+
 def load(path: Path) -> Any:
     """A whole ``.pt`` file; objects of classes that are not importable become ``StandIn``."""
     return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_TOLERANT)

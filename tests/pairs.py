@@ -108,16 +108,22 @@ def names() -> list[str]:
 @functools.cache
 def pair(name: str) -> Pair:
     """Unpack a pair, once per test run. Nobody may write into it."""
+    return unpacked(DATA / f"{name}.tar.xz")[0]
+
+
+def unpacked(path: Path) -> tuple[Pair, dict[str, str]]:
+    """A pair, and all that is told of it."""
+    name = path.name.removesuffix(".tar.xz")
     folder = scratch() / name
     if not folder.exists():
-        with tarfile.open(DATA / f"{name}.tar.xz") as archive:
+        with tarfile.open(path) as archive:
             # The argument `filter` is unknown to Debian 12's Python, 3.11.2; the attribute is not.
             archive.extraction_filter = getattr(tarfile, "data_filter", None)
             archive.extractall(scratch())
     case = json.loads((folder / "case.json").read_text())
     (source,) = (folder / "source").glob("iter_*")
     (truth,) = (folder / "truth").glob("iter_*")
-    return Pair(name, source, truth, tuple(shlex.split(case["convert"])), case["megatron"])
+    return Pair(name, source, truth, tuple(shlex.split(case["convert"])), case["megatron"]), case
 
 
 def rank_files(name: str) -> list[Path]:

@@ -294,7 +294,7 @@ def test_a_source_that_has_the_layout_already_is_refused(program: Program, tmp_p
     [
         ((), "it holds no rank folders"),
         (("metadata.json", "common.pt", "__0_0.distcp"), "Megatron reshards those by itself"),
-        (("mp_rank_00", "mp_rank_01"), "it was saved with PP 1"),
+        (("mp_rank_0", "mp_rank_1"), "expected folders named mp_rank_TT, mp_rank_TT_PPP or"),
         (("iter_0000001", "latest_checkpointed_iteration.txt"), "checkpoint's root"),
     ],
 )
@@ -318,11 +318,13 @@ def test_missing_folders_are_named(program: Program, tmp_path: Path) -> None:
     program.refuses(4, run, "expert_model_parallel_size", "rank 1 is missing")
 
 
-def test_a_plain_pipeline_of_one_stage_is_refused(program: Program, tmp_path: Path) -> None:
+def test_folders_that_are_not_those_of_one_stage_are_refused(
+    program: Program, tmp_path: Path
+) -> None:
     source = copy_of(pair(DENSE).source, tmp_path)
     set_arguments(source, pipeline_model_parallel_size=1)
     run = program.convert(source, tmp_path / "x", _V2)
-    program.refuses(4, run, "pipeline_model_parallel_size 1", "nothing to convert")
+    program.refuses(4, run, "do not fit pipeline_model_parallel_size", "like mp_rank_00 for PP 1")
 
 
 def run_shell(text: str, *arguments: str | Path) -> Run:

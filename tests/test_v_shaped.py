@@ -16,7 +16,6 @@ import pytest
 from pp_to_vpp.container import torch_file
 from pp_to_vpp.container.extents import Extent
 from pp_to_vpp.megatron.forms import Order
-from pp_to_vpp.megatron.ranks import RankId
 from pp_to_vpp.source.files import read_torch_file
 from pp_to_vpp.source.survey import take_survey
 
@@ -73,7 +72,7 @@ def _exchange(paths: list[Path]) -> None:
 def v_shaped(name: str, folder: Path, **values: Any) -> Path:
     """The truth of a pair, as a V-shaped run with the same chunks would have saved it."""
     source = copy_of(pair(name).truth, folder)
-    ranks = sorted(rank for path in source.iterdir() if (rank := RankId.parse(path.name)))
+    ranks = take_survey(str(source)).ranks
     for family in {rank.family for rank in ranks}:
         folders = [source / rank.folder for rank in ranks if rank.family == family]
         for file in ("model_optim_rng.pt", "distrib_optim.pt"):

@@ -3,15 +3,17 @@
 They begin equal, and their gradients are summed before each step, so a copy has the weight, the
 main parameter and the states of the embedding (language_module.py
 ``setup_embeddings_and_output_layer``, finalize_model_grads.py, 0.6 to 0.19). A copy that the source
-does not have is made of the embedding's bytes.
+does not have is made of the embedding's bytes, and one that the target does not have is dropped if
+it is equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from ..container.tensors import as_tensor, duplicated, unwrap_tensor
+from ..container.pickling import is_same
+from ..container.tensors import TensorRef, as_tensor, duplicated, unwrap_tensor
 from ..errors import CheckpointError
 from ..megatron import naming
 from ..megatron.megatron import Megatron
@@ -19,20 +21,25 @@ from ..megatron.naming import Section
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.param_groups import key_of_item
 from ..megatron.parameters import Item, is_layer_matrix
-from .family import Family
+from .family import Family, TensorName
 from .flat_states import FlatState
 from .plain_states import MAIN, PlainState
 
 
 def with_copies_of(family: Family, target: Megatron) -> Family:
-    """The family with the copies that a run has, where the embedding was read.
+    """The family with the copies that a run has, and no others, where the embedding was read.
 
     Raises:
         CheckpointError: a copy is not trained as the embedding is.
     """
     sections, states, made = dict(family.sections), dict(family.states), set[str]()
     embedding = sections.get(Section.EMBEDDING, ())
-    for section in target.embedding_copies - family.megatron.embedding_copies:
+    for section in family.megatron.dropped_for(target):
+        dropped = {item.name for item in _seconds(family, section)}
+        own = sections.get(section, ())
+        sections[section] = tuple(item for item in own if item.name not in dropped)
+        states = {name: state for name, state in states.items() if name not in dropped}
+    for section in family.megatron.made_for(target):
         copies = list(_copies(section, sections.get(section, ()), embedding))
         for original, copy in copies:
             _check_alike(original, copy, family)
@@ -42,6 +49,38 @@ def with_copies_of(family: Family, target: Megatron) -> Family:
         sections[section] = _with([copy for _, copy in copies], sections.get(section, ()))
         made |= {copy.name for _, copy in copies}
     return replace(family, sections=sections, states=states, made=frozenset(made))
+
+
+def tensors_of_copies(
+    family: Family, sections: Collection[Section]
+) -> Iterator[tuple[TensorName, TensorRef | None, TensorRef | None]]:
+    """The tensors of the copies in some sections beside those of the embedding, where both were
+    read; None for one that is missing, or that is not like the other but for bytes."""
+    originals = {
+        (item.model, item.rest): item for item in family.sections.get(Section.EMBEDDING, ())
+    }
+    for copy in (item for section in sections for item in _seconds(family, section)):
+        is_output = naming.is_output_weight(copy.rest)
+        rest = naming.WORD_EMBEDDING if is_output else copy.rest
+        original = originals.get((copy.model, rest))
+        if original is None and originals:
+            yield TensorName(copy.name, ""), copy.tensor, None
+        if original is None:
+            continue
+        both = [family.manifest([item]) for item in (copy, original)]
+        ours, theirs = ({name.kind: tensor for name, tensor in of.items()} for of in both)
+        are_alike = is_same(*(list(family.values(item)) for item in (copy, original)))
+        for kind in dict.fromkeys((*ours, *theirs)):
+            one, other = ours.get(kind), theirs.get(kind)
+            is_like = one is not None and other is not None and one.form == other.form
+            yield TensorName(copy.name, kind), one, other if is_like and are_alike else None
+
+
+def _seconds(family: Family, section: Section) -> Iterator[Item]:
+    """The items of a section that are copies: of the whole embedding beside MTP layers."""
+    for item in family.sections.get(section, ()):
+        if section is Section.MTP_EMBEDDING or naming.is_output_weight(item.rest):
+            yield item
 
 
 def _copies(

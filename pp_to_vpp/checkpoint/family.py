@@ -285,10 +285,11 @@ class Family:
         return replace(self, kind=OptimizerKind.NONE, ranks=ranks, states={})
 
     def ranks_for(self, target: Megatron, pp_rank: int) -> list[SourceRank]:
-        """The ranks, for making one of another run: the same folder, those that hold what it
+        """The ranks, for making one of another run: the counterpart, those that hold what it
         needs, then the others; so what comes first does not depend on which others were read."""
+        own = self.megatron.counterpart(target, pp_rank)
         needed = self.megatron.sources_of(target, pp_rank)
-        return [self.ranks[p] for p in dict.fromkeys((pp_rank, *needed, *self.ranks))]
+        return [self.ranks[p] for p in dict.fromkeys((own, *needed, *self.ranks))]
 
     def items(self) -> Iterator[Item]:
         """All items that were read."""

@@ -11,13 +11,14 @@ from typing import Any
 
 from ..container.pickling import leaves
 from ..errors import CheckpointError, show
-from ..megatron.arguments import with_no_save_optim
+from ..megatron.arguments import SavedArguments, with_no_save_optim
 from ..megatron.naming import all_chunk_keys, split_layer
 from .optimizer_entries import OPTIMIZER
 
+_RANDOM = "rng_state"
 _OF_THE_RANK = frozenset(
     (
-        "args", "checkpoint_version", "iteration", "opt_param_scheduler", "rng_state",
+        "args", "checkpoint_version", "iteration", "opt_param_scheduler", _RANDOM,
         "rerun_state_machine", "num_floating_point_operations_so_far", "content_metadata",
         "tokens", "lr_scheduler",
     )
@@ -59,6 +60,15 @@ def without_optimizer(root: Mapping[Any, Any]) -> dict[Any, Any]:
     """The top level of a rank file as ``--no-save-optim`` leaves it."""
     bare = {key: value for key, value in root.items() if key not in _OF_THE_OPTIMIZER}
     return {**bare, "args": with_no_save_optim(bare["args"])}
+
+
+def for_data_parallel(root: Mapping[Any, Any], arguments: SavedArguments) -> dict[Any, Any]:
+    """The top level of a rank file with the random states of as many data-parallel ranks as a run
+    has, where each has its own (``--data-parallel-random-init``; get_rng_state, 0.7 to 0.19)."""
+    states = root.get(_RANDOM)
+    if not arguments.random_by_dp_rank or not isinstance(states, list):
+        return dict(root)
+    return {**root, _RANDOM: states[: arguments.dp_size]}
 
 
 def _is_plain(value: Any) -> bool:

@@ -33,6 +33,7 @@ from .processes import Processes
 _NAMESPACES = (Global("argparse", "Namespace"), Global("types", "SimpleNamespace"))
 """The second is that of --yaml-cfg, of Primus and of the unit tests of Megatron and its forks."""
 _SETS = (Global("builtins", "set"), Global("__builtin__", "set"))
+_PP_SIZE, _DP_SIZE = "pipeline_model_parallel_size", "data_parallel_size"
 _VP_SIZE = "virtual_pipeline_model_parallel_size"
 _OVERLAPS = "overlap_param_gather_with_optimizer_step"
 _NUMBERS_RIGHT = "rope_type"
@@ -66,6 +67,8 @@ class SavedArguments:
     """use_tp_pp_dp_mapping: pipeline ranks lie inside the data-parallel ones."""
     optimizer_instances: int
     """num_distributed_optimizer_instances."""
+    random_by_dp_rank: bool
+    """data_parallel_random_init: a rank file has the random states of all data-parallel ranks."""
     placement: Placement
     uses_distributed_optimizer: bool
     uses_layer_wise_optimizer: bool
@@ -120,6 +123,23 @@ class SavedArguments:
             etp_size=self.etp_size,
             maps_pp_inside=self.maps_pp_inside,
         )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.tp_size * self.cp_size * self.dp_size * self.pp_size
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The arguments that tell how many ranks there are, the first two by themselves
+        (arguments.py ``validate_args``, 0.7 to 0.19)."""
+        return {
+            _PP_SIZE: self.pp_size,
+            _DP_SIZE: self.dp_size,
+            "transformer_pipeline_model_parallel_size": self.pp_size,
+            "world_size": self.world_size,
+            "inprocess_active_world_size": self.world_size,
+        }
 
 
 class _Reader:
@@ -408,13 +428,14 @@ def read_arguments(root: Mapping[Any, Any], where: str) -> SavedArguments:
         noop_layers=read.numbers("noop_layers"),
         ties_embeddings=not read.flag("untie_embeddings_and_output_weights"),
         tp_size=tp_size,
-        pp_size=read.size("pipeline_model_parallel_size"),
+        pp_size=read.size(_PP_SIZE),
         ep_size=read.size("expert_model_parallel_size"),
         etp_size=read.size("expert_tensor_parallel_size", tp_size),
         cp_size=read.size("context_parallel_size"),
-        dp_size=read.size("data_parallel_size"),
+        dp_size=read.size(_DP_SIZE),
         maps_pp_inside=read.flag("use_tp_pp_dp_mapping"),
         optimizer_instances=read.size("num_distributed_optimizer_instances"),
+        random_by_dp_rank=read.flag("data_parallel_random_init"),
         placement=_placement(read, default_vp_size=max(1, len(chunk_keys(root)))),
         uses_distributed_optimizer=read.flag("use_distributed_optimizer"),
         uses_layer_wise_optimizer=_is_layer_wise(values.get("optimizer"))
@@ -477,6 +498,13 @@ FOLLOWING_PLACEMENT = PLACEMENT_ARGUMENTS.union(
 )
 """Arguments that say where layers are, that Megatron derives from that, or that are asked for."""
 
+
+def following(source: SavedArguments, target: SavedArguments) -> frozenset[str]:
+    """The arguments that follow from what a target is asked for."""
+    own, others = source.sizes, target.sizes
+    return FOLLOWING_PLACEMENT.union(() if own == others else (*own, "rank"))
+
+
 _ALWAYS_TOLD = frozenset(
     (
         "decoder_first_pipeline_num_layers_split", "decoder_last_pipeline_num_layers_split",
@@ -485,14 +513,25 @@ _ALWAYS_TOLD = frozenset(
 )  # fmt: skip
 
 
-def patch_arguments(node: Instance, source: SavedArguments, target: SavedArguments) -> Instance:
-    """The saved ``args`` as the run with the target's placement would have saved them.
+def patch_arguments(
+    node: Instance,
+    source: SavedArguments,
+    target: SavedArguments,
+    pp_ranks: tuple[int, int] = (0, 0),
+) -> Instance:
+    """The saved ``args`` as the run with the target's placement and sizes would have saved them.
 
     Attributes keep their order, and only those that the version knows are set; except for the
     fork's splits and layout strings, without which the target could not be told from an even one.
     They are appended to the arguments of versions without them, and taken away again.
+
+    Args:
+        node: of a rank file.
+        source: the arguments of the run that saved it.
+        target: those of the run that will load the target.
+        pp_ranks: the pipeline rank of the file, and that of the target's file.
     """
-    changes = dict(target.placement.arguments(source.num_layers, source.pp_size))
+    changes = dict(target.placement.arguments(source.num_layers, target.pp_size))
     own, is_interleaved = source.placement, target.placement.is_interleaved
     if own.order is Order.V_SHAPED or own.is_interleaved != is_interleaved:
         # validate_args forces both off without interleaving; both are on by default with it
@@ -509,7 +548,27 @@ def patch_arguments(node: Instance, source: SavedArguments, target: SavedArgumen
     for name, value in changes.items():
         if name in values or (name in _ALWAYS_TOLD and value is not None):
             values[name] = value
+    if source.sizes != target.sizes:
+        values |= _sizes_of(values, source, target, pp_ranks)
     return _with_values(node, values)
+
+
+def _sizes_of(
+    values: Mapping[Any, Any],
+    source: SavedArguments,
+    target: SavedArguments,
+    pp_ranks: tuple[int, int],
+) -> dict[str, int]:
+    """The arguments that tell numbers of ranks, and the rank, where the rules make the source's:
+    nothing that loads the file asks for any but the first (FORMAT 7.1)."""
+    own, others = source.sizes, target.sizes
+    found = {name: others[name] for name, value in own.items() if values.get(name) == value}
+    found |= {name: others[name] for name in (_PP_SIZE, _DP_SIZE) if own[name] != others[name]}
+    rank, (before, after) = values.get("rank"), pp_ranks
+    stride = source.processes.stride
+    if type(rank) is int and rank // stride == before:
+        found["rank"] = rank - stride * before + target.processes.stride * after
+    return found
 
 
 def with_no_save_optim(node: Instance) -> Instance:

@@ -21,6 +21,12 @@ class Megatron:
     arguments: SavedArguments
     rules: Rules
 
+    def __str__(self) -> str:
+        """For messages: what ``is_laid_out_like`` compares."""
+        arguments = self.arguments
+        overlaps = ", its first chunk apart" if arguments.overlaps_param_gather_with_step else ""
+        return f"{self.layout}, data-parallel size {arguments.dp_size}{overlaps}"
+
     @cached_property
     def layout(self) -> PipelineLayout:
         """Where the run's layers are.
@@ -42,12 +48,32 @@ class Megatron:
         that of the MTP layers, and the output layer if it is tied. Beside MTP layers the tied
         weight is their copy, and no forward uses the output layer's own (language_module.py
         ``shared_embedding_or_output_weight``, 0.17 to 0.19; gpt_model.py, before)."""
+        beside_mtp = any(
+            {Section.MTP, Section.HEAD} <= set(chunk.sections) for chunk in self.layout.chunks
+        )
+        is_unused = self.arguments.ties_embeddings and beside_mtp
+        return self.second_embeddings - ({Section.HEAD} if is_unused else set())
+
+    @cached_property
+    def second_embeddings(self) -> frozenset[Section]:
+        """The sections that have a weight which begins as a copy of the word embedding: the chunk
+        with the embedding has none (gpt_model.py ``skip_weight_param_allocation``, 0.6 to 0.19)."""
+        others = {Section.MTP_EMBEDDING}
+        others |= {Section.HEAD} if self.arguments.ties_embeddings else set()
         found = set()
-        for held in (set(chunk.sections) for chunk in self.layout.chunks):
-            found |= held & {Section.MTP_EMBEDDING}
-            if self.arguments.ties_embeddings and not held & {Section.EMBEDDING, Section.MTP}:
-                found |= held & {Section.HEAD}
+        for chunk in self.layout.chunks:
+            if Section.EMBEDDING not in chunk.sections:
+                found |= others.intersection(chunk.sections)
         return frozenset(found)
+
+    def made_for(self, target: Megatron) -> frozenset[Section]:
+        """Those of another run that are made of the embedding of this one."""
+        new = target.embedding_copies - self.embedding_copies
+        return new | (target.second_embeddings - self.second_embeddings)
+
+    def dropped_for(self, target: Megatron) -> frozenset[Section]:
+        """Those of this run that another one has not."""
+        return self.second_embeddings - target.second_embeddings
 
     def sources_of(self, target: Megatron, pp_rank: int) -> tuple[int, ...]:
         """The pipeline ranks of this run that hold what rank ``pp_rank`` of another needs; the
@@ -55,7 +81,7 @@ class Megatron:
         wanted = target.layout.rank_chunks(pp_rank)
         layers = {layer for chunk in wanted for layer in chunk.layers}
         sections = {section for chunk in wanted for section in chunk.sections}
-        if sections & (target.embedding_copies - self.embedding_copies):
+        if sections & self.made_for(target):
             sections.add(Section.EMBEDDING)  # which they are made of
         holders = {
             chunk.pp_rank
@@ -64,25 +90,47 @@ class Megatron:
         }
         return tuple(sorted(holders)) or (0,)
 
-    @property
-    def launch_flags(self) -> str:
-        """Megatron's flags for the placement."""
+    def launch_flags(self, source: Megatron) -> str:
+        """Megatron's flags for the placement, where a run goes on with another one."""
         arguments = self.arguments
         flags = arguments.placement.launch_flags(arguments.num_layers, arguments.pp_size)
         if arguments.overlaps_param_gather_with_step:
             flags += " --overlap-param-gather-with-optimizer-step"
-        return flags or NO_FLAGS
+        if arguments.pp_size != source.arguments.pp_size:
+            flags = f"--pipeline-model-parallel-size {arguments.pp_size} {flags}"
+        return flags.strip() or NO_FLAGS
 
-    def relaunched(self, placement: Placement, *, overlaps: bool) -> Megatron:
-        """The same run with another placement, and with or without
-        ``--overlap-param-gather-with-optimizer-step``."""
+    def relaunched(
+        self,
+        placement: Placement,
+        *,
+        overlaps: bool,
+        pp_size: int | None = None,
+        dp_size: int | None = None,
+    ) -> Megatron:
+        """The same run with another placement, with or without
+        ``--overlap-param-gather-with-optimizer-step``, and with other sizes, if they are given."""
         arguments = replace(
-            self.arguments, placement=placement, overlaps_param_gather_with_step=overlaps
+            self.arguments,
+            placement=placement,
+            overlaps_param_gather_with_step=overlaps,
+            pp_size=pp_size or self.arguments.pp_size,
+            dp_size=dp_size or self.arguments.dp_size,
         )
         return Megatron(arguments, self.rules)
 
     def is_laid_out_like(self, other: Megatron) -> bool:
         """Whether both save the same files: the same layers, and the same optimizers."""
         ours, theirs = self.arguments, other.arguments
-        overlaps = ours.overlaps_param_gather_with_step
-        return self.layout == other.layout and overlaps == theirs.overlaps_param_gather_with_step
+        return (self.layout, ours.dp_size, ours.overlaps_param_gather_with_step) == (
+            other.layout,
+            theirs.dp_size,
+            theirs.overlaps_param_gather_with_step,
+        )
+
+    def counterpart(self, target: Megatron, pp_rank: int) -> int:
+        """The pipeline rank of this run from which rank ``pp_rank`` of another has what belongs to
+        no layer: that of the same number or, beyond the last, the first that holds what it needs.
+        """
+        is_here = pp_rank < self.layout.pp_size
+        return pp_rank if is_here else self.sources_of(target, pp_rank)[0]

@@ -27,7 +27,7 @@ _KEYS_KEPT = 1 << 13
 
 MODEL = "model"
 """What is trained, among the models in a rank file."""
-OUTPUT_WEIGHT = "output_layer.weight"
+WORD_EMBEDDING, OUTPUT_WEIGHT = "embedding.word_embeddings.weight", "output_layer.weight"
 AVERAGE = "ema_model"
 """MindSpeed's moving average of the weights, under the same keys (FORMAT 3.5)."""
 
@@ -142,7 +142,7 @@ def is_mamba_projection(key: str) -> bool:
 
 def is_word_embedding(key: str) -> bool:
     """The parameter that tied embeddings share with the output layer."""
-    return key == "embedding.word_embeddings.weight"
+    return key == WORD_EMBEDDING
 
 
 def is_output_weight(key: str) -> bool:

@@ -94,6 +94,7 @@ def is_shared_embedding(item: Item, megatron: Megatron) -> bool:
     arguments = megatron.arguments
     if item.section is Section.EMBEDDING:
         is_active = arguments.ties_embeddings or bool(arguments.mtp_num_layers)
+        is_active &= arguments.pp_size > 1  # one stage alone has nobody to keep in step with
     else:
         is_active = item.section in megatron.embedding_copies
     is_word = naming.is_word_embedding(item.rest) or naming.is_output_weight(item.rest)

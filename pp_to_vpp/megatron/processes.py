@@ -28,6 +28,20 @@ class Processes:
     maps_pp_inside: bool
     """use_tp_pp_dp_mapping."""
 
+    @property
+    def stride(self) -> int:
+        """How far apart the savers of successive stages are."""
+        return self._step if self.maps_pp_inside else self._dense * self.dp_size
+
+    @property
+    def _dense(self) -> int:
+        return self.tp_size * self.cp_size
+
+    @property
+    def _step(self) -> int:
+        """Of which that is a multiple in either order."""
+        return math.lcm(self._dense, self.etp_size * self.ep_size)
+
     def misnamed(self, savers: Mapping[RankId, int]) -> dict[RankId, RankId | None]:
         """The folders that the process of another folder has saved, with that other one; None for
         a process that saves into none. Nothing where all folders tell one process, as those of
@@ -38,11 +52,9 @@ class Processes:
         """
         if len(set(savers.values())) < 2:
             return {}
-        dense, experts = self.tp_size * self.cp_size, self.etp_size * self.ep_size
-        step = math.lcm(dense, experts)
-        best = self._odd(savers, step if self.maps_pp_inside else dense * self.dp_size)
+        best = self._odd(savers, self.stride)
         # Files that were made from those of a run of other sizes tell its processes.
-        found = Counter(distance for distance in _distances(savers) if distance % step == 0)
+        found = Counter(distance for distance in _distances(savers) if distance % self._step == 0)
         guessed = (distance for distance, _ in found.most_common(1))
         return {} if best and any(not self._odd(savers, stride) for stride in guessed) else best
 
@@ -63,21 +75,21 @@ class Processes:
         ranks lie outside the context-parallel ones, the first or each of which saves.
         """
         pp_rank, place = divmod(saver, stride)
-        dense, experts = self.tp_size * self.cp_size, self.etp_size * self.ep_size
+        dense, experts = self._dense, self.etp_size * self.ep_size
         if place >= (dense * self.ep_size if is_old else max(dense, experts)):
             return None
         ep_rank = place // dense if is_old else place // self.etp_size % self.ep_size
         return replace(
             like,
             tp_rank=place % self.tp_size,
-            pp_rank=pp_rank,
+            pp_rank=None if like.pp_rank is None and not pp_rank else pp_rank,
             ep_rank=None if like.ep_rank is None else ep_rank,
         )
 
 
 def _distances(savers: Mapping[RankId, int]) -> Iterator[int]:
     """How far apart the savers of successive stages are."""
-    stages = sorted((rank.family, rank.pp_rank, saver) for rank, saver in savers.items())
+    stages = sorted((rank.family, rank.pp_rank or 0, saver) for rank, saver in savers.items())
     for (family, pp_rank, low), (other, next_rank, high) in itertools.pairwise(stages):
         if family == other and pp_rank + 1 == next_rank and low < high:
             yield high - low

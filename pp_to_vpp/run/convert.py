@@ -90,7 +90,7 @@ def convert(options: Options, listener: Listener) -> Outcome:
         _planned(options, listener) as run,
     ):
         done = run.write(save_dir, siblings)
-    ranks = run.plan.survey.ranks
+    ranks = run.plan.folders
     if target_folder.is_whole(save_dir, ranks):
         manifest.finish(save_dir, run.plan.manifest, options.depth)
         siblings.forget()
@@ -153,7 +153,7 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
         known_by = manifest.manifest_of(
             _fingerprint(workers, survey, families),
             survey.iteration,
-            families[0].target,
+            (families[0].proven.source, families[0].target),
             block,
             options,
         )
@@ -208,6 +208,11 @@ def _plan_of(
             *share_notes(options),
             *target_folder.notes(options.save_dir, survey.iteration),
             *([f"{shared} bytes are shared with the source, and need no room"] if shared else []),
+            *(
+                f"not copied, for it is of other ranks: {name}"
+                for f in families
+                for name in f.left_behind
+            ),
             *oddities(survey, proven),
         ),
     )
@@ -246,12 +251,7 @@ class _Run:
 
     def _check_others(self, save_dir: Path) -> None:
         target_folder.check_others(
-            self.workers,
-            save_dir,
-            self.plan.survey.ranks,
-            self.plan.own,
-            self.plan.target.layout,
-            self.plan.source.rules,
+            self.workers, save_dir, self.plan.folders, self.plan.own, self.plan.target
         )
 
     def write(self, save_dir: Path, siblings: Siblings) -> list[RankDone]:
@@ -284,9 +284,7 @@ class _Run:
     ) -> list[RankDone]:
         depth, listener = self.options.depth, self.listener
         proofs = [
-            Proof.of(
-                family.proven, family.target.layout, depth, no_save_optim=self.options.no_save_optim
-            )
+            Proof.of(family.proven, family.target, depth, no_save_optim=self.options.no_save_optim)
             for family in families
         ]
         kept = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import LayoutError, UsageError
@@ -15,7 +15,7 @@ from ..megatron.placement import FORK_SIGN, LAYOUT_SIGN
 from ..megatron.rules import CHANGES, doubted, era
 from ..options import Options
 from ..source.inspection import StageBytes, facts, look_at, oddities, proofs
-from ..source.proven import FamilyJob, check_families
+from ..source.proven import FamilyJob, ProvenFamily, check_families
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..verification.compare import prepare
@@ -115,7 +115,10 @@ def inspect(options: Options, listener: Listener) -> Inspection:
             place: sum((look.stages[place] for look in looks), StageBytes())
             for place in first.stages
         },
-        choices=tuple(_choices(options, survey, source)),
+        choices=(
+            *_other_sizes(options, survey, source, families),
+            *_choices(options, survey, source),
+        ),
         folders=len(survey.ranks),
         files=sum(look.files for look in looks),
         length=sum(look.length for look in looks),
@@ -126,6 +129,20 @@ def _written_by(source: Megatron) -> str:
     odd = doubted(source.rules, source.arguments.names)
     told = f"but its files prove otherwise: {', '.join(odd)}" if odd else "and its files agree"
     return f"{era(source.rules)}, as its arguments tell, {told}"
+
+
+def _other_sizes(
+    options: Options, survey: Survey, source: Megatron, families: Iterable[ProvenFamily]
+) -> Iterator[Choice]:
+    """Half and twice as many pipeline ranks, where layers divide, and no copy of the embedding
+    would be lost."""
+    are_equal = all(all(family.copies.values()) for family in families)
+    for pp_size in (source.layout.pp_size // 2, source.layout.pp_size * 2):
+        asked = replace(options, target_pp_size=max(1, pp_size))
+        for target in _targets(asked, survey, source):
+            if are_equal or not source.dropped_for(target):
+                words = f"--target-pipeline-model-parallel-size {asked.target_pp_size}"
+                yield Choice(words, target.launch_flags(source))
 
 
 def _choices(options: Options, survey: Survey, source: Megatron) -> Iterator[Choice]:
@@ -163,5 +180,11 @@ def _choices(options: Options, survey: Survey, source: Megatron) -> Iterator[Cho
 
 def _launch_flags(options: Options, survey: Survey, source: Megatron) -> Iterator[str]:
     """Megatron's for a target that is possible; nothing for one that is not."""
+    for target in _targets(options, survey, source):
+        yield target.launch_flags(source)
+
+
+def _targets(options: Options, survey: Survey, source: Megatron) -> Iterator[Megatron]:
+    """The target that is asked for, if it is possible."""
     with contextlib.suppress(LayoutError, UsageError):
-        yield request.wanted_target(options, survey.arguments).of(source).launch_flags
+        yield request.wanted_target(options, survey.arguments).of(source)

@@ -22,6 +22,7 @@ from . import folders
 
 _SCHEMA = 1
 _MAX_BYTES = 1 << 20
+SIZES = ("pipeline_model_parallel_size", "data_parallel_size")
 _BLOCK = "block"
 _NO_SAVE_OPTIM = "no_save_optim"
 _LATER = ("verified",)
@@ -29,17 +30,22 @@ _LATER = ("verified",)
 
 
 def manifest_of(
-    fingerprint: str, iteration: int | None, target: Megatron, block: int, options: Options
+    fingerprint: str,
+    iteration: int | None,
+    runs: tuple[Megatron, Megatron],
+    block: int,
+    options: Options,
 ) -> dict[str, Any]:
     """What a conversion is known by.
 
     Args:
         fingerprint: of the whole source (see ``source.fingerprint``).
         iteration: of training.
-        target: the run that will load it.
+        runs: the one that saved the source, and the one that will load the target.
         block: bytes of the blocks that it may share with the source; 1 if it cannot.
         options: that change what is written.
     """
+    source, target = runs
     arguments = target.arguments
     words = arguments.placement.arguments(arguments.num_layers, arguments.pp_size)
     return {
@@ -51,11 +57,18 @@ def manifest_of(
             "arguments": dict(words),
             "overlap_param_gather_with_optimizer_step": arguments.overlaps_param_gather_with_step,
             # Told where they change what is written.
+            **sizes_told(source, target),
             **({_BLOCK: block} if block > 1 else {}),
             **({"checksums": options.checksums} if options.checksums != CRC32 else {}),
             **({_NO_SAVE_OPTIM: True} if options.no_save_optim else {}),
         },
     }
+
+
+def sizes_told(source: Megatron, target: Megatron) -> dict[str, int]:
+    """The numbers of ranks of a target that are others than its source's."""
+    own, others = source.arguments.sizes, target.arguments.sizes
+    return {name: others[name] for name in SIZES if others[name] != own[name]}
 
 
 def block_of(found: Mapping[str, Any]) -> int:

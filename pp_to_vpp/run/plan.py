@@ -79,6 +79,11 @@ class Plan:
         return self.part is None or self.part.share.index == 0
 
     @property
+    def folders(self) -> tuple[RankId, ...]:
+        """All rank folders that the target will have, whoever writes them."""
+        return self.survey.ranks_of(self.target.arguments.pp_size)
+
+    @property
     def layouts(self) -> tuple[PipelineLayout, PipelineLayout]:
         """Of source and target."""
         return self.source.layout, self.target.layout
@@ -86,7 +91,7 @@ class Plan:
     @property
     def launch_flags(self) -> str:
         """Megatron's flags to train from the target."""
-        flags = self.target.launch_flags
+        flags = self.target.launch_flags(self.source)
         if self.no_save_optim:
             return f"{'' if flags == NO_FLAGS else flags} --no-load-optim".strip()
         return flags

@@ -13,9 +13,9 @@ from ..errors import CheckpointError, ConversionError
 from ..megatron.megatron import Megatron
 from ..megatron.ranks import RankId
 from ..source import fingerprint
-from ..source.files import FamilyFolders, SourceFile, other_files, read_source_rank, source_files
+from ..source.files import FamilyFolders, SourceFile, read_source_rank, source_files
 from ..source.fingerprint import Identity
-from ..source.proof import proven_family
+from ..source.proof import check_dropped, proven_family
 from ..source.proven import ProvenFamily, check_told, proven, read_one_save
 from ..target import check
 from ..target.model import UnreadRanks
@@ -43,11 +43,14 @@ class PlanJob:
     @property
     def ranks(self) -> frozenset[RankId]:
         """The target ranks wanted."""
-        return frozenset(self.folders.ranks[pp_rank] for pp_rank in self.pp_ranks)
+        return frozenset(map(self._rank, self.pp_ranks))
+
+    def _rank(self, pp_rank: int) -> RankId:
+        return self.folders.at(pp_rank, self.target.pp_size or len(self.folders.ranks))
 
     def narrowed_to(self, own: Collection[RankId]) -> PlanJob:
         """The part of it that is to be carried out."""
-        pp_ranks = tuple(p for p in self.pp_ranks if self.folders.ranks[p] in own)
+        pp_ranks = tuple(p for p in self.pp_ranks if self._rank(p) in own)
         return replace(self, pp_ranks=pp_ranks, needs_contents=True)
 
 
@@ -62,6 +65,8 @@ class PlannedFamily:
     ranks: tuple[RankPlan, ...]
     sources: tuple[SourceFile, ...]
     """The source files as they were."""
+    left_behind: tuple[str, ...]
+    """Files of the checkpoint that no rank of the target gets."""
     derivations: Mapping[Extent, Derivation]
     """Ranges whose checksums follow from others, if all ranks are copied (``crc32.derivable``)."""
 
@@ -84,10 +89,12 @@ def _planned(job: PlanJob, pp_ranks: Iterable[int]) -> PlannedFamily:
     whole, rounding = _read(job, pp_ranks)
     target = job.target.of(whole.megatron)
     family = whole.weights_only() if job.target.no_save_optim else whole
+    check_dropped(family, target)
     family = with_copies_of(family, target)
     plans: list[RankPlan] = []
+    keeps_others = target.arguments.dp_size == family.megatron.arguments.dp_size
     for pp_rank in job.pp_ranks:
-        others, _ = other_files(job.folders.directory, job.folders.ranks[pp_rank])
+        others = job.folders.others(pp_rank) if keeps_others else []
         plans.append(plan_rank(family, target, pp_rank, others, job.block))
     for path, offset in check.used_twice(plans, family):
         raise CheckpointError.of(
@@ -111,6 +118,12 @@ def _planned(job: PlanJob, pp_ranks: Iterable[int]) -> PlannedFamily:
         target=target,
         ranks=tuple(plans if job.needs_contents else map(_without_contents, plans)),
         sources=sources if job.needs_contents else (),
+        left_behind=tuple(
+            f"{rank.files.id.folder}/{name}"
+            for pp_rank, rank in family.ranks.items()
+            if not keeps_others or pp_rank >= target.layout.pp_size
+            for name, _ in job.folders.others(pp_rank)
+        ),
         derivations=_derivations(plans, family)
         if job.needs_contents and not job.is_verified_in_full
         else {},
@@ -121,12 +134,13 @@ def _read(job: PlanJob, pp_ranks: Iterable[int]) -> tuple[Family, str]:
     """The family's inventory with some source ranks and all that the wanted ranks need, and the
     rounding."""
     files: dict[int, RankFiles] = {}
-    needed = set(pp_ranks)
+    needed = set(pp_ranks) & job.folders.ranks.keys() or {0}
     while True:
         files |= read_one_save(job.folders, needed, job.told)
         family, rounding = proven_family(dict(sorted(files.items())))
         own, target = family.megatron, job.target.of(family.megatron)
         wanted = {p for rank in job.pp_ranks for p in own.sources_of(target, rank)}
+        wanted |= {own.counterpart(target, rank) for rank in job.pp_ranks}
         needed = wanted - files.keys()
         if not needed:
             return family, rounding

@@ -20,13 +20,12 @@ from ..errors import (
     refused,
     show,
 )
-from ..megatron.layout import PipelineLayout
-from ..megatron.ranks import TRACKER, RankId
-from ..megatron.rules import Rules
+from ..megatron.megatron import Megatron
+from ..megatron.ranks import TRACKER, RankId, is_rank_folder
 from ..source.files import names_in
 from ..source.foreign import DISTRIBUTED
 from ..target.plan import RankPlan
-from ..verification.compare import told_layout
+from ..verification.compare import told_run
 from . import folders
 from .folders import exists, is_filled, is_folder
 from .listener import Listener
@@ -117,8 +116,7 @@ def check_others(
     save_dir: Path,
     ranks: Iterable[RankId],
     own: Iterable[RankPlan],
-    layout: PipelineLayout,
-    rules: Rules,
+    target: Megatron,
 ) -> None:
     """Hold the rank folders that other runs have written to the layout of this one.
 
@@ -127,22 +125,30 @@ def check_others(
         save_dir: the target.
         ranks: all that the target will have.
         own: those that this run writes.
-        layout: of the target.
-        rules: of the version that wrote the source.
+        target: the run that will load it.
 
     Raises:
         UsageError: they have another: together they would not be a checkpoint.
         VerificationError: one of them cannot be read.
     """
+    known = {rank.folder for rank in ranks}
+    for name in sorted(os.listdir(save_dir)) if save_dir.is_dir() else ():
+        if is_rank_folder(name) and name not in known and is_filled(save_dir / name):
+            raise UsageError.of(
+                save_dir / name,
+                "the target will have no such rank folder, and Megatron might read it",
+                expected=f"none but {min(known)} to {max(known)}",
+                cure="remove it, or choose another --save-iteration-dir",
+            )
     mine = {plan.id for plan in own}
     others = [r for r in ranks if r not in mine and is_filled(save_dir / r.folder)]
-    jobs = [(str(save_dir), rank, rules) for rank in others]
-    for rank, found in zip(others, workers.map(told_layout, jobs), strict=True):
-        if found != layout:
+    jobs = [(str(save_dir), rank, target.rules) for rank in others]
+    for rank, found in zip(others, workers.map(told_run, jobs), strict=True):
+        if not found.is_laid_out_like(target):
             raise UsageError.of(
                 save_dir / rank.folder,
                 "another conversion wrote this folder of the target",
-                expected=layout,
+                expected=target,
                 found=found,
                 cure="give every run of one conversion the same options, or another "
                 "--save-iteration-dir",

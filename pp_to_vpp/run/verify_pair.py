@@ -6,12 +6,13 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..container.extents import Extent
 from ..errors import CheckpointError, CopyError, UsageError, VerificationError
 from ..megatron.layout import PipelineLayout
+from ..megatron.megatron import Megatron
 from ..megatron.ranks import RankId
 from ..options import MANIFEST, Depth, Options
 from ..source import fingerprint
@@ -19,14 +20,7 @@ from ..source.files import sizes_in
 from ..source.proven import FamilyJob, check_families, prove
 from ..source.survey import Survey, take_survey
 from ..target import request
-from ..verification.compare import (
-    Proof,
-    VerifyJob,
-    open_folders,
-    prepare,
-    told_layout,
-    verify_folder,
-)
+from ..verification.compare import Proof, VerifyJob, open_folders, prepare, told_run, verify_folder
 from ..verification.in_full import check_source
 from . import manifest
 from .folders import exists
@@ -74,9 +68,10 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
             "--target-pipeline-model-parallel-layout",
         )
     source = take_survey(str(options.load_dir), follow_links=options.follow_links)
-    request.wanted_ranks(options, source.arguments)
     check_place(options.load_dir, options.save_dir)
     target = _survey_target(options.save_dir, source)
+    sized = replace(options, target_pp_size=target.arguments.pp_size)
+    request.wanted_ranks(sized, source.arguments)
     prepare(Depth.STRUCTURE)  # torch starts in a worker, beside those that compare
     with Workers(number_of_workers(options), listener.looked) as workers:
         places = {rank: options.save_dir / rank.folder for rank in target.ranks}
@@ -88,11 +83,12 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
         check_families(families, source.path)
         known = {rank: of for each in families for rank, of in each.identities.items()}
         known_by = fingerprint.of_checkpoint(known)
-        layout = told_layout((target.path, target.ranks[0], families[0].source.rules))
-        _check_manifest(options.save_dir, known_by, source.iteration, layout, options)
+        run = families[0].source
+        told = told_run((target.path, target.ranks[0], run.rules))
+        _check_manifest(options.save_dir, known_by, source.iteration, (run, told), options)
         bare = options.no_save_optim
         proofs = {
-            key: Proof.of(each, layout, options.depth, no_save_optim=bare)
+            key: Proof.of(each, told, options.depth, no_save_optim=bare)
             for key, each in zip(folders, families, strict=True)
         }
         listener.began(Phase.VERIFY, sum(sizes[rank] for rank in own))
@@ -106,12 +102,12 @@ def verify_existing(options: Options, listener: Listener) -> Verified:
     return Verified(
         source=source.path,
         target=target.path,
-        layout=layout,
+        layout=told.layout,
         depth=options.depth,
         ranks=len(own),
         length=length,
         seconds=time.monotonic() - began,
-        source_layout=families[0].source.layout,
+        source_layout=run.layout,
     )
 
 
@@ -167,8 +163,9 @@ def _survey_target(save_dir: Path, source: Survey) -> Survey:
         target = take_survey(str(save_dir))
     except CheckpointError as error:
         raise VerificationError(*error.problems) from None
-    if target.ranks != source.ranks:
-        odd = min(set(target.ranks) ^ set(source.ranks))
+    expected = source.ranks_of(target.arguments.pp_size)
+    if target.ranks != expected:
+        odd = min(set(target.ranks) ^ set(expected))
         raise VerificationError.of(
             save_dir / odd.folder,
             "source and target do not have the same rank folders",
@@ -178,7 +175,11 @@ def _survey_target(save_dir: Path, source: Survey) -> Survey:
 
 
 def _check_manifest(
-    save_dir: Path, known_by: str, iteration: int | None, layout: PipelineLayout, options: Options
+    save_dir: Path,
+    known_by: str,
+    iteration: int | None,
+    runs: tuple[Megatron, Megatron],
+    options: Options,
 ) -> None:
     """Where the target tells which conversion made it, it must be one of this source.
 
@@ -189,17 +190,20 @@ def _check_manifest(
     if found is None:
         return
     source, target = (found.get(side) or {} for side in ("source", "target"))
+    sizes = manifest.sizes_told(*runs)
     problems = manifest.differences(
         {
+            **{name: target.get(name) for name in manifest.SIZES},
             "fingerprint": source.get("fingerprint"),
             "iteration": source.get("iteration"),
             "layout": target.get("layout"),
             "no_save_optim": target.get("no_save_optim", False),
         },
         {
+            **sizes,
             "fingerprint": known_by,
             "iteration": iteration,
-            "layout": str(layout),
+            "layout": str(runs[1].layout),
             "no_save_optim": options.no_save_optim,
         },
         save_dir / MANIFEST,

@@ -225,6 +225,18 @@ class FamilyFolders:
         """
         return {p: self._read_rank(self.ranks[p]) for p in sorted(pp_ranks)}
 
+    def at(self, pp_rank: int, pp_size: int) -> RankId:
+        """The same family's rank in a run of so many pipeline ranks."""
+        return next(iter(self.ranks.values())).at(pp_rank, pp_size)
+
+    def others(self, pp_rank: int) -> list[tuple[str, Extent]]:
+        """The files that a rank of this number gets as they are, in whatever run.
+
+        Raises:
+            CheckpointError: see ``other_files``.
+        """
+        return other_files(self.directory, self.ranks[pp_rank])[0] if pp_rank in self.ranks else []
+
     def _read_rank(self, rank: RankId) -> RankFiles:
         files = read_source_rank(self.directory, rank)
         ep_size = self.processes.ep_size

@@ -104,7 +104,7 @@ def why_no_ranks(path: Path, names: Collection[str]) -> str:
     return problem(
         path,
         what,
-        expected="folders named mp_rank_TT_PPP or mp_rank_TT_PPP_EEE",
+        expected="folders named mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE",
         found=", ".join(list(names)[:5]) or "nothing",
         cure=cure,
     )

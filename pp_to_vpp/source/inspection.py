@@ -124,6 +124,7 @@ def oddities(survey: Survey, families: Iterable[ProvenFamily]) -> list[str]:
     for path in (path for family in families for path in family.left_behind):
         left.setdefault(path.rpartition("/")[2], []).append(path)
     left |= {name: [name] for name in survey.ignored if name != MANIFEST}
+    unlike = {name: None for family in families for name, is_ in family.copies.items() if not is_}
     return [
         *(f"{name} is unknown, alike in all files, and copied" for name in odd),
         *(
@@ -131,6 +132,7 @@ def oddities(survey: Survey, families: Iterable[ProvenFamily]) -> list[str]:
             + (paths[0] if len(paths) == 1 else f"{name} in {len(paths)} rank folders")
             for name, paths in left.items()
         ),
+        *(f"{name} is not equal to the word embedding, of which it is a copy" for name in unlike),
         *([_UNLOADED] if any(family.rounding == REMAINDERS for family in families) else []),
     ]
 
@@ -150,6 +152,10 @@ def proofs(look: Look, samples: int) -> tuple[str, ...]:
         found.append(
             f"{samples} weights of 16 bits are their main parameters {look.proven.rounding}, "
             "compared at both ends"
+        )
+    if look.proven.copies and all(look.proven.copies.values()):
+        found.append(
+            "the copies of the word embedding are equal, weights and states, compared at both ends"
         )
     if look.proven.groups and look.odd_groups:
         found.append("its param groups are not those of the rules: they are taken as they are")

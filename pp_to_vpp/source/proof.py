@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from ..checkpoint.family import Family, RankFiles, Sample
+from ..checkpoint.copies import tensors_of_copies
+from ..checkpoint.family import Family, RankFiles, Sample, TensorName
 from ..checkpoint.reading import read_family
 from ..container.extents import Extent
 from ..container.tensors import FLOAT_BYTES, TensorRef, item_bytes
 from ..errors import NOT_CONVERTED, ONE_SAVE, CheckpointError
 from ..megatron import rounding
+from ..megatron.megatron import Megatron
+from ..megatron.naming import Section
 from ..megatron.optimizer_chain import OptimizerKind
 from ..megatron.rules import Rules
 from .files import RangeReader
@@ -106,6 +109,44 @@ def unlike_copies(family: Family) -> Iterator[tuple[str, str]]:
         for name, copy, original in family.copies():
             if reader.ends(copy) != reader.ends(original):
                 yield copy.path, f"{name} is not as in the layer-wise file beside it"
+
+
+def equal_copies(
+    family: Family, sections: Collection[Section], *, in_full: bool
+) -> dict[TensorName, bool]:
+    """Whether each tensor of the copies of the word embedding in some sections is equal to that of
+    the embedding, at both ends or in full."""
+    found: dict[TensorName, bool] = {}
+    with RangeReader() as reader:
+        for name, copy, original in tensors_of_copies(family, sections):
+            if copy is None or original is None:
+                found[name] = False
+                continue
+            both = copy.extent, original.extent
+            if in_full:
+                chunks = zip(*map(reader.chunks, both), strict=True)
+                found[name] = all(one == other for one, other in chunks)
+            else:
+                found[name] = len({reader.ends(extent) for extent in both}) == 1
+    return found
+
+
+def check_dropped(family: Family, target: Megatron) -> None:
+    """A copy of the word embedding that a target does not have must be equal to it.
+
+    Raises:
+        CheckpointError: it is not, so that what it holds would be lost.
+    """
+    run = family.megatron
+    equal = equal_copies(family, run.embedding_copies & run.dropped_for(target), in_full=True)
+    for name in (name for name, is_equal in equal.items() if not is_equal):
+        raise CheckpointError.of(
+            family.any_rank.files.model.path,
+            f"the target has no copy of the word embedding on another pipeline rank, and {name} is "
+            "not equal to the embedding's",
+            expected="equal copies, as Megatron keeps them",
+            cure="ask for a layout with the copies that the source has",
+        )
 
 
 def check_samples(wanted: Iterable[Sample], ways: Sequence[str]) -> tuple[str | None, list[Sample]]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.one_save import told
 from ..container.pickling import as_mapping
-from ..errors import COPY_MISSING, NOTHING_TO_CONVERT, ONE_SAVE, CheckpointError, problem, refusals
+from ..errors import COPY_MISSING, ONE_SAVE, CheckpointError, problem, refusals
 from ..megatron.arguments import SavedArguments, read_arguments
-from ..megatron.ranks import MODEL_FILE, RankId
-from .files import FamilyFolders, check_links, names_in, read_rank
+from ..megatron.ranks import MODEL_FILE, RankId, is_rank_folder
+from .files import FamilyFolders, check_links, names_in, read_torch_file
 from .foreign import DISTRIBUTED, why_foreign, why_no_folder, why_no_ranks
 
 _MAX_ITERATION = 1 << 62
-_RANK_LIKE = re.compile(r"mp_rank_[0-9]+(_[0-9]+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +45,13 @@ class Survey:
 
     def family(self, family: tuple[int, int]) -> FamilyFolders:
         """The folders of one family."""
-        ranks = {rank.pp_rank: rank for rank in self.ranks if rank.family == family}
+        ranks = {rank.pp_rank or 0: rank for rank in self.ranks if rank.family == family}
         return FamilyFolders(self.path, ranks, self.arguments.processes)
+
+    def ranks_of(self, pp_size: int) -> tuple[RankId, ...]:
+        """The rank folders of the same families in a run of so many pipeline ranks."""
+        found = {rank.at(pp_rank, pp_size) for rank in self.ranks for pp_rank in range(pp_size)}
+        return tuple(sorted(found))
 
 
 def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:
@@ -67,33 +70,30 @@ def take_survey(iteration_dir: str, *, follow_links: bool = False) -> Survey:
         if path.is_file():
             raise CheckpointError(why_no_folder(path))
     names = names_in(path)
-    ranks = {rank: name for name in names if (rank := RankId.parse(name)) is not None}
-    odd = [name for name in names if _RANK_LIKE.fullmatch(name) and RankId.parse(name) is None]
-    if not ranks:
-        if odd:
-            raise CheckpointError(why_foreign(path) or _why_pp_1(path, odd))
+    folders = [name for name in names if is_rank_folder(name)]
+    if not folders:
         raise CheckpointError(why_no_ranks(path, names))
-    _check_format(path, min(ranks))
+    # What the numbers of a name mean its arguments tell, and a folder without a file is nobody's.
+    saved = [name for name in folders if os.path.lexists(path / name / MODEL_FILE)]
+    first = (saved or folders)[0]
+    _check_format(path, first)
     if not follow_links:
-        check_links(path / name for name in ranks.values())
-    first = min(ranks)
-    files = read_rank(str(path), first)
-    root, where = as_mapping(files.model.root) or {}, files.model.path
-    arguments = read_arguments(root, where)
-    _check_sizes(path, sorted(ranks), arguments)
-    ignored = tuple(name for name in names if RankId.parse(name) is None)
-    return Survey(str(path), tuple(sorted(ranks)), arguments, told(root, where), ignored)
+        check_links([path / first])
+    where = path / first / MODEL_FILE
+    root = as_mapping(read_torch_file(where).root) or {}
+    arguments = read_arguments(root, str(where))
+    sizes = arguments.pp_size, arguments.ep_size
+    named = {name: RankId.parse(name, *sizes) for name in folders}
+    ranks = sorted(rank for rank in named.values() if rank is not None)
+    _check_names(path, [name for name in saved if named[name] is None], arguments)
+    if not follow_links:
+        check_links(path / rank.folder for rank in ranks)
+    _check_sizes(path, ranks, arguments)
+    ignored = tuple(name for name in names if named.get(name) is None)
+    return Survey(str(path), tuple(ranks), arguments, told(root, str(where)), ignored)
 
 
-def _why_pp_1(path: Path, odd: list[str]) -> str:
-    return problem(
-        path,
-        f"its rank folders ({odd[0]}) name no pipeline rank: it was saved with PP 1",
-        cure=NOTHING_TO_CONVERT,
-    )
-
-
-def _check_format(path: Path, first: RankId) -> None:
+def _check_format(path: Path, first: str) -> None:
     """Rank folders must be those of Megatron, and all that Megatron may load.
 
     Raises:
@@ -108,32 +108,34 @@ def _check_format(path: Path, first: RankId) -> None:
             found=sign,
             cure="move one of the two into a folder of its own",
         )
-    is_there = os.path.lexists(path / first.folder / MODEL_FILE)
+    is_there = os.path.lexists(path / first / MODEL_FILE)
     foreign = None if is_there else why_foreign(path)
     if foreign is not None:
         raise CheckpointError(foreign)
 
 
+def _check_names(path: Path, strange: list[str], arguments: SavedArguments) -> None:
+    """The numbers in the folders' names must be those of a run of these sizes (FORMAT 1.1).
+
+    Raises:
+        CheckpointError: they are not: the folders are of several saves.
+    """
+    if strange:
+        pp_size, ep_size = arguments.pp_size, arguments.ep_size
+        raise CheckpointError.of(
+            path,
+            "its folder names do not fit pipeline_model_parallel_size and "
+            "expert_model_parallel_size",
+            expected=f"names like {RankId(0, 0, 0 if ep_size > 1 else None).at(0, pp_size).folder}"
+            f" for PP {pp_size} and EP {ep_size}",
+            found=", ".join(strange[:3]),
+            cure=ONE_SAVE,
+        )
+
+
 def _check_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> None:
     """The folders must be those of the sizes in the arguments."""
-    problems = []
-    if arguments.pp_size < 2:
-        problems.append(
-            problem(
-                path, "it was saved with pipeline_model_parallel_size 1", cure=NOTHING_TO_CONVERT
-            )
-        )
-    if any((rank.ep_rank is None) != (arguments.ep_size == 1) for rank in ranks):
-        problems.append(
-            problem(
-                path,
-                "its folder names do not fit expert_model_parallel_size",
-                expected=f"{'two' if arguments.ep_size == 1 else 'three'} numbers in each name",
-                found=ranks[0].folder,
-                cure=ONE_SAVE,
-            )
-        )
-    problems = problems or _odd_sizes(path, ranks, arguments)
+    problems = _odd_sizes(path, ranks, arguments)
     problems = problems or list(itertools.islice(_missing(path, ranks, arguments), 8))
     if problems:
         raise CheckpointError(*problems)
@@ -151,7 +153,7 @@ def _odd_sizes(path: Path, ranks: list[RankId], arguments: SavedArguments) -> li
     sizes = (
         ("tensor", arguments.tp_size, {rank: rank.tp_rank for rank in ranks}),
         ("expert", arguments.ep_size, {rank: rank.ep_rank or 0 for rank in ranks}),
-        ("pipeline", arguments.pp_size, {rank: rank.pp_rank for rank in ranks}),
+        ("pipeline", arguments.pp_size, {rank: rank.pp_rank or 0 for rank in ranks}),
     )
     problems = []
     for kind, size, numbers in sizes:
@@ -189,7 +191,9 @@ def _missing(path: Path, ranks: list[RankId], arguments: SavedArguments) -> Iter
         wanted |= set(itertools.product(range(arguments.tp_size), range(arguments.ep_size)))
     for tp_rank, ep_rank in sorted(wanted):
         folders = [
-            RankId(tp_rank, pp_rank, ep_rank if arguments.ep_size > 1 else None)
+            RankId(tp_rank, 0, ep_rank if arguments.ep_size > 1 else None).at(
+                pp_rank, arguments.pp_size
+            )
             for pp_rank in range(arguments.pp_size)
         ]
         if (tp_rank, ep_rank) not in families:

@@ -56,21 +56,35 @@ def used_twice(ranks: Sequence[RankPlan], family: Family) -> Iterator[tuple[str,
     """File and offset of bytes that two objects share: written apart, each would have a copy, as
     only those of the word embedding may.
 
-    The model's files are apart from the others, one of which they may repeat.
+    The model's files are apart from the others, one of which they may repeat. Several ranks may
+    begin with the same of what is no tensor of the model, such as random states.
     """
     made = [item for item in family.items() if item.name in family.made]
     copied = _by_path(tensor.extent for tensor in family.manifest(made).values())
     for of_model in (True, False):
-        files = (file for plan in ranks for file in plan.files)
-        kind = (file for file in files if (file.name == MODEL_FILE) == of_model)
-        used = _by_path(extent for file in kind for extent in file.extents())
-        for path, ranges in used.items():
-            end = 0
-            for offset, length in sorted(ranges):
+        used: dict[str, list[tuple[int, int, int]]] = {}
+        for index, plan in enumerate(ranks):
+            files = (file for file in plan.files if (file.name == MODEL_FILE) == of_model)
+            for extent in (extent for file in files for extent in file.extents()):
+                used.setdefault(extent.path, []).append((extent.offset, extent.length, index))
+        for path, found in used.items():
+            end, holder = 0, -1
+            for offset, length, index in sorted(found):
                 again = Extent(path, offset, min(end - offset, length))
-                if again.length > 0 and not _covers(sorted({*copied.get(path, [])}), again):
+                if again.length <= 0 or _covers(sorted({*copied.get(path, [])}), again):
+                    pass
+                elif index == holder or _is_of_a_tensor(again, family):
                     yield path, offset
-                end = max(end, offset + length)
+                if offset + length > end:
+                    end, holder = offset + length, index
+
+
+def _is_of_a_tensor(extent: Extent, family: Family) -> bool:
+    """Whether bytes are those of a parameter or a state of one, if only in part."""
+    end = extent.offset + extent.length
+    held = (tensor.extent for tensor in family.manifest().values())
+    own = (other for other in held if other.path == extent.path)
+    return any(o.offset < end and extent.offset < o.offset + o.length for o in own)
 
 
 def _holes(file: FilePlan) -> Iterator[str]:

@@ -47,7 +47,7 @@ class TargetRank:
     pp_rank: int
     family: Family
     sources: tuple[SourceRank, ...]
-    """The ranks of the family: the same folder, those that it is made of, then the others."""
+    """The ranks of the family: the counterpart, those that it is made of, then the others."""
     chunks: tuple[TargetChunk, ...]
     """Of each virtual stage."""
     buffers: RankBuffers | None
@@ -55,7 +55,7 @@ class TargetRank:
 
     @property
     def own(self) -> SourceRank:
-        """The same folder of the source."""
+        """The counterpart in the source: the same folder, if it is there."""
         return self.sources[0]
 
     @property
@@ -71,7 +71,7 @@ class TargetRank:
         """
         yield self.parameters
         layout = self.megatron.layout
-        if len(self.family.ranks) < layout.pp_size:
+        if len(self.family.ranks) < self.family.layout.pp_size:
             raise UnreadRanks
         for chunks in map(layout.rank_chunks, range(layout.pp_size)):
             yield [target_chunk(self.family, chunk).parameters for chunk in chunks]

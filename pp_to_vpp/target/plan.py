@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..checkpoint.family import Family
+from ..checkpoint.top_level import for_data_parallel
 from ..container import torch_file
 from ..container.archive import ArchivePlan
 from ..container.extents import Extent, Piece, cut_pieces
@@ -111,9 +112,12 @@ def plan_rank(
     rank = target_rank(family, megatron, pp_rank)
     own = rank.own.files
     writer = StateDictWriter(rank)
-    root = replace_chunks(rank.own.root, writer.chunks())
+    root = for_data_parallel(rank.own.root, megatron.arguments)
+    root = replace_chunks(root, writer.chunks())
     root = replace_chunks(root, writer.averages(), naming.AVERAGE)
-    root["args"] = patch_arguments(root["args"], family.megatron.arguments, megatron.arguments)
+    both = family.megatron.arguments, megatron.arguments
+    before = family.megatron.counterpart(megatron, pp_rank)
+    root["args"] = patch_arguments(root["args"], *both, (before, pp_rank))
     optimizer = target_optimizer(rank)
     graphs = {MODEL_FILE: place_entry(root, optimizer.entry), **optimizer.files}
     with located(own.model.path, cure=ASK_FOR_SUPPORT):
@@ -123,13 +127,20 @@ def plan_rank(
         ]
     for name, extent in others:
         plans.append(_with_shared(FilePlan(name, extent.length, ((extent,),), None, block)))
-    return RankPlan(own.id, tuple(plans), optimizer.elsewhere)
+    id_ = own.id.at(pp_rank, megatron.layout.pp_size)
+    return RankPlan(id_, tuple(plans), optimizer.elsewhere)
 
 
 def _template(rank: TargetRank, name: str) -> TorchFile:
-    """The file of that name in the same folder of the source, or in the first that has one."""
+    """The file of that name in the same folder of the source, or in the first that has one; for a
+    layer-wise file of a data-parallel rank that the source has not, another one."""
     files = (file for source in rank.sources for file in source.files.all)
-    return next(file for file in files if file.path.endswith(f"/{name}"))
+    found = next((file for file in files if file.path.endswith(f"/{name}")), None)
+    if found is None:
+        found = rank.own.files.all[-1]
+        is_named = found.path.endswith(f"/{found.stem}.pt")  # torch calls the archive as the file
+        return replace(found, stem=name.removesuffix(".pt")) if is_named else found
+    return found
 
 
 def _file_plan(name: str, encoded: torch_file.EncodedFile, block: int) -> FilePlan:

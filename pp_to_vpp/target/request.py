@@ -24,6 +24,9 @@ class Target:
     """overlap_param_gather_with_optimizer_step."""
     no_save_optim: bool = False
     """It has no optimizer state."""
+    pp_size: int | None = None
+    """None for the source's, like the next."""
+    dp_size: int | None = None
 
     def of(self, source: Megatron) -> Megatron:
         """The run that will load it, of the version that saved the source.
@@ -31,7 +34,9 @@ class Target:
         Raises:
             LayoutError: it is impossible, or the source has it already.
         """
-        target = source.relaunched(self.placement, overlaps=self.overlaps)
+        sizes = {"pp_size": self.pp_size, "dp_size": self.dp_size}
+        target = source.relaunched(self.placement, overlaps=self.overlaps, **sizes)
+        _check_launch(target, source)
         if target.is_laid_out_like(source) and not self.no_save_optim:
             raise LayoutError.of(
                 "target layout",
@@ -40,7 +45,6 @@ class Target:
                 "chunk",
                 cure="there is nothing to convert; ask for another layout",
             )
-        _check_mtp_copies(source, target)
         _check_mtp_kind(source, target)
         return target
 
@@ -66,16 +70,17 @@ def wanted_ranks(options: Options, arguments: SavedArguments) -> tuple[int, ...]
         )
         if given is not None and given != found
     ]
-    pp_ranks = range(arguments.pp_size) if options.pp_ranks is None else options.pp_ranks
+    pp_size = options.target_pp_size or arguments.pp_size
+    pp_ranks = range(pp_size) if options.pp_ranks is None else options.pp_ranks
     problems += [
         problem(
             "--pipeline-ranks-to-process",
             f"there is no pipeline rank {pp_rank}",
-            expected=f"0 to {arguments.pp_size - 1}",
+            expected=f"0 to {pp_size - 1}",
             cure="name target pipeline ranks",
         )
         for pp_rank in pp_ranks
-        if not 0 <= pp_rank < arguments.pp_size
+        if not 0 <= pp_rank < pp_size
     ]
     if problems:
         raise UsageError(*problems)
@@ -90,7 +95,14 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
         LayoutError: it is impossible by all rules, or the source has it already.
         CheckpointError: the placement of the source is not understood.
     """
-    wanted = Target(_placement(options, arguments), options.overlaps, options.no_save_optim)
+    sized = _sized(options, arguments)
+    wanted = Target(
+        _placement(options, sized) if _moves_layers(options, arguments) else arguments.placement,
+        options.overlaps,
+        options.no_save_optim,
+        sized.pp_size,
+        sized.dp_size,
+    )
     if options.overlaps and wanted.placement.vp_size == 1:
         raise LayoutError.of(
             "--target-overlap-param-gather-with-optimizer-step",
@@ -117,17 +129,73 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
     raise CheckpointError(*(f"{where}: {line}" for line in misplaced[0].problems))
 
 
-def _check_mtp_copies(source: Megatron, target: Megatron) -> None:
-    """Raises:
-    LayoutError: one of them has a copy of the embedding for its MTP layers, the other has none.
+def _moves_layers(options: Options, arguments: SavedArguments) -> bool:
+    """Whether a target is asked for that may have its layers elsewhere than the source."""
+    sizes = (options.target_vp_size, options.first_layers, options.last_layers)
+    words = (*sizes, options.layout_string, options.hybrid_pattern)
+    is_v_shaped = arguments.placement.order is Order.V_SHAPED
+    is_larger = options.target_pp_size not in (None, arguments.pp_size)
+    return is_v_shaped or is_larger or any(word is not None for word in words)
+
+
+def _sized(options: Options, arguments: SavedArguments) -> SavedArguments:
+    """The source's arguments with the sizes of the target, and with those of its words for the
+    placement that mean the same for another number of pipeline ranks."""
+    pp_size, placement = options.target_pp_size or arguments.pp_size, arguments.placement
+    if pp_size != arguments.pp_size and not isinstance(placement.form, Even | HybridPattern):
+        placement = Placement()
+    dp_size = options.target_dp_size or arguments.dp_size
+    return replace(arguments, pp_size=pp_size, dp_size=dp_size, placement=placement)
+
+
+def _check_launch(target: Megatron, source: Megatron) -> None:
+    """The sizes must be such that Megatron can launch with them (arguments.py ``validate_args``,
+    parallel_state.py ``initialize_model_parallel``, 0.7 to 0.19).
+
+    Raises:
+        LayoutError: they are not.
     """
-    copies = [Section.MTP_EMBEDDING in run.embedding_copies for run in (source, target)]
-    if copies[0] != copies[1]:
+    arguments, own = target.arguments, source.arguments
+    if arguments.pp_size == 1 < arguments.placement.vp_size:
+        raise LayoutError.of(
+            "--target-virtual-pipeline-model-parallel-size",
+            "Megatron allows virtual stages on several pipeline ranks only",
+            expected=1,
+            found=arguments.placement.vp_size,
+            cure="leave it out, or ask for more pipeline ranks",
+        )
+    if arguments.sizes == own.sizes:
+        return
+    ranks = arguments.tp_size * arguments.cp_size * arguments.dp_size
+    experts = arguments.etp_size * arguments.ep_size
+    shards, instances = arguments.dp_size * arguments.cp_size, arguments.optimizer_instances
+    for found, divisor, names in (
+        (ranks, experts, "expert_tensor_parallel_size x expert_model_parallel_size"),
+        (shards, instances, "num_distributed_optimizer_instances"),
+    ):
+        if found % divisor:
+            raise LayoutError.of(
+                "--target-data-parallel-size",
+                f"{names} does not divide the ranks of a pipeline stage: no run can load that",
+                expected=f"a multiple of {divisor}",
+                found=found,
+                cure="choose another one",
+            )
+    if own.random_by_dp_rank and arguments.dp_size > own.dp_size:
+        raise LayoutError.of(
+            "--target-data-parallel-size",
+            "with --data-parallel-random-init each data-parallel rank has a random state of its "
+            "own in the files, and Megatron fails where there are fewer",
+            expected=f"{own.dp_size} or less",
+            found=arguments.dp_size,
+            cure="choose such a size, or save once without that flag",
+        )
+    is_old = not target.rules.aligns_parameters
+    if is_old and arguments.pp_size == 2 != own.pp_size and arguments.placement.is_interleaved:
         raise LayoutError.of(
             "target layout",
-            "MTP layers on the first stage share its embedding, elsewhere they have a copy, which "
-            f"the {'target' if copies[1] else 'source'} alone would have",
-            cure="ask for a layout with m on the first stage as in the source, or off it as there",
+            "Megatron up to 0.7 allows virtual stages on more than 2 pipeline ranks only",
+            cure="ask for more, or for one virtual stage",
         )
 
 
@@ -159,7 +227,8 @@ def _check_mtp_kind(source: Megatron, target: Megatron) -> None:
 
 
 def _placement(options: Options, arguments: SavedArguments) -> Placement:
-    """The target's placement: the source's own words, with those of the options."""
+    """The target's placement, given its sizes: the source's own words, with those of the
+    options."""
     own = arguments.placement.form
     if isinstance(own, HybridPattern):
         return _hybrid_placement(options, own, arguments.pp_size)
@@ -178,6 +247,8 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
     first, last = options.first_split, options.last_split
     if first is not None and last is not None:
         return Placement(vp_size, Ends(sum(first), sum(last), tuple(first), tuple(last)))
+    if options.first_layers is not None or options.last_layers is not None:
+        own = _ends(options, arguments.pp_size)
     match own:
         case Even() as even:
             return Placement(vp_size, even)
@@ -189,6 +260,17 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
             return _with_first_stage(found, arguments) if is_misnumbered else found
         case LayoutString() | Listed():
             return Placement(vp_size)
+
+
+def _ends(options: Options, pp_size: int) -> Ends:
+    """The first and last stage as they are asked for."""
+    if pp_size == 1:
+        raise LayoutError.of(
+            "--target-decoder-first-pipeline-num-layers, --target-decoder-last-...",
+            "one pipeline rank has all layers",
+            cure="leave them out",
+        )
+    return Ends(options.first_layers, options.last_layers)
 
 
 def _with_first_stage(found: Placement, arguments: SavedArguments) -> Placement:
@@ -227,10 +309,12 @@ def _vp_size_of(stages: int, options: Options, pp_size: int, text: str) -> int:
 
 def _hybrid_placement(options: Options, own: HybridPattern, pp_size: int) -> Placement:
     """The target's placement of a hybrid model: no layer may change its kind."""
-    if options.layout_string is not None or options.first_split is not None:
+    others = (options.layout_string, options.first_split, options.first_layers, options.last_layers)
+    if any(words is not None for words in others):
         raise UsageError.of(
             "target layout",
-            "layout strings and layer splits do not place the layers of a hybrid model",
+            "layout strings, layer splits and layers of end stages do not place the layers of a "
+            "hybrid model",
             cure="give --target-hybrid-layer-pattern, or "
             "--target-virtual-pipeline-model-parallel-size alone",
         )
@@ -262,17 +346,7 @@ def notes(source: Megatron, target: Megatron) -> list[str]:
             found.append("the layer splits need Microsoft's fork of Megatron-LM to launch")
         if placement.vp_size > 1 and form.last is not None:
             found += _notes_on_the_last_stage(form, target)
-    before, after = (Section.HEAD in run.embedding_copies for run in (source, target))
-    if after and not before:
-        found.append(
-            "output_layer.weight is made of the word embedding: the source has none that a forward "
-            "uses"
-        )
-    if before and not after:
-        found.append(
-            "output_layer.weight keeps its value, which no forward uses: beside MTP layers the "
-            "tied weight is their copy of the word embedding"
-        )
+    found += _notes_on_copies(source, target)
     if source.arguments.placement.order is Order.V_SHAPED:
         found.append("the source's V-shaped schedule is dropped: launch without it")
     if isinstance(own, LayoutString) and not is_string:
@@ -280,7 +354,72 @@ def notes(source: Megatron, target: Megatron) -> list[str]:
             f"the source's layout string {own.text!r} is dropped: the target's "
             "layers are placed evenly"
         )
-    return found
+    return [*found, *_notes_on_sizes(source, target)]
+
+
+_COPIES = {
+    Section.HEAD: "output_layer.weight",
+    Section.MTP_EMBEDDING: "the MTP layers' copy of the word embedding",
+}
+
+
+def _notes_on_copies(source: Megatron, target: Megatron) -> Iterator[str]:
+    """Which copies of the word embedding come and go."""
+    for section, name in _COPIES.items():
+        is_used = section in target.embedding_copies
+        if section in source.made_for(target):
+            yield (
+                f"{name} is made of the word embedding: the source has none that a forward uses"
+                + ("" if is_used else ", nor does the target, beside MTP layers")
+            )
+        elif section in source.dropped_for(target):
+            was_used = section in source.embedding_copies
+            why = "it is equal to the word embedding" if was_used else "no forward uses it"
+            yield f"{name} is dropped, for {why}"
+        elif section in source.embedding_copies - target.embedding_copies:
+            yield (
+                f"{name} keeps its value, which no forward uses: beside MTP layers the tied weight "
+                "is their copy of the word embedding"
+            )
+
+
+def _notes_on_sizes(source: Megatron, target: Megatron) -> Iterator[str]:
+    """What another number of ranks means, and what no file tells of it."""
+    own, wanted = source.arguments, target.arguments
+    if own.sizes == wanted.sizes:
+        return
+    keeping, rest = divmod(own.dp_size * own.pp_size, wanted.pp_size)
+    text = f"the target is for {wanted.world_size} GPUs, of data-parallel size {wanted.dp_size}"
+    if wanted.world_size != own.world_size:
+        text += f"; the source was of {own.world_size} GPUs"
+        text += "" if rest else f", which --target-data-parallel-size {keeping} keeps"
+    yield text
+    form = own.placement.form
+    if wanted.pp_size != own.pp_size:
+        given = {
+            "decoder_first_pipeline_num_layers": getattr(form, "first", None),
+            "decoder_last_pipeline_num_layers": getattr(form, "last", None),
+            getattr(form, "argument", ""): getattr(form, "counts", None),
+        }
+        for name, value in given.items():
+            if value is not None:
+                told = f"{own.pp_size} pipeline ranks"
+                yield f"the source's {name} is dropped, for it is a word for {told}"
+        others = f"; ranks from {own.pp_size} on begin with those of a rank that has their layers"
+        yield (
+            "no file tells the random states of another number of pipeline ranks: each rank begins "
+            "with those of its number"
+            + (others if wanted.pp_size > own.pp_size else "")
+            + ". Without dropout they have no effect; with it, masks are others than they would "
+            "have been, and --no-load-rng starts each rank from its own seed"
+        )
+    sums = own.ties_embeddings or bool(own.mtp_num_layers)
+    if own.dp_size != wanted.dp_size or (sums and 1 in (own.pp_size, wanted.pp_size)):
+        yield (
+            "gradients are summed in another order than before (of more or fewer data-parallel "
+            "ranks, or of both uses of the word embedding on one rank): from the second step on "
+            "losses differ in their last bits"
+        )
 
 
 def _notes_on_the_last_stage(form: Ends, target: Megatron) -> Iterator[str]:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.copies import with_copies_of
-from ..checkpoint.family import Family, RankFiles, TensorName
+from ..checkpoint.family import Family, RankFiles, SourceRank, TensorName
 from ..checkpoint.optimizer_entries import OPTIMIZER
 from ..checkpoint.reading import megatron_of
+from ..checkpoint.top_level import for_data_parallel
 from ..container.crc32 import Checksums
 from ..container.extents import Extent
 from ..container.pickling import is_same
@@ -36,9 +37,9 @@ from ..errors import (
     show,
 )
 from ..megatron import rounding
-from ..megatron.arguments import FOLLOWING_PLACEMENT, namespace_values
+from ..megatron.arguments import following, namespace_values
 from ..megatron.forms import HybridPattern
-from ..megatron.layout import PipelineLayout
+from ..megatron.megatron import Megatron
 from ..megatron.naming import all_chunk_keys
 from ..megatron.optimizer_chain import OptimizerKind, has_optimizer
 from ..megatron.param_groups import are_sorted, keys_of_groups, steps
@@ -46,7 +47,7 @@ from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
 from ..source.files import FamilyFolders, RangeReader, check_links, other_files, read_rank
-from ..source.proof import known_family, likeliest_family, unlike_copies
+from ..source.proof import equal_copies, known_family, likeliest_family, unlike_copies
 from ..source.proven import ProvenFamily
 from . import framing, torch_loading
 from .in_full import UNLIKE_MAIN, Pair, SourceJob, read_in_full
@@ -60,27 +61,27 @@ class Proof:
     """What the target folders of one family are held to."""
 
     source: FamilyFolders
-    rules: Rules
-    """Of the version that wrote the source."""
+    run: Megatron
+    """That wrote the source."""
     frozen: frozenset[str]
     """Names of the parameters that the run does not train."""
-    layout: PipelineLayout
-    """That all folders of the target must tell."""
+    target: Megatron
+    """The run that all folders of the target must tell."""
     depth: Depth
     no_save_optim: bool = False
     """The target has no optimizer state."""
 
     @classmethod
     def of(
-        cls, source: ProvenFamily, layout: PipelineLayout, depth: Depth, *, no_save_optim: bool
+        cls, source: ProvenFamily, target: Megatron, depth: Depth, *, no_save_optim: bool
     ) -> Proof:
         """That of a family that was proved."""
-        rules = source.source.rules
-        return cls(source.folders, rules, source.frozen, layout, depth, no_save_optim)
+        run, frozen = source.source, source.frozen
+        return cls(source.folders, run, frozen, target, depth, no_save_optim)
 
     def source_job(self, found: Mapping[Extent, int]) -> SourceJob:
         """The source to be held to the CRC-32 of its records, given those of what was read."""
-        return SourceJob(self.source, self.rules, self.frozen, found)
+        return SourceJob(self.source, self.run.rules, self.frozen, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,8 @@ class Verdict:
             raise VerificationError(*self.problems)
 
 
-def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
-    """The layout that the arguments of a rank folder tell.
+def told_run(job: tuple[str, RankId, Rules]) -> Megatron:
+    """The run that the arguments of a rank folder tell.
 
     Args:
         job: iteration folder, rank, and the rules of the version that wrote the source.
@@ -131,7 +132,9 @@ def told_layout(job: tuple[str, RankId, Rules]) -> PipelineLayout:
     directory, rank, rules = job
     try:
         check_links([Path(directory) / rank.folder])
-        return megatron_of(read_rank(directory, rank), rules).layout
+        found = megatron_of(read_rank(directory, rank), rules)
+        _ = found.layout  # which may be impossible
+        return found
     except ConversionError as error:
         kind = CopyError if is_refusal(error) else VerificationError
         raise kind(*error.problems) from None
@@ -178,23 +181,25 @@ def _verdict(job: VerifyJob) -> Verdict:
     """Raises:
     CheckpointError: the source or the target cannot be read.
     """
-    proof, pp_rank = job.proof, job.rank.pp_rank
+    proof, pp_rank = job.proof, job.rank.pp_rank or 0
     files = read_rank(job.directory, job.rank, job.folder)
     try:
-        target, way, samples = likeliest_family({pp_rank: files}, proof.rules, proof.frozen)
+        target, way, samples = likeliest_family({pp_rank: files}, proof.run.rules, proof.frozen)
     except ConversionError as error:
         return Verdict(error.problems, 0, {})
-    source = _source_of(proof, target, pp_rank)
+    whole = _source_of(proof, target, pp_rank)
+    source = with_copies_of(whole, target.megatron)
     if _lacks_optimizer(source, target, pp_rank):
         text = "it holds no optimizer state, which its source does"
         cure = "add --no-save-optim if it was to hold none, else convert again"
         return Verdict((problem(files.model.path, text, cure=cure),), 0, {})
     twins = _twins(source, target, pp_rank)
     texts = [] if way is not None else [UNLIKE_MAIN.format(samples[0].name)]
-    if target.layout != proof.layout:
-        told = f"({target.layout}) than the target's ({proof.layout})"
+    if not target.megatron.is_laid_out_like(proof.target):
+        told = f"({target.megatron}) than the target's ({proof.target})"
         texts.append(f"its arguments tell another layout {told}")
     texts += [*_compare_rest(source, target, pp_rank), *_check_groups(target, pp_rank)]
+    texts += _lost_copies(whole, target, proof.depth)
     texts += [*_lost_groups(source, target), *twins.problems, *_compare_others(job)]
     found: Mapping[Extent, int] = {}
     differing: Collection[Pair]
@@ -256,13 +261,20 @@ def _lines(located: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _source_of(proof: Proof, target: Family, pp_rank: int) -> Family:
-    """The source ranks that hold what a target rank must hold, and the same rank."""
-    (own,) = proof.source.read([pp_rank]).values()
-    needed = megatron_of(own, proof.rules).sources_of(target.megatron, pp_rank)
-    files = proof.source.read({pp_rank, *needed})
-    family = known_family(files, proof.rules, proof.frozen)
-    family = family.weights_only() if proof.no_save_optim else family
-    return with_copies_of(family, target.megatron)
+    """The source ranks that hold what a target rank must hold, and its counterpart."""
+    needed = proof.run.sources_of(target.megatron, pp_rank)
+    files = proof.source.read({proof.run.counterpart(target.megatron, pp_rank), *needed})
+    family = known_family(files, proof.run.rules, proof.frozen)
+    return family.weights_only() if proof.no_save_optim else family
+
+
+def _lost_copies(source: Family, target: Family, depth: Depth) -> Iterator[str]:
+    """Copies of the word embedding that the target does not have, and that are not equal to it."""
+    run = source.megatron
+    dropped = run.embedding_copies & run.dropped_for(target.megatron)
+    for name, is_equal in equal_copies(source, dropped, in_full=depth is Depth.FULL).items():
+        if not is_equal:
+            yield f"{name} is lost, for it is not equal to the word embedding's in the source"
 
 
 def _lacks_optimizer(source: Family, target: Family, pp_rank: int) -> bool:
@@ -270,8 +282,13 @@ def _lacks_optimizer(source: Family, target: Family, pp_rank: int) -> bool:
     return (
         target.kind is OptimizerKind.NONE is not source.kind
         and has_optimizer(target.ranks[pp_rank].parameters, target.megatron)
-        and bool(source.ranks[pp_rank].optimizers)
+        and bool(_counterpart(source, target, pp_rank).optimizers)
     )
+
+
+def _counterpart(source: Family, target: Family, pp_rank: int) -> SourceRank:
+    """The rank of the source from which a target rank has what belongs to no layer."""
+    return source.ranks[source.megatron.counterpart(target.megatron, pp_rank)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,8 +346,9 @@ def _differing_ends(pairs: Iterable[Pair]) -> set[Pair]:
 
 
 def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]:
-    """Differences in everything that is no tensor of the model: it comes from the same folder."""
-    ours, theirs = target.ranks[pp_rank].root, source.ranks[pp_rank].root
+    """Differences in everything that is no tensor of the model: it comes from one folder."""
+    ours, theirs = target.ranks[pp_rank].root, _counterpart(source, target, pp_rank).root
+    theirs = for_data_parallel(theirs, target.megatron.arguments)
     moved = {*all_chunk_keys(ours), *all_chunk_keys(theirs), "args", OPTIMIZER}
     left, right = ([key for key in root if key not in moved] for root in (ours, theirs))
     if left != right:
@@ -350,7 +368,8 @@ def _compare_rest(source: Family, target: Family, pp_rank: int) -> Iterator[str]
     if len(kinds) > 1:
         yield "args.hybrid_layer_pattern tells other layers than its source's"
     mine, yours = (namespace_values(root["args"], "args") for root in (ours, theirs))
-    names = [name for name in dict.fromkeys((*mine, *yours)) if name not in FOLLOWING_PLACEMENT]
+    others = following(source.megatron.arguments, target.megatron.arguments)
+    names = [name for name in dict.fromkeys((*mine, *yours)) if name not in others]
     kept = ({name: own[name] for name in names if name in own} for own in (mine, yours))
     for name in _differing(*kept):
         yield f"args.{name} differs from its source"
@@ -370,7 +389,9 @@ def _differing(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> list[Any]:
 def _compare_others(job: VerifyJob) -> Iterator[str]:
     """Differences in the files that are copied as they are."""
     ours, _ = other_files(job.directory, job.rank, job.folder)
-    theirs, _ = other_files(job.proof.source.directory, job.rank)
+    proof = job.proof
+    is_wanted = proof.run.arguments.dp_size == proof.target.arguments.dp_size
+    theirs = proof.source.others(job.rank.pp_rank or 0) if is_wanted else []
     names = [name for name, _ in ours]
     if names != [name for name, _ in theirs]:
         yield f"its other files are {names}, not those of its source"
@@ -378,7 +399,7 @@ def _compare_others(job: VerifyJob) -> Iterator[str]:
     with RangeReader() as reader:
         for (name, found), (_, wanted) in zip(ours, theirs, strict=True):
             is_same = found.length == wanted.length
-            if is_same and job.proof.depth is Depth.FULL:
+            if is_same and proof.depth is Depth.FULL:
                 both = zip(reader.chunks(found), reader.chunks(wanted), strict=True)
                 is_same = all(one == other for one, other in both)
             elif is_same:

@@ -73,7 +73,7 @@ def copied(
         is_verified_in_full=is_full,
     )
     planned = plan_family(job)
-    proof = Proof.of(planned.proven, planned.target.layout, depth, no_save_optim=False)
+    proof = Proof.of(planned.proven, planned.target, depth, no_save_optim=False)
     context = FinishContext(proof, planned.sources)
     family = FamilyCopy(planned.ranks, planned.derivations, context, is_full)
 

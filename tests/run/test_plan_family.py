@@ -134,7 +134,7 @@ def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     real = read_source_rank
 
     def counted(iteration_dir: str, rank: RankId) -> RankFiles:
-        read.append(rank.pp_rank)
+        read.append(rank.pp_rank or 0)
         return real(iteration_dir, rank)
 
     monkeypatch.setattr(files, "read_source_rank", counted)

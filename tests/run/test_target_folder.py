@@ -103,8 +103,7 @@ def test_folders_of_other_runs_are_held_to_the_layout(tmp_path: Path) -> None:
     target = copy_of(pair(DENSE).truth, tmp_path)
 
     def check(own: list[RankPlan], other: bool = False) -> None:
-        layout = of.layout if other else truth.layout
-        check_others(Inline(), target, RANKS, own, layout, of.rules)
+        check_others(Inline(), target, RANKS, own, of if other else truth)
 
     check(PLANS[:1])
     check(PLANS, other=True)
@@ -118,6 +117,13 @@ def test_folders_of_other_runs_are_held_to_the_layout(tmp_path: Path) -> None:
     shutil.rmtree(path.parent)
     path.parent.mkdir()
     check(PLANS[:1])
+    for name in ("mp_rank_00", "mp_rank_00_002", "mp_rank_00_000_000"):
+        (target / name).mkdir()
+        check(PLANS)
+        (target / name / "model_optim_rng.pt").touch()
+        with pytest.raises(UsageError, match=f"{name}: the target will have no such rank folder"):
+            check(PLANS)
+        shutil.rmtree(target / name)
 
 
 @pytest.mark.parametrize("free", [99, 100])

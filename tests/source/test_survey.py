@@ -31,7 +31,7 @@ def test_a_survey_finds_the_folders(name: str, side: str) -> None:
         family = found.family(key)
         assert family.directory == str(iteration(name, side))
         assert list(family.ranks) == list(range(found.arguments.pp_size))
-        assert all(rank.pp_rank == pp_rank for pp_rank, rank in family.ranks.items())
+        assert all((rank.pp_rank or 0) == pp_rank for pp_rank, rank in family.ranks.items())
         assert {rank.family for rank in family.ranks.values()} == {key}
 
 
@@ -51,9 +51,13 @@ def test_a_release_has_no_iteration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "folders", "reasons"),
     [
-        ({"pipeline_model_parallel_size": 1}, (), ["saved with pipeline_model_parallel_size 1"]),
+        ({"pipeline_model_parallel_size": 1}, (), ["do not fit pipeline_model", "mp_rank_00 for"]),
         ({"pipeline_model_parallel_size": 3}, (), ["rank 2 is missing"]),
-        ({"expert_model_parallel_size": 2}, (), ["do not fit expert", "three numbers"]),
+        (
+            {"expert_model_parallel_size": 2},
+            (),
+            ["and expert_model", "mp_rank_00_000_000 for PP 2"],
+        ),
         ({"tensor_model_parallel_size": 2}, (), ["do not fit tensor_model", "rank 1 is missing"]),
         (
             {},
@@ -65,6 +69,9 @@ def test_a_release_has_no_iteration(tmp_path: Path) -> None:
             ("mp_rank_00_002",),
             ["fit pipeline_model", "too many: mp_rank_00_002; an older save"],
         ),
+        ({}, ("mp_rank_00",), ["do not fit pipeline_model", "found mp_rank_00;"]),
+        ({}, ("mp_rank_00_000_000",), ["do not fit pipeline_model", "found mp_rank_00_000_000;"]),
+        ({}, ("mp_rank_000_001",), ["do not fit pipeline_model", "found mp_rank_000_001;"]),
         ({}, ("mp_rank_01_000",), ["do not fit tensor_model_parallel_size"]),
     ],
 )

@@ -291,17 +291,13 @@ def test_notes_tell_what_the_version_cannot(name: str) -> None:
     assert any("Microsoft's fork" in note for note in found) == ("fork" not in name)
 
 
-@pytest.mark.parametrize(
-    ("layout", "reason"),
-    [
-        ("E" + "t" * 8 + "m|L", "MTP layers on the first stage share its embedding"),
-        ("Ett|tt|ttttm|L", "MTP layers on the first pipeline rank"),
-    ],
-)
-def test_mtp_layers_keep_their_copy_of_the_embedding(layout: str, reason: str) -> None:
-    """On the first stage they have none of their own, and nobody could make it."""
-    with pytest.raises(LayoutError, match=reason):
-        wanted_target(Options(HERE, layout_string=layout), arguments_of(DEEPSEEK))
+def test_mtp_layers_may_share_the_embedding_of_the_first_stage() -> None:
+    """They have no copy there; with virtual stages Megatron hangs."""
+    own = arguments_of(DEEPSEEK)
+    (note,) = notes_for(Options(HERE, layout_string="E" + "t" * 8 + "m|L"), own)
+    assert "the MTP layers' copy of the word embedding is dropped" in note
+    with pytest.raises(LayoutError, match="MTP layers on the first pipeline rank"):
+        wanted_target(Options(HERE, layout_string="Ett|tt|ttttm|L"), own)
 
 
 def test_a_wrong_first_guess_of_rules_refuses_nothing(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def proof_of(name: str, source: Path) -> Proof:
     """The first family of a source, and the layout of its truth."""
     survey = take_survey(str(source))
     proven = prove(FamilyJob(survey.family((0, 0)), survey.told))
-    return Proof.of(proven, family(name, "truth").layout, Depth.FULL, no_save_optim=False)
+    return Proof.of(proven, family(name, "truth").megatron, Depth.FULL, no_save_optim=False)
 
 
 def bytes_of(extent: Extent) -> bytes:
