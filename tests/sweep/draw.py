@@ -15,9 +15,10 @@ BASE = (
     *("--seq-length", "16", "--max-position-embeddings", "16", "--micro-batch-size", "1"),
     *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-iters", "100", "--clip-grad", "0"),
     *("--mock-data", "--tokenizer-type", "NullTokenizer", "--eval-iters", "0"),
-    *("--eval-interval", "1000", "--save-interval", "1000", "--ckpt-format", "torch"),
+    *("--eval-interval", "1000", "--save-interval", "1000"),
 )
 """Flags of every run."""
+_DISTRIBUTED = ["--use-distributed-optimizer"]
 _EXPERTS = (
     *("--moe-router-topk", "2", "--moe-router-load-balancing-type", "aux_loss"),
     *("--moe-aux-loss-coeff", "1e-2", "--moe-token-dispatcher-type", "alltoall"),
@@ -145,13 +146,13 @@ def draw(c: Choices, *, has_emerging: bool) -> Draw:
     if not c.knows("--multi-latent-attention"):
         kind = c.one("dense", "moe")
     optimizer = _optimizer(c, has_emerging=has_emerging)
-    sizes = _sizes(c, kind, has_cp="--use-layer-wise-distributed-optimizer" not in optimizer)
+    sizes = _sizes(c, kind, has_cp="--optimizer" not in optimizer)
     mtp = c.one(0, 1, 1, 2) if c.happens(0.25) and c.knows("--mtp-num-layers") else None
     layers, placement, sides = _placement(c, sizes.pp, mtp or 0)
     flags = [*sizes.flags, "--num-layers", str(layers), *placement]
     flags += ["--mtp-num-layers", str(mtp)] if mtp is not None else []
     flags += _model(c, kind, layers, sizes) + optimizer + _precision(c, optimizer)
-    flags += _distributed(c, sizes) if "--use-distributed-optimizer" in optimizer else []
+    flags += _distributed(c, sizes) if optimizer == _DISTRIBUTED else []
     flags += [*_others(c, sizes), "--train-iters", c.one("1", "2", "3")]
     if "--overlap-param-gather" in flags and c.happens(0.3):
         sides = (sides[0], _overlapping(c, sides[1]))
@@ -326,12 +327,14 @@ def _optimizer(c: Choices, *, has_emerging: bool) -> list[str]:
     ]
     if emerging and c.happens(0.35):
         flags = ["--optimizer", c.one(*emerging)]
-        if flags[1] != "dist_muon":
-            flags += c.maybe(0.4, "--use-layer-wise-distributed-optimizer")
+        if flags[1] != "dist_muon" and c.knows("--optimizer", "soap"):
+            flags += c.maybe(0.4, *_DISTRIBUTED)  # layer-wise, then
+        if "dist_muon" in flags or _DISTRIBUTED[0] in flags:
+            flags += c.maybe(0.8, "--no-use-layer-wise-param-layout")
         return flags + c.maybe(0.2, "--muon-scalar-optimizer", "lion")
     if c.happens(0.3):
         return c.one([], [], ["--optimizer", "sgd"], ["--optimizer", "sgd", "--sgd-momentum", "0"])
-    return ["--use-distributed-optimizer"]
+    return _DISTRIBUTED
 
 
 def _distributed(c: Choices, sizes: _Sizes) -> list[str]:

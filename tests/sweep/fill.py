@@ -108,8 +108,7 @@ def _states(
             found = part._get_model_param_range_map(parameter)["param"]
             shard = slice(found.start, found.end)
         else:
-            main, shard = getattr(parameter, "main_param", None), slice(None)
-            main = parameter if main is None else main
+            main, shard = _main_parameter(part, parameter), slice(None)
             groups = part.optimizer.param_groups
             if not any(main is other for group in groups for other in group["params"]):
                 continue  # of another part, or of another rank
@@ -117,3 +116,14 @@ def _states(
         for kind, state in part.optimizer.state.get(main, {}).items():
             if isinstance(state, torch.Tensor) and state.dim():  # the step may be a tensor
                 yield kind, state, shard
+
+
+def _main_parameter(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The parameter itself, where it is in fp32."""
+    halves = getattr(part, "float16_groups", ())
+    for models, mains in zip(halves, getattr(part, "fp32_from_float16_groups", ()), strict=True):
+        for model, main in zip(models, mains, strict=True):
+            if model is parameter:
+                found: torch.Tensor = main
+                return found
+    return parameter

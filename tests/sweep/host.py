@@ -25,7 +25,8 @@ from ..training.launch import answering, run_world, serve
 
 LIMIT = 120.0
 """Seconds for one run."""
-CPU_FLAGS = (
+KNOWN_FLAGS = (
+    "--ckpt-format=torch",  # older versions have no other
     "--transformer-impl=local",
     "--use-cpu-initialization",
     "--distributed-backend=gloo",
@@ -103,7 +104,7 @@ def _train(
         _give_known_flags()
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
-        _pretrain(tree, [*CPU_FLAGS, *flags])
+        _pretrain(tree, [*KNOWN_FLAGS, *flags])
         return filling.has_unused
 
     return run_world(world_size, do, LIMIT)
@@ -119,12 +120,12 @@ def _pretrain(tree: Path, flags: list[str]) -> None:
 
 
 def _give_known_flags() -> None:
-    """Leave out those of ``CPU_FLAGS`` that a version does not know."""
+    """Leave out those of ``KNOWN_FLAGS`` that a version does not know."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_known(parser: argparse.ArgumentParser, *_: object) -> Any:
         known = parser._option_string_actions
-        lacking = {flag for flag in CPU_FLAGS if flag.partition("=")[0] not in known}
+        lacking = {flag for flag in KNOWN_FLAGS if flag.partition("=")[0] not in known}
         return parse(parser, [flag for flag in sys.argv[1:] if flag not in lacking])
 
     argparse.ArgumentParser.parse_args = parse_known  # type: ignore[assignment,method-assign]
@@ -187,6 +188,7 @@ def _patch_megatron() -> None:
     initialize: Any = importlib.import_module("megatron.training.initialize")
     # Fused kernels and the data sets' helpers, which are compiled into the tree.
     initialize._compile_dependencies = lambda *_: None
+    initialize._warmup_jit_function = lambda: None  # refuses odd sizes
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     # They refuse to compute so, and are not asked to; their parameters are the same.

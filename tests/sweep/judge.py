@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ERROR = "pp_to_vpp: error: "
+_RAISED = re.compile(r"[\w.]*(Error|Exception)\b|pretrain_gpt\.py: error: ")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def _as_answers(
 def last_line(log: str) -> str:
     """The error that a log ends with."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [i for i, line in enumerate(lines) if "rror: " in line or "AssertionError" in line]
-    return " ".join(lines[errors[-1] :] if errors else lines[-1:])[:300]
+    errors = [line for line in lines if _RAISED.match(line)]
+    return (errors or lines)[-1][:300]
 
 
 def _convert(source: Path, truth: Path, options: Sequence[str], target: Path) -> str:
