@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.2"
+__version__ = "0.3.0"
 
 if TYPE_CHECKING:
     from .api import convert, inspect, plan, verify

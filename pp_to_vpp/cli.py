@@ -87,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> _Parser:
     """Fills an ``Options``: each ``dest`` is one of its fields, defaults are there. Completion for
-    shells is made of it too (see the README)."""
+    shells is made of it too (see docs/install.md)."""
     made = _Parser(
         prog="pp_to_vpp",
         description="Rewrite a Megatron-LM checkpoint (--ckpt-format torch) from one pipeline "

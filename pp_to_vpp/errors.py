@@ -25,7 +25,7 @@ ONE_SAVE = "use the folders of one save, with all their files"
 ANOTHER_COPY = "the file is damaged: use another copy of it"
 AS_SAVED = "the file is damaged or was rewritten: use the one that Megatron saved"
 FROM_MEGATRON = "use an iteration folder that Megatron-LM saved with --ckpt-format torch"
-NOT_CONVERTED = "it cannot be converted exactly; see 'What is refused' in the README"
+NOT_CONVERTED = "it cannot be converted exactly; see docs/support.md"
 ASK_FOR_SUPPORT = "it could change the layout, so it is not converted: ask for support of it"
 WITH_A_PATTERN = (
     "load and save it once with Megatron 0.17 or 0.18 and a --hybrid-layer-pattern of one segment "

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures which lines of the package the tests run, and writes a table of all modules:
 # logs/coverage.md. Forked workers count, unless they are killed, as when one finds an error; programs
-# in processes of their own (kills, fuzzing, Megatron, the README's commands) do not run. Arguments
+# in processes of their own (kills, fuzzing, Megatron, the commands of the pages) do not run. Arguments
 # go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

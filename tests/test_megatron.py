@@ -28,7 +28,7 @@ def test_megatron_agrees(source: Run, target: Run, judge: Judge, tmp_path: Path)
 
 
 LONG = ("deepseek_v2", "deepseek_v3")
-"""Models whose training belongs to the long suite (see the README)."""
+"""Models whose training belongs to the long suite (see CONTRIBUTING.md)."""
 
 
 @pytest.mark.parametrize("damage", ["weight", "moment", "order of layers", "order of keys", "step"])

@@ -26,7 +26,7 @@ from .test_convert import files_of
 from .test_signs import mark
 
 KILLS = int(os.environ.get("PP_TO_VPP_KILLS", "6"))
-"""The long suite raises this (see the README)."""
+"""The long suite raises this (see CONTRIBUTING.md)."""
 
 
 @pytest.fixture(scope="module")

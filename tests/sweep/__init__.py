@@ -1,4 +1,4 @@
 """Random combinations of Megatron-LM's flags, saved by real Megatron-LM work trees and converted.
 
-``python -m tests.sweep.run`` draws them; the README's Development section has the command.
+``python -m tests.sweep.run`` draws them; CONTRIBUTING.md has the command.
 """

@@ -1,4 +1,5 @@
-"""The README tells the truth: its commands run, its tables name what the program has."""
+"""The README and the pages that it leads to tell the truth: their commands run, their tables name
+what the program has."""
 
 from __future__ import annotations
 
@@ -19,16 +20,22 @@ from pp_to_vpp.megatron import arguments
 from .pairs import pair
 from .runs import ROOT, run_process
 
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OPTION = re.compile(r"--[a-z][a-z-]+")
 
 
-def section(title: str) -> str:
-    """The text under a heading, with the headings below it."""
-    head = re.search(rf"^(#+) {re.escape(title)}$", README, re.MULTILINE)
+def page(name: str) -> str:
+    """The text of a page in ``docs``."""
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def section(text: str, title: str) -> str:
+    """The part of a page under a heading, with the headings below it."""
+    head = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
     assert head is not None, title
-    rest = README[head.end() :]
+    rest = text[head.end() :]
     end = re.search(rf"^#{{2,{len(head[1])}}} ", rest, re.MULTILINE)
     return rest if end is None else rest[: end.start()]
 
@@ -40,28 +47,40 @@ def first_cells(text: str) -> Iterator[str]:
             yield line.split(" | ")[0].removeprefix("| ")
 
 
+START = _BLOCK.findall(section(README, "Start"))
+"""The two commands of the set-up, the installation, then a description, a plan and a conversion."""
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints that the README's commands speak of, and a small Slurm."""
-    folder = tmp_path_factory.mktemp("readme")
+    """A folder with the checkpoints that the commands speak of, a small Slurm, and the program
+    under its installed name."""
+    folder = tmp_path_factory.mktemp("docs")
     for name, case in (("ckpt", "moe-pp2ep2-v016"), ("uneven", "uneven-31layers-pp4-fork")):
         shutil.copytree(pair(case).source, folder / name / "iter_0001000")
         (folder / name / "latest_checkpointed_iteration.txt").write_text("1000")
     commands = folder / "bin"
     commands.mkdir()
-    srun = commands / "srun"
-    srun.write_text(
+    _make_command(
+        commands / "srun",
         "#!/bin/bash\nset -e; shift\n"  # its own option
         'for i in 0 1; do SLURM_PROCID=$i SLURM_NTASKS=2 "$@" & started+=($!); done\n'
-        "for one in ${started[@]}; do wait $one; done\n"
+        "for one in ${started[@]}; do wait $one; done\n",
     )
-    srun.chmod(0o755)
+    _make_command(commands / "pp-to-vpp", f'#!/bin/sh\nexec "{sys.executable}" -m pp_to_vpp "$@"\n')
     (folder / "scripts").symlink_to(ROOT / "scripts")
+    done = run_shell(START[4], folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
+def _make_command(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def run_shell(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a block of the README."""
+    """Run a block of a page."""
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     places = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     return subprocess.run(
@@ -81,22 +100,56 @@ def run_shell(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_commands_run_one_after_the_other(workplace: Path) -> None:
-    blocks = _BLOCK.findall(section("Use")) + _BLOCK.findall(section("Several nodes"))
-    assert len(blocks) >= 6
+def test_a_new_user_can_type_what_the_readme_shows(workplace: Path) -> None:
+    """The first command leaves the sample where the next ones look for it."""
+    first, second = START[0].splitlines()
+    done = run_shell(first, workplace)
+    assert done.returncode == 0, done.stderr
+    assert "launch Megatron with: --num-layers-per-virtual-pipeline-stage 2" in done.stdout
+    again = run_shell(first, workplace)
+    assert again.returncode == 0, again.stderr
+    script = second.split()[0]
+    assert os.access(ROOT / script, os.X_OK)
+    assert script in (ROOT / ".ci" / "run").read_text()
+    shown = run_shell("\n".join(START[2:]), workplace)
+    assert shown.returncode == 0, shown.stderr
+    assert "verified: full" in shown.stdout
+    assert "--num-layers-per-virtual-pipeline-stage 2" in section(README, "Before you relaunch")
+    assert _bytes(workplace / "example/ckpt-vpp") == _bytes(workplace / "example/ckpt-converted")
+
+
+def test_the_layers_that_move_are_those_of_the_plan(workplace: Path) -> None:
+    """Source and target stand side by side in the README."""
+    printed = [line.strip() for line in run_shell(START[3], workplace).stdout.splitlines()]
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for line in shown.splitlines()]
+    assert len(lines) > 3
+    assert [line for line in lines if line not in printed] == []
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", ["options", "several-nodes"])
+def test_the_commands_run_one_after_the_other(name: str, workplace: Path) -> None:
+    blocks = _BLOCK.findall(page(name))
+    assert len(blocks) >= 3
     for block in blocks:
+        if "--picture" in block:
+            continue  # has a test of its own
         other = f"({block.replace('NODE=0', 'NODE=1')}) &" if "NODE=0" in block else ""
         done = run_shell(f"{other} {block}\nwait", workplace)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-    for name in ("vpp", "node", "nodes", "slurm", "torchrun"):
-        assert _bytes(workplace / f"ckpt-{name}") == _bytes(workplace / "ckpt-vpp")
-    assert (workplace / "node.json").stat().st_size > 1000
+    made = ("node", "nodes", "slurm", "torchrun") if name == "several-nodes" else ()
+    for one in made:
+        assert _bytes(workplace / f"ckpt-{one}") == _bytes(workplace / "ckpt-vpp")
 
 
 def _bytes(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
+        for path in sorted(root.rglob("*.pt"))
         if path.is_file()
     }
 
@@ -113,13 +166,13 @@ def test_it_installs_as_shown(tmp_path: Path) -> None:
     (packages,) = fresh.glob("lib/python*/site-packages")
     (packages / "here.pth").write_text(sysconfig.get_path("purelib"))
     for command in ("pip", "shtab"):
-        script = fresh / "bin" / command
-        script.write_text(f'#!/bin/sh\nexec "{fresh}/bin/python" -m {command} "$@"\n')
-        script.chmod(0o755)
+        _make_command(
+            fresh / "bin" / command, f'#!/bin/sh\nexec "{fresh}/bin/python" -m {command} "$@"\n'
+        )
     pip = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1"}
     path = f"{fresh / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    blocks = _BLOCK.findall(section("Install"))
-    assert len(blocks) == 3
+    blocks = [START[1], *_BLOCK.findall(page("install"))]
+    assert len(blocks) == 4
     for block in blocks:
         wanted = block.replace("--index-url https://download.pytorch.org/whl/cpu", "")
         done = subprocess.run(
@@ -131,41 +184,17 @@ def test_it_installs_as_shown(tmp_path: Path) -> None:
     assert "complete" in (project / "completion.bash").read_text()
 
 
-def test_the_first_command_converts_the_sample(workplace: Path) -> None:
-    first, second = _BLOCK.findall(README)[0].splitlines()
-    done = run_shell(first, workplace)
-    assert done.returncode == 0, done.stderr
-    again = run_shell(first, workplace)
-    assert again.returncode == 0, again.stderr
-    assert (workplace / "example" / "ckpt-converted" / "iter_0000001" / "pp_to_vpp.json").exists()
-    assert "launch Megatron with: --num-layers-per-virtual-pipeline-stage 2" in done.stdout
-    assert "--num-layers-per-virtual-pipeline-stage 2" in section("Use")
-    script = second.split()[0]
-    assert os.access(ROOT / script, os.X_OK)
-    assert script in (ROOT / ".ci" / "run").read_text()
-
-
-def test_the_picture_is_what_the_program_prints(workplace: Path) -> None:
-    """Source and target stand side by side in the README."""
-    command = _BLOCK.findall(section("Use"))[0].split("\n\n")[1]
-    printed = [line.strip() for line in run_shell(command, workplace).stdout.splitlines()]
-    (shown,) = re.findall(r"^```text\n(.*?)^```$", section("What moves"), re.MULTILINE | re.DOTALL)
-    lines = [line.strip() for line in shown.splitlines()]
-    assert len(lines) > 3
-    assert [line for line in lines if line not in printed] == []
-
-
 def test_the_drawing_is_that_of_the_command(workplace: Path) -> None:
     """As matplotlib draws it here: its letters are outlines, the same everywhere."""
     pytest.importorskip("matplotlib")
-    (command,) = [block for block in _BLOCK.findall(section("Options")) if "--picture" in block]
+    (command,) = [block for block in _BLOCK.findall(page("options")) if "--picture" in block]
     done = run_shell(command.replace("uneven-vpp", "uneven-drawn"), workplace)
     assert done.returncode == 0, done.stderr
     assert (workplace / "uneven.svg").read_text() == (ROOT / "logs" / "picture.svg").read_text()
 
 
-def test_the_library_does_what_its_section_shows(workplace: Path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def test_the_library_does_what_its_page_shows(workplace: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page("library"), re.MULTILINE | re.DOTALL)
     (workplace / "library.py").write_text(code)
     done = run_shell("python library.py", workplace)
     assert done.returncode == 0, done.stderr
@@ -174,43 +203,45 @@ def test_the_library_does_what_its_section_shows(workplace: Path) -> None:
     assert lines[1].endswith("launch with --num-layers-per-virtual-pipeline-stage 2")
     assert lines[2] == "plan 0 4"
     assert "latest_checkpointed_iteration.txt names 1000" in lines[-1]
-    command = (
-        "python -m pp_to_vpp --load-iteration-dir ckpt --save-iteration-dir ckpt-command "
-        "--target-virtual-pipeline-model-parallel-size 2"
-    )
-    assert run_shell(command, workplace).returncode == 0
-    assert _bytes(workplace / "ckpt-library") == _bytes(workplace / "ckpt-command")
+    assert _bytes(workplace / "ckpt-library") == _bytes(workplace / "ckpt-vpp")
 
 
-def test_links_lead_to_files_that_ship() -> None:
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_lead_to_files_that_ship(path: Path) -> None:
     """In a clean clone, which has no logs but those that are kept."""
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_page_can_be_found() -> None:
+    """From the README, or from a page that it leads to."""
+    linked = " ".join(path.read_text() for path in PAGES)
+    assert [path.name for path in PAGES if f"{path.name})" not in linked] == ["README.md"]
 
 
 def test_the_options_are_those_of_the_program() -> None:
-    table = {option for cell in first_cells(section("Options")) for option in _OPTION.findall(cell)}
+    cells = first_cells(page("options"))
+    table = {option for cell in cells for option in _OPTION.findall(cell)}
     shown = re.findall(r"^  (?:-h, )?(--[a-z-]+)", run_process("--help").output, re.MULTILINE)
     assert table == set(shown)
 
 
 def test_every_exit_status_is_told() -> None:
-    text = section("Exit status")
+    text = section(page("options"), "Exit status")
     statuses = {kind.exit_status for kind in errors.ConversionError.__subclasses__()} | {0, 1, 130}
     assert {int(number) for number in re.findall(r"\b(\d+) [a-z]", text)} == statuses
 
 
 def test_every_refused_argument_stands_in_the_table() -> None:
-    cells = " ".join(first_cells(section("What is refused")))
+    cells = " ".join(first_cells(section(page("support"), "What is refused")))
     for name in {name for name, _, _ in arguments._UNSUPPORTED}:
         assert f"`args.{name}`" in cells, name
 
 
-@pytest.mark.parametrize(
-    "command",
-    re.findall(r"^\| `([^`]+)` \|", section("Development").split("| room |")[0], re.MULTILINE),
-)
+_CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\| `([^`]+)` \|", _CONTRIBUTING, re.MULTILINE))
 def test_the_longer_suites_exist(command: str, workplace: Path) -> None:
     if "pytest" in command:
         asked = f"cd {ROOT} && {command} --collect-only -q"
@@ -218,13 +249,3 @@ def test_the_longer_suites_exist(command: str, workplace: Path) -> None:
         asked = f"cd {ROOT} && {command} --help"
     done = run_shell(asked, workplace)
     assert done.returncode == 0, done.stderr
-
-
-def test_every_room_has_a_line() -> None:
-    table = section("Development").split("| room |")[1]
-    named = re.findall(
-        r"`([a-z_]+/?)`", "\n".join(re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE))
-    )
-    package = ROOT / "pp_to_vpp"
-    rooms = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
-    assert sorted(named) == sorted([*rooms, *(path.stem for path in package.glob("[a-z]*.py"))])
