@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .megatron.layout import PipelineLayout
     from .run.convert import Outcome
     from .run.inspect_checkpoint import Inspection
-    from .run.plan import Part, Plan
+    from .run.plan import Plan
     from .run.verify_pair import Verified
 
     Done: TypeAlias = Inspection | Plan | Outcome | Verified
@@ -171,12 +171,13 @@ def _sides(plan: Plan) -> dict[str, object]:
         },
         "notes": list(plan.notes),
         "bytes": plan.length,
-        **_share(plan.part),
+        **_share(plan),
     }
 
 
-def _share(part: Part | None) -> dict[str, object]:
+def _share(plan: Plan) -> dict[str, object]:
     """What this process does of a conversion that several share."""
+    part = plan.part
     if part is None:
         return {}
     return {
@@ -184,7 +185,7 @@ def _share(part: Part | None) -> dict[str, object]:
             "index": part.share.index,
             "count": part.share.count,
             "folders": len(part.ranks),
-            "bytes": part.length,
+            "bytes": plan.length,
             "largest_over_mean": round(part.largest_over_mean, 4),
         }
     }

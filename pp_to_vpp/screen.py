@@ -79,9 +79,9 @@ def show_plan(plan: Plan) -> None:
     bare = ", without optimizer state" if plan.no_save_optim else ""
     _say(f"to write: {len(plan.ranks)} rank folders, {files} files, {size(plan.length)}{bare}")
     if plan.part is not None:
-        part = plan.part
+        part, own = plan.part, len(plan.part.ranks)
         _say(
-            f"share {part.share}: {len(part.ranks)} rank folders, {size(part.length)}; the largest "
+            f"share {part.share}: {own} rank folders of {own + len(part.awaited)}; the largest "
             f"share is {part.largest_over_mean:.2f} x the mean"
         )
     for note in plan.notes:

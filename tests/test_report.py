@@ -152,7 +152,7 @@ def test_an_inspection_is_told(name: str, program: Program, tmp_path: Path) -> N
 def test_a_share_is_told(program: Program, tmp_path: Path) -> None:
     """All of them together are the whole."""
     case, path = pair(MOE), tmp_path / "plan.json"
-    whole, folders = 0, 0
+    total, ranks = 0, []
     found: dict[str, Any] = {}
     for index in range(3):
         run = program(
@@ -165,9 +165,14 @@ def test_a_share_is_told(program: Program, tmp_path: Path) -> None:
         assert (found["share"]["index"], found["share"]["count"]) == (index, 3)
         assert f"share {index}/3: {found['share']['folders']} rank folders" in run.output
         assert 1 <= found["share"]["largest_over_mean"] < 2
-        whole += found["share"]["bytes"]
-        folders += found["share"]["folders"]
-    assert (whole, folders) == (found["bytes"], len(found["ranks"]))
+        assert found["share"]["bytes"] == found["bytes"]
+        assert found["share"]["folders"] == len(found["ranks"])
+        total += found["bytes"]
+        ranks += found["ranks"]
+    program("--load-iteration-dir", case.source, *case.options, "--dry-run", "--report", path)
+    whole = json.loads(path.read_text())
+    assert total == whole["bytes"]
+    assert sorted(ranks, key=str) == sorted(whole["ranks"], key=str)
 
 
 def test_a_refusal_has_its_report(program: Program, tmp_path: Path) -> None:

@@ -117,19 +117,14 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
         FormatError: not a zip file; truncated; deflated, encrypted, overlapping or oddly named
             records.
     """
-    size = file.seek(0, 2)
-    begin = read_at(file, 0, _BEGIN)
-    for pattern, what, cure in _NO_ARCHIVES:
-        if pattern.match(begin):
-            raise FormatError(what, cure=cure)
-    entries, directory_offset = _read_directory(file, size)
+    entries, directory_offset = _read_directory(file)
     stems = {name.partition("/")[0] for name, *_ in entries}
     if len(stems) != 1:
         raise FormatError("the records do not share one leading folder")
     stem = stems.pop()
     records: dict[str, Record] = {}
     end = 0
-    for name, header_offset, length, crc32 in sorted(entries, key=lambda entry: entry[1]):
+    for name, header_offset, length, crc32 in entries:
         short = name.partition("/")[2]
         if not short or short in records or ".." in short.split("/") or "\0" in short:
             raise FormatError(f"record name {name[:80]!r} is not one that torch writes")
@@ -143,6 +138,17 @@ def read_records(file: BinaryIO) -> tuple[str, dict[str, Record]]:
             raise FormatError(f"record {short[:80]!r} ends past the end of the data")
         records[short] = Record(short, offset, length, crc32)
     return stem, records
+
+
+def read_listed(file: BinaryIO) -> list[Record]:
+    """The records in file order, as the directory alone lists them: their offsets are those of
+    their headers, of which none is read.
+
+    Raises:
+        FormatError: it is no directory of an archive that torch writes.
+    """
+    entries, _ = _read_directory(file)
+    return [Record(name.partition("/")[2], *entry) for name, *entry in entries]
 
 
 def read_at(file: BinaryIO, offset: int, length: int) -> bytes:
@@ -162,8 +168,23 @@ def _read_at(file: BinaryIO, offset: int, length: int, what: str) -> bytes:
     return data
 
 
-def _read_directory(file: BinaryIO, size: int) -> tuple[list[tuple[str, int, int, int]], int]:
-    """(name, local header offset, length, CRC-32) of each record; offset of the directory."""
+def _size(file: BinaryIO) -> int:
+    """Bytes of a file, which may be an archive.
+
+    Raises:
+        FormatError: it begins as what is no archive.
+    """
+    begin = read_at(file, 0, _BEGIN)
+    for pattern, what, cure in _NO_ARCHIVES:
+        if pattern.match(begin):
+            raise FormatError(what, cure=cure)
+    return file.seek(0, 2)
+
+
+def _read_directory(file: BinaryIO) -> tuple[list[tuple[str, int, int, int]], int]:
+    """(name, local header offset, length, CRC-32) of each record in file order; offset of the
+    directory."""
+    size = _size(file)
     if size < _END.size:
         raise FormatError("the file is too short for a zip archive")
     tail = _END.unpack(_read_at(file, size - _END.size, _END.size, "the end record"))
@@ -192,7 +213,7 @@ def _read_directory(file: BinaryIO, size: int) -> tuple[list[tuple[str, int, int
         entry, length = _read_entry(data, position)
         entries.append(entry)
         position += length
-    return entries, directory_offset
+    return sorted(entries, key=lambda entry: entry[1]), directory_offset
 
 
 def _read_entry(data: bytes, position: int) -> tuple[tuple[str, int, int, int], int]:

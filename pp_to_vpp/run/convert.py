@@ -6,19 +6,20 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..container.extents import Extent
-from ..errors import CopyError
+from ..errors import AT_REST, CopyError
 from ..megatron.layout import PipelineLayout
 from ..megatron.ranks import MODEL_FILE, RankId
 from ..options import CRC32, Depth, Options
 from ..source import fingerprint
+from ..source.files import FamilyFolders, sizes_in
 from ..source.fingerprint import Identity
 from ..source.inspection import facts, oddities
-from ..source.proven import check_families, check_savers
+from ..source.proven import FamilyJob, check_alike, check_families, check_savers, prove
 from ..source.survey import Survey, take_survey
 from ..target import request
 from ..target.plan import RankPlan
@@ -104,7 +105,7 @@ def convert(options: Options, listener: Listener) -> Outcome:
         depth=options.depth,
         checksums=options.checksums,
         tracker=tracker,
-        left_behind=_left_behind(save_dir, run.plan.own),
+        left_behind=_left_behind(save_dir, run.plan.ranks),
     )
 
 
@@ -131,48 +132,65 @@ def _planned(options: Options, listener: Listener) -> Iterator[_Run]:
     target = request.wanted_target(options, survey.arguments)
     prepare(options.depth)
     block = _block(options.save_dir, survey)
+    pp_size = target.pp_size or survey.arguments.pp_size
+    members = [survey.family(key) for key in survey.families]
+    part = None if share is None else _part_of(share, members, pp_ranks, pp_size)
+    wanted = {
+        index: tuple(p for p in pp_ranks if part is None or each.at(p, pp_size) in part.ranks)
+        for index, each in enumerate(members)
+    }
+    # Who has nothing to do knows the target by one family all the same.
+    read = [index for index, own in wanted.items() if own] or [0]
     count = number_of_workers(options)
     if options.is_dry_run:
         count = min(count, len(survey.families))
     with Workers(count, listener.looked) as workers:
-        needs_contents = not options.is_dry_run and share is None
         jobs = [
             PlanJob(
-                survey.family(key),
+                members[index],
                 survey.told,
-                pp_ranks,
+                wanted[index],
                 target,
-                needs_contents,
+                not options.is_dry_run,
                 block,
                 options.depth is Depth.FULL,
             )
-            for key in survey.families
+            for index in read
         ]
         families = read_families(workers, plan_family, jobs, listener)
-        check_families((family.proven for family in families), survey.path)
+        proven = [family.proven for family in families]
+        (check_families if part is None else check_alike)(proven, survey.path)
+        known = {rank: of for family in proven for rank, of in family.identities.items()}
         known_by = manifest.manifest_of(
-            _fingerprint(workers, survey, families),
+            fingerprint_source(workers, survey, known, is_shared=share is not None),
             survey.iteration,
             (families[0].proven.source, families[0].target),
             block,
             options,
         )
-        found = _plan_of(options, survey, families, known_by)
-        if share is not None:
-            found = replace(found, part=_part_of(share, found.ranks))
+        found = _plan_of(options, survey, families, known_by, part)
         listener.planned(found)
-        yield _Run(workers, options, found, jobs, families, listener)
+        yield _Run(workers, options, found, families, listener)
 
 
-def _fingerprint(workers: Workers, survey: Survey, families: Sequence[PlannedFamily]) -> str:
-    known = {rank: of for family in families for rank, of in family.proven.identities.items()}
-    return fingerprint_source(workers, survey, known)
-
-
-def _part_of(share: Share, ranks: Sequence[RankPlan]) -> Part:
-    dealt = deal({rank.id: rank.length for rank in ranks}, share.count)
+def _part_of(
+    share: Share, families: Iterable[FamilyFolders], pp_ranks: Sequence[int], pp_size: int
+) -> Part:
+    """What one of several processes does. The bytes of the source decide, which every process
+    knows before it has read anything; a family of the target has as many."""
+    sizes: dict[RankId, int] = {}
+    for family in families:
+        source = {
+            p: sum(sizes_in(Path(family.directory) / rank.folder))
+            for p, rank in family.ranks.items()
+        }
+        mean = sum(source.values()) // pp_size
+        is_same = len(source) == pp_size
+        sizes |= {family.at(p, pp_size): source[p] if is_same else mean for p in pp_ranks}
+    dealt = deal(sizes, share.count)
     own = dealt.hands[share.index]
-    return Part(share, own, dealt.lengths[share.index], dealt.largest_over_mean)
+    awaited = {rank: size for rank, size in sizes.items() if rank not in own}
+    return Part(share, own, dealt.largest_over_mean, awaited)
 
 
 def _block(save_dir: Path | None, survey: Survey) -> int:
@@ -188,7 +206,11 @@ def _block(save_dir: Path | None, survey: Survey) -> int:
 
 
 def _plan_of(
-    options: Options, survey: Survey, families: Sequence[PlannedFamily], known_by: Mapping[str, Any]
+    options: Options,
+    survey: Survey,
+    families: Sequence[PlannedFamily],
+    known_by: Mapping[str, Any],
+    part: Part | None,
 ) -> Plan:
     first = families[0]
     proven = [family.proven for family in families]
@@ -215,6 +237,7 @@ def _plan_of(
             ),
             *oddities(survey, proven),
         ),
+        part=part,
     )
 
 
@@ -225,9 +248,7 @@ class _Run:
     workers: Workers
     options: Options
     plan: Plan
-    jobs: Sequence[PlanJob]
     families: Sequence[PlannedFamily]
-    """With contents, unless several processes share the work."""
     listener: Listener
 
     def check_target(self, save_dir: Path) -> set[RankId]:
@@ -241,7 +262,7 @@ class _Run:
         resume = self.options.resume
         manifest.check(save_dir, self.plan.manifest)
         self._check_others(save_dir)
-        own = self.plan.own
+        own = self.plan.ranks
         if self.options.is_dry_run:
             there = target_folder.filled(save_dir, own, resume=resume)
         else:
@@ -251,21 +272,16 @@ class _Run:
 
     def _check_others(self, save_dir: Path) -> None:
         target_folder.check_others(
-            self.workers, save_dir, self.plan.folders, self.plan.own, self.plan.target
+            self.workers, save_dir, self.plan.folders, self.plan.ranks, self.plan.target
         )
 
     def write(self, save_dir: Path, siblings: Siblings) -> list[RankDone]:
         """Keep what is there, copy what is missing."""
-        families = self.families
-        if self.plan.part is not None:
-            own = self.plan.part.ranks
-            jobs = [job.narrowed_to(own) for job in self.jobs if job.ranks & own]
-            families = read_families(self.workers, plan_family, jobs, self.listener)
         there = self.check_target(save_dir)
         is_first = manifest.claim(save_dir, self.plan.manifest)
         try:
             with signs.Heartbeat(save_dir), folders.shown_at_work(save_dir, self.plan.part):
-                done = self._copy(save_dir, families, there, siblings)
+                done = self._copy(save_dir, there, siblings)
         except BaseException:
             if is_first:
                 manifest.withdraw(save_dir)
@@ -275,13 +291,28 @@ class _Run:
             self._check_others(save_dir)
         return done
 
-    def _copy(
-        self,
-        save_dir: Path,
-        families: Sequence[PlannedFamily],
-        there: set[RankId],
-        siblings: Siblings,
-    ) -> list[RankDone]:
+    def _check_source(self) -> None:
+        """Answer what only all families together can show, before the first process ends what
+        several have shared: each of them has read its own.
+
+        Raises:
+            CheckpointError: they are not of one save, or optimizer state is missing.
+        """
+        survey = self.plan.survey
+        families = [family.proven for family in self.families]
+        read = {each.name for each in families if len(each.identities) == len(each.folders.ranks)}
+        rest = [FamilyJob(survey.family(key), survey.told) for key in survey.families]
+        rest = [job for job in rest if min(job.folders.ranks.values()).folder not in read]
+        families = [each for each in families if each.name in read]
+        families += self.workers.map(prove, rest)
+        check_families(families, survey.path)
+        known = {rank: of for family in families for rank, of in family.identities.items()}
+        found = fingerprint_source(self.workers, survey, known)
+        if found != self.plan.manifest["source"]["fingerprint"]:
+            raise CopyError.of(survey.path, "the source changed during the run", cure=AT_REST)
+
+    def _copy(self, save_dir: Path, there: set[RankId], siblings: Siblings) -> list[RankDone]:
+        families = self.families
         depth, listener = self.options.depth, self.listener
         proofs = [
             Proof.of(family.proven, family.target, depth, no_save_optim=self.options.no_save_optim)
@@ -303,9 +334,9 @@ class _Run:
             done.append(rank)
             known.setdefault(rank.id.family, {}).update(found)
         others = target_folder.Others(save_dir, self.plan.awaited, listener, siblings.check)
-        missing = sum(plan.length for plan in self.plan.own if plan.id not in there)
+        missing = sum(plan.length for plan in self.plan.ranks if plan.id not in there)
         read_back = missing if depth is Depth.FULL else 0
-        awaited = sum(plan.length for plan in self.plan.awaited)
+        awaited = sum(self.plan.awaited.values())
         listener.began(Phase.COPY, missing + read_back + awaited)
         copier = Copier(self.workers, save_dir, finish_rank, listener.advanced, check_copied)
         copies = _copies(
@@ -323,6 +354,8 @@ class _Run:
             others.look()
             siblings.check()
         listener.advanced(missing - copier.written)  # what frames the records
+        if self.plan.awaited:
+            self._check_source()
         others.wait()
         return done
 
@@ -338,12 +371,17 @@ def _copies(
     for family, proof in families:
         plans = tuple(rank for rank in family.ranks if rank.id not in kept)
         derivations = {} if kept or not has_checksums else family.derivations
-        context = FinishContext(proof, family.sources, known.get(family.ranks[0].id.family, {}))
+        first = min(family.proven.folders.ranks.values())
+        context = FinishContext(proof, family.sources, known.get(first.family, {}))
         yield FamilyCopy(plans, derivations, context, proof.depth is Depth.FULL, has_checksums)
 
 
 def fingerprint_source(
-    workers: Workers, survey: Survey, known: Mapping[RankId, Identity] | None = None
+    workers: Workers,
+    survey: Survey,
+    known: Mapping[RankId, Identity] | None = None,
+    *,
+    is_shared: bool = False,
 ) -> str:
     """The fingerprint of the whole source: all its folders are read, and are of one save.
 
@@ -351,13 +389,15 @@ def fingerprint_source(
         workers: read the folders.
         survey: the source.
         known: what the folders that have been read are known by.
+        is_shared: others read the rest, of which the directories of records are enough here.
 
     Raises:
         CheckpointError: a folder cannot be read, is of another save, or not what its name says.
     """
     found = dict(known or {})
     rest = [rank for rank in survey.ranks if rank not in found]
-    jobs = [RankJob(survey.path, rank, survey.told) for rank in rest]
+    told = None if is_shared else survey.told
+    jobs = [RankJob(survey.path, rank, told) for rank in rest]
     found.update(zip(rest, workers.map(identify_rank, jobs), strict=True))
     savers = {rank: identity.saver for rank, identity in found.items()}
     check_savers(savers, survey.arguments.processes, survey.path)

@@ -22,10 +22,10 @@ class Part:
     share: Share
     ranks: frozenset[RankId]
     """The rank folders that it writes."""
-    length: int
-    """Their bytes."""
     largest_over_mean: float
-    """Of the bytes of all processes: 1 if they share evenly."""
+    """Of the source's bytes of all processes: 1 if they share evenly."""
+    awaited: Mapping[RankId, int]
+    """What others write, with the bytes of the source's folders."""
 
     def __str__(self) -> str:
         return str(self.share)
@@ -46,7 +46,7 @@ class Plan:
     manifest: Mapping[str, Any]
     """What this conversion is known by."""
     ranks: tuple[RankPlan, ...]
-    """What the target will hold; after a dry run, without contents."""
+    """What this run writes; after a dry run, without contents."""
     facts: tuple[str, ...]
     """What the source was found to be."""
     notes: tuple[str, ...]
@@ -56,22 +56,13 @@ class Plan:
 
     @property
     def length(self) -> int:
-        """Bytes of the target."""
+        """Bytes of what this run writes."""
         return sum(rank.length for rank in self.ranks)
 
     @property
-    def own(self) -> tuple[RankPlan, ...]:
-        """What this process writes."""
-        part = self.part
-        return tuple(rank for rank in self.ranks if part is None or rank.id in part.ranks)
-
-    @property
-    def awaited(self) -> tuple[RankPlan, ...]:
+    def awaited(self) -> Mapping[RankId, int]:
         """What others write and this process waits for."""
-        part = self.part
-        if part is None or not self.writes_tracker:
-            return ()
-        return tuple(rank for rank in self.ranks if rank.id not in part.ranks)
+        return self.part.awaited if self.part is not None and self.writes_tracker else {}
 
     @property
     def writes_tracker(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..checkpoint.copies import with_copies_of
@@ -39,19 +39,6 @@ class PlanJob:
     """Bytes of a block that the target may share with the source; 1 where it cannot."""
     is_verified_in_full: bool = False
     """Whether copying must find the checksum of each tensor, and derive none."""
-
-    @property
-    def ranks(self) -> frozenset[RankId]:
-        """The target ranks wanted."""
-        return frozenset(map(self._rank, self.pp_ranks))
-
-    def _rank(self, pp_rank: int) -> RankId:
-        return self.folders.at(pp_rank, self.target.pp_size or len(self.folders.ranks))
-
-    def narrowed_to(self, own: Collection[RankId]) -> PlanJob:
-        """The part of it that is to be carried out."""
-        pp_ranks = tuple(p for p in self.pp_ranks if self._rank(p) in own)
-        return replace(self, pp_ranks=pp_ranks, needs_contents=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,20 +135,22 @@ def _read(job: PlanJob, pp_ranks: Iterable[int]) -> tuple[Family, str]:
 
 @dataclass(frozen=True, slots=True)
 class RankJob:
-    """A rank folder of which nothing is wanted but that it belongs to the save."""
+    """A rank folder of which nothing is wanted but what it is known by."""
 
     directory: str
     id: RankId
-    told: Mapping[str, object]
-    """What all rank files tell alike."""
+    told: Mapping[str, object] | None
+    """What all rank files tell alike; None if another process holds it to the save."""
 
 
 def identify_rank(job: RankJob) -> Identity:
-    """Hold a rank folder to the save; what it is known by.
+    """Hold a rank folder to the save, if that is wanted; what it is known by.
 
     Raises:
         CheckpointError: it is of another save, or cannot be read.
     """
+    if job.told is None:
+        return fingerprint.of_folder(job.directory, job.id)
     files = read_source_rank(job.directory, job.id)
     check_told([files], job.told)
     return fingerprint.of_rank(files, job.directory)

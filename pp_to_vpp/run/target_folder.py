@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import (
@@ -232,7 +232,7 @@ class Others:
     def __init__(
         self,
         save_dir: Path,
-        plans: Iterable[RankPlan],
+        awaited: Mapping[RankId, int],
         listener: Listener,
         check: Callable[[], None],
     ) -> None:
@@ -240,14 +240,14 @@ class Others:
 
         Args:
             save_dir: the target.
-            plans: of their rank folders.
+            awaited: their rank folders, with bytes.
             listener: hears what they do.
             check: called at each look while they are waited for; raises if one has failed.
         """
         self._save_dir = save_dir
         self._check = check
         self._listener = listener
-        self._left = {plan.id: plan.length for plan in plans}
+        self._left = dict(awaited)
         self._looked = time.monotonic()
         self._seen = self._looked
         """When a folder was last found to be new."""

@@ -154,6 +154,28 @@ def read_directory(path: Path) -> list[Record]:
         return list(archive.read_records(file)[1].values())
 
 
+def list_records(path: Path) -> list[Record]:
+    """The records of a ``.pt`` file; their offsets are right only if one has no checksum.
+
+    Raises:
+        CheckpointError: unreadable, or not written by torch.save.
+    """
+    with open_source(path) as file, located(path, cure=ANOTHER_COPY):
+        found = archive.read_listed(file)
+        if all(record.has_checksum for record in found):
+            return found
+        return list(archive.read_records(file)[1].values())
+
+
+def rank_files(iteration_dir: str, rank: RankId) -> list[Path]:
+    """The files of a rank folder in the order of ``RankFiles.all``."""
+    path = Path(iteration_dir) / rank.folder
+    names = sorted(os.listdir(path))
+    optimizer = [OPTIMIZER_FILE] if OPTIMIZER_FILE in names else []
+    layer_wise = [name for name in names if dp_rank_of(name) is not None]
+    return [path / name for name in (MODEL_FILE, *optimizer, *layer_wise)]
+
+
 def read_rank(iteration_dir: str, rank: RankId, folder: str | None = None) -> RankFiles:
     """Decode the files of one rank folder (``folder`` where it has a temporary name).
 

@@ -6,13 +6,14 @@ Neither paths nor times count: each node may read a copy of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..checkpoint.family import RankFiles
 from ..checkpoint.one_save import saver
+from ..container.archive import Record
 from ..megatron.ranks import RankId
-from .files import RangeReader, other_files
+from .files import RangeReader, list_records, other_files, rank_files
 
 
 class Identity(NamedTuple):
@@ -32,19 +33,34 @@ def of_rank(files: RankFiles, directory: str) -> Identity:
     Raises:
         CheckpointError: a file cannot be read.
     """
+    records = {file.path: list(file.records.values()) for file in files.all}
+    return Identity(_of_records(records, directory, files.id), saver(files))
+
+
+def of_folder(directory: str, rank: RankId) -> Identity:
+    """``of_rank`` of a folder whose files are not decoded: nobody learns who saved it.
+
+    Raises:
+        CheckpointError: a file is missing, or cannot be read.
+    """
+    records = {str(path): list_records(path) for path in rank_files(directory, rank)}
+    return Identity(_of_records(records, directory, rank), None)
+
+
+def _of_records(records: Mapping[str, Iterable[Record]], directory: str, rank: RankId) -> str:
     found = hashlib.sha256()
     with RangeReader() as reader:
-        for file in files.all:
-            name = file.path.rpartition("/")[2]
-            for record in file.records.values():
+        for path, listed in records.items():
+            name = path.rpartition("/")[2]
+            for record in listed:
                 line = f"{name} {record.name} {record.length} {record.crc32}\n"
                 found.update(line.encode("utf-8", "surrogatepass"))
                 if not record.has_checksum:
-                    found.update(reader.ends(record.extent(file.path)))
-        for name, extent in other_files(directory, files.id)[0]:
+                    found.update(reader.ends(record.extent(path)))
+        for name, extent in other_files(directory, rank)[0]:
             found.update(f"{name} {extent.length}\n".encode())
             found.update(reader.ends(extent))
-    return Identity(found.hexdigest(), saver(files))
+    return found.hexdigest()
 
 
 def of_checkpoint(ranks: Mapping[RankId, Identity]) -> str:

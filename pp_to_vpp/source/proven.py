@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint import one_save
@@ -187,15 +187,24 @@ def _optimizer_states(family: Family) -> dict[str, bool]:
     return found
 
 
-def check_families(families: Iterable[ProvenFamily], iteration_dir: str) -> None:
+def check_families(families: Sequence[ProvenFamily], iteration_dir: str) -> None:
     """What only all families together can show.
 
     Raises:
         CheckpointError: they are not of one save, or optimizer state is missing.
     """
-    all_proven = list(families)
-    first = all_proven[0]
-    for family in all_proven:
+    check_alike(families, iteration_dir)
+    _check_states(families, iteration_dir)
+
+
+def check_alike(families: Sequence[ProvenFamily], iteration_dir: str) -> None:
+    """Hold some families to the first one of them.
+
+    Raises:
+        CheckpointError: they are not of one save.
+    """
+    first = families[0]
+    for family in families:
         if (family.source.rules, family.kind) != (first.source.rules, first.kind):
             raise CheckpointError.of(
                 iteration_dir,
@@ -220,8 +229,11 @@ def check_families(families: Iterable[ProvenFamily], iteration_dir: str) -> None
                     found=", ".join(found),
                     cure=ONE_SAVE,
                 )
+
+
+def _check_states(families: Iterable[ProvenFamily], iteration_dir: str) -> None:
     is_held: dict[str, bool] = {}
-    for family in all_proven:
+    for family in families:
         for name, here in family.optimizer_states.items():
             is_held[name] = here or is_held.get(name, False)
     problems = [

@@ -12,7 +12,6 @@ import itertools
 import os
 import random
 import struct
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -343,11 +342,7 @@ def make(root: Path, size: int, *, is_layer_wise: bool = False) -> None:
 
 
 def make_deepseek_v3(root: Path, *, is_layer_wise: bool = False) -> None:
-    """Make all 1,024 rank folders of a DeepSeek-V3 as sparse files, in ``root / ITERATION``.
-
-    Expert ranks from the second on are copies of each other: only ``args.rank`` and random states
-    would differ. Those of a layer-wise optimizer have files of their own.
-    """
+    """Make all 1,024 rank folders of a DeepSeek-V3 as sparse files, in ``root / ITERATION``."""
     register_enums()
     bounds = [0, *range(3, 60, 4), 61]
     stages = [
@@ -358,12 +353,8 @@ def make_deepseek_v3(root: Path, *, is_layer_wise: bool = False) -> None:
     iteration = root / ITERATION
     iteration.mkdir(parents=True)
     for stage in range(V3_PP_SIZE):
-        made = V3_EP_SIZE if is_layer_wise else 2
-        for ep_rank in range(made):
+        for ep_rank in range(V3_EP_SIZE):
             _make_rank(plan, _folder(iteration, stage, ep_rank), stage, ep_rank, None)
-        for ep_rank in range(made, V3_EP_SIZE):
-            first, copy = _folder(iteration, stage, 1), _folder(iteration, stage, ep_rank)
-            subprocess.run(["cp", "-r", "--sparse=auto", str(first), str(copy)], check=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from pp_to_vpp.megatron.ranks import TRACKER, RankId
 from pp_to_vpp.options import Options
 from pp_to_vpp.run import share
 from pp_to_vpp.run.share import Launched, Share, deal, launched, wanted_share
+from pp_to_vpp.source import fingerprint
+from pp_to_vpp.source.files import read_rank, sizes_in
+from pp_to_vpp.source.survey import take_survey
 
-from ..pairs import MOE, pair
+from ..pairs import BERT, MOE, pair
 from ..runs import ROOT, Program, command, environment, run_process
 from .test_convert import files_of
 from .test_crash import children
@@ -318,3 +322,31 @@ def test_verification_is_shared_too(program: Program, tmp_path: Path) -> None:
         assert run.status == 0, run
         told.append(int(run.output.split("verified (structure): ")[1].split()[0]))
     assert sorted(told) == [1, 1, 2]
+
+
+def test_a_folder_has_one_fingerprint_read_or_not() -> None:
+    """Processes that share read each other's folders by their directories alone."""
+    source = pair(MOE).source
+    for rank in take_survey(str(source)).ranks:
+        listed = fingerprint.of_folder(str(source), rank)
+        assert (
+            listed.fingerprint
+            == fingerprint.of_rank(read_rank(str(source), rank), str(source)).fingerprint
+        )
+
+
+def test_the_first_process_reads_what_others_have_read(program: Program, tmp_path: Path) -> None:
+    """Here two folders of another process, which has not begun, have exchanged names."""
+    case, source, target = pair(BERT), tmp_path / "source", tmp_path / "iter_0000001"
+    shutil.copytree(case.source, source)
+    ranks = take_survey(str(source)).ranks
+    hands = deal({rank: sum(sizes_in(source / rank.folder)) for rank in ranks}, 2).hands
+    one, other = sorted(source / rank.folder for rank in hands[1])
+    one.rename(tmp_path / "one")
+    other.rename(one)
+    (tmp_path / "one").rename(other)
+    first = ("--share", "0/2")
+    assert program.convert(source, target, case.options, *first, "--dry-run").status == 0
+    run = program.convert(source, target, case.options, *first)
+    program.refuses(4, run, f"{one.name}: it is not what its name says")
+    assert not (tmp_path / TRACKER).exists()
