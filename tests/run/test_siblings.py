@@ -10,7 +10,7 @@ import pytest
 
 from pp_to_vpp.errors import CheckpointError, CopyError
 from pp_to_vpp.megatron.ranks import TRACKER
-from pp_to_vpp.run import siblings, target_folder
+from pp_to_vpp.run import target_folder
 from pp_to_vpp.run.share import Share
 from pp_to_vpp.run.siblings import Siblings
 
@@ -26,7 +26,6 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that nobody waits long for who does not come."""
     monkeypatch.setattr(target_folder, "_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(target_folder, "_PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr(siblings, "_SKEW_SECONDS", 0.5)
 
 
 def _of(tmp_path: Path, share: Share | None) -> Siblings:
@@ -38,6 +37,7 @@ def test_who_waits_for_a_failed_one_ends_with_its_line(program: Program, tmp_pat
     case, target = pair(MOE), tmp_path / "iter_0000001"
     failed = program.convert(tmp_path / "missing", target, case.options, "--share", "1/2")
     program.refuses(4, failed, "missing: cannot be listed")
+    os.utime(target / MARK, (time.time() + 60,) * 2)  # as if the first one were at work already
     first = program.convert(case.source, target, case.options, "--share", "0/2")
     program.refuses(4, first, "share 1/2 failed: ", "missing: cannot be listed")
     assert [path.name for path in target.glob(".failed-*")] == [MARK], "who was told tells nobody"
@@ -84,6 +84,29 @@ def test_marks_tell_the_kind_and_the_lines(tmp_path: Path) -> None:
     sign.unlink()
     with _of(tmp_path, Share(1, 2)):
         first.check()  # it has begun anew
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "before", "is_heard"),
+    [
+        (10, -1, True),  # left while this process works
+        (10, 2, True),  # by one that began and failed a little earlier, and began anew not yet
+        (4, 2, False),  # it still may
+        (10, 4, False),  # by one of an earlier launch
+    ],
+)
+def test_a_mark_is_of_this_launch_or_not(
+    elapsed: float, before: float, is_heard: bool, tmp_path: Path
+) -> None:
+    mark = _fail(tmp_path, CheckpointError("the line"))
+    first = _of(tmp_path, Share(0, 2))
+    first._began -= elapsed
+    os.utime(mark, (time.time() - elapsed - before,) * 2)
+    if is_heard:
+        with pytest.raises(CheckpointError):
+            first.check()
+    else:
+        first.check()
 
 
 def test_what_is_interrupted_or_told_of_another_leaves_no_mark(tmp_path: Path) -> None:
