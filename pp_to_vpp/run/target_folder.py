@@ -77,9 +77,12 @@ def check_place(load_dir: Path, save_dir: Path) -> None:
             found="no folder" if not is_folder(place) else "no permission to write",
             cure="choose another --save-iteration-dir",
         )
-    ranks = (name for name in names_in(load_dir) if name.startswith("mp_rank_"))
-    sources = {_identity(load_dir / name, CheckpointError) for name in ("", *ranks)} - {None}
-    if sources & {_identity(path, CopyError) for path in (place, *place.parents)}:
+    sources = set()
+    with contextlib.suppress(CheckpointError):  # whoever surveys the source tells what is wrong
+        sources.add(_identity(load_dir, CheckpointError))
+        ranks = (name for name in names_in(load_dir) if name.startswith("mp_rank_"))
+        sources |= {_identity(load_dir / name, CheckpointError) for name in ranks}
+    if (sources - {None}) & {_identity(path, CopyError) for path in (place, *place.parents)}:
         raise UsageError.of(
             "--save-iteration-dir",
             "it lies in the source, which is never written",
