@@ -31,7 +31,7 @@ from .listener import Listener, Phase, read_families
 from .plan import Part, Plan
 from .plan_family import PlanJob, PlannedFamily, RankJob, identify_rank, plan_family
 from .schedule import Copier, FamilyCopy
-from .share import Share, deal, number_of_workers, wanted_share
+from .share import AUTO, Share, deal, number_of_workers, wanted_share
 from .share import notes as share_notes
 from .siblings import Siblings
 from .workers import Workers
@@ -87,7 +87,9 @@ def convert(options: Options, listener: Listener) -> Outcome:
     began, save_dir = time.monotonic(), options.save_dir
     assert save_dir is not None, "options were checked"
     with (
-        Siblings(options.load_dir, save_dir, wanted_share(options)) as siblings,
+        Siblings(
+            options.load_dir, save_dir, wanted_share(options), is_launched=options.share == AUTO
+        ) as siblings,
         _planned(options, listener) as run,
     ):
         done = run.write(save_dir, siblings)
@@ -356,6 +358,7 @@ class _Run:
         listener.advanced(missing - copier.written)  # what frames the records
         if self.plan.awaited:
             self._check_source()
+        siblings.has_done_its_part()
         others.wait()
         return done
 

@@ -26,11 +26,22 @@ _SKEW_SECONDS = 3.0
 class Siblings:
     """Those of this process; a context manager that tells them of its failure."""
 
-    def __init__(self, load_dir: Path, save_dir: Path, share: Share | None) -> None:
+    def __init__(
+        self, load_dir: Path, save_dir: Path, share: Share | None, *, is_launched: bool
+    ) -> None:
+        """Begin.
+
+        Args:
+            load_dir: the source.
+            save_dir: the target.
+            share: of this process.
+            is_launched: a launcher starts all processes at once, and all again if one fails.
+        """
         self._load_dir, self._save_dir, self._share = load_dir, save_dir, share
         self._began = time.monotonic()
-        self._is_told = False
-        """This process ends because another one has failed."""
+        self._skew = _SKEW_SECONDS if is_launched else 0.0
+        self._is_awaited = True
+        """Others wait for this process, and none has failed before."""
 
     def __enter__(self) -> Siblings:
         """Remove the mark of an earlier run of this share."""
@@ -41,7 +52,7 @@ class Siblings:
     def __exit__(
         self, kind: object, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._share is None or self._is_told or not isinstance(error, Exception):
+        if self._share is None or not self._is_awaited or not isinstance(error, Exception):
             return
         path, status = self._mark(self._share), ConversionError.exit_status
         problems: Sequence[str] = [f"{type(error).__name__}: {error}"]
@@ -55,6 +66,10 @@ class Siblings:
 
     def _mark(self, share: Share) -> Path:
         return self._save_dir / f"{_FAILED}{share.index}-of-{share.count}"
+
+    def has_done_its_part(self) -> None:
+        """From now on this process waits, and nobody for it: its failure is its own."""
+        self._is_awaited = False
 
     def check(self) -> None:
         """End with what another process ended with.
@@ -70,18 +85,18 @@ class Siblings:
             if path == self._mark(self._share) or not self._is_of_this_launch(path):
                 continue
             if not folders.is_at_work(self._save_dir, failed):
-                self._is_told = True
+                self._is_awaited = False
                 raise _error_in(path, failed)
 
     def _is_of_this_launch(self, path: Path) -> bool:
-        """Whether a mark was left since this process began; or just before, and whoever left it
-        has had the time to begin anew."""
+        """Whether a mark was left since this process began; or, by one that a launcher started
+        with it, just before, and whoever left it has had the time to begin anew."""
         elapsed = time.monotonic() - self._began
         try:
             age = signs.server_time(self._save_dir) - path.stat().st_mtime
         except OSError:
             return False
-        return age < elapsed + (_SKEW_SECONDS if elapsed > 2 * _SKEW_SECONDS else 0)
+        return age < elapsed + (self._skew if elapsed > 2 * self._skew else 0)
 
     def forget(self) -> None:
         """Remove all marks: the conversion is done."""

@@ -29,7 +29,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _of(tmp_path: Path, share: Share | None) -> Siblings:
-    return Siblings(tmp_path / "source", tmp_path / "target", share)
+    return Siblings(tmp_path / "source", tmp_path / "target", share, is_launched=True)
 
 
 def test_who_waits_for_a_failed_one_ends_with_its_line(program: Program, tmp_path: Path) -> None:
@@ -56,6 +56,7 @@ def test_a_mark_of_an_earlier_run_ends_nobody(program: Program, tmp_path: Path) 
     run = program.convert(case.source, target, case.options, "--share", "0/2")
     program.refuses(5, run, "2 rank folders of other processes are still to come")
     assert "long ago" not in run.errors
+    assert not (target / ".failed-0-of-2").exists(), "nobody waits for who has done its part"
     assert program.convert(case.source, target, case.options, "--resume").status == 0
     assert not (target / MARK).exists(), "the run that ends the conversion removes it"
 
@@ -116,7 +117,9 @@ def test_what_is_interrupted_or_told_of_another_leaves_no_mark(tmp_path: Path) -
     with pytest.raises(Exception, match=r"share 1/2 failed: ZeroDivisionError: error of the"):
         first.check()
     (tmp_path / "source").mkdir()
-    inside = Siblings(tmp_path / "source", tmp_path / "source" / "x", Share(1, 2))
+    inside = Siblings(
+        tmp_path / "source", tmp_path / "source" / "x", Share(1, 2), is_launched=False
+    )
     with pytest.raises(CheckpointError), inside:
         raise CheckpointError("the source is never written")
     assert list((tmp_path / "source").iterdir()) == []
