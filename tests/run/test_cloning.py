@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -22,6 +23,7 @@ from ..compare import differences, load
 from ..edit import copy_of, flip_byte
 from ..pairs import DENSE, LAYER_WISE, MOE, PLAIN, SOAP, pair
 from ..runs import Program
+from .test_signs import mark
 
 _BLOCK = 4096
 
@@ -166,6 +168,24 @@ def test_shared_blocks_are_the_targets_own(checksums: str, mounted: Path, progra
         for offset in range(0, path.stat().st_size, 5000):
             flip_byte(path, offset)
     assert differences(target, case.truth, case.source) == []
+
+
+def test_the_trial_needs_no_file_without_a_name(
+    mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS has none. What an interrupted trial left is removed by the next one."""
+    real = os.open
+
+    def refuse(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    (mounted / "a").write_bytes(bytes(2 * _BLOCK))
+    (mounted / f".small-block.{mark('4194305', '77')}").touch()
+    assert shared_block(mounted / "a", mounted / "deep" / "down") == _BLOCK
+    assert [path.name for path in mounted.iterdir()] == ["a"]
 
 
 def test_a_target_larger_than_the_free_space_is_written(mounted: Path, program: Program) -> None:
