@@ -187,8 +187,8 @@ def _patch_megatron() -> None:
     cpu.patch_megatron()
     initialize: Any = importlib.import_module("megatron.training.initialize")
     # Fused kernels and the data sets' helpers, which are compiled into the tree.
-    initialize._compile_dependencies = lambda *_: None
-    initialize._warmup_jit_function = lambda: None  # refuses odd sizes
+    initialize._compile_dependencies = lambda *_, **__: None
+    initialize._warmup_jit_function = lambda *_, **__: None  # refuses odd sizes
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     # They refuse to compute so, and are not asked to; their parameters are the same.
