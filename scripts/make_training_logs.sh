@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains small models with real Megatron-Core on the CPU, converts a checkpoint in the middle, trains
 # on, converts back, trains on, and writes the losses beside those of a run that was never
-# interrupted: logs/train_MODEL.log, and a plot of each. Arguments are models, all eight by default.
+# interrupted: logs/train_MODEL.log, and a plot of each. Arguments are models, all eleven by default.
 # Muon and the hybrid need a newer Megatron-Core, which comes into a folder of its own, build/newer;
 # where it cannot be had, a line says so and they are left out.
 set -euo pipefail
@@ -28,7 +28,7 @@ get_newer() {
         megatron-core==0.19.2 emerging-optimizers==0.3.0 absl-py==2.5.1 && mv "$newer.part" "$newer"
 }
 
-[ $# -gt 0 ] || set -- dense moe deepseek_v2 deepseek_v3 uneven muon dist_muon hybrid
+[ $# -gt 0 ] || set -- dense moe deepseek_v2 deepseek_v3 uneven one_stage twice_the_stages half_the_stages muon dist_muon hybrid
 for model in "$@"; do
     path="${PYTHONPATH:-}"
     case "$model" in

@@ -125,20 +125,15 @@ class SavedArguments:
         )
 
     @property
-    def world_size(self) -> int:
-        """Ranks of the run."""
-        return self.tp_size * self.cp_size * self.dp_size * self.pp_size
-
-    @property
     def sizes(self) -> Mapping[str, int]:
         """The arguments that tell how many ranks there are, the first two by themselves
         (arguments.py ``validate_args``, 0.7 to 0.19)."""
+        world = self.tp_size * self.cp_size * self.dp_size * self.pp_size
         return {
             _PP_SIZE: self.pp_size,
             _DP_SIZE: self.dp_size,
             "transformer_pipeline_model_parallel_size": self.pp_size,
-            "world_size": self.world_size,
-            "inprocess_active_world_size": self.world_size,
+            **dict.fromkeys(("world_size", "inprocess_active_world_size"), world),
         }
 
 
@@ -524,12 +519,7 @@ def patch_arguments(
     Attributes keep their order, and only those that the version knows are set; except for the
     fork's splits and layout strings, without which the target could not be told from an even one.
     They are appended to the arguments of versions without them, and taken away again.
-
-    Args:
-        node: of a rank file.
-        source: the arguments of the run that saved it.
-        target: those of the run that will load the target.
-        pp_ranks: the pipeline rank of the file, and that of the target's file.
+    The pipeline ranks are those of the file and of the target's.
     """
     changes = dict(target.placement.arguments(source.num_layers, target.pp_size))
     own, is_interleaved = source.placement, target.placement.is_interleaved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from .arguments import SavedArguments
 from .layout import PipelineLayout
@@ -48,11 +49,9 @@ class Megatron:
         that of the MTP layers, and the output layer if it is tied. Beside MTP layers the tied
         weight is their copy, and no forward uses the output layer's own (language_module.py
         ``shared_embedding_or_output_weight``, 0.17 to 0.19; gpt_model.py, before)."""
-        beside_mtp = any(
-            {Section.MTP, Section.HEAD} <= set(chunk.sections) for chunk in self.layout.chunks
-        )
-        is_unused = self.arguments.ties_embeddings and beside_mtp
-        return self.second_embeddings - ({Section.HEAD} if is_unused else set())
+        both = {Section.MTP, Section.HEAD}
+        is_beside = any(both.issubset(chunk.sections) for chunk in self.layout.chunks)
+        return self.second_embeddings - ({Section.HEAD} if is_beside else set())
 
     @cached_property
     def second_embeddings(self) -> frozenset[Section]:
@@ -100,24 +99,12 @@ class Megatron:
             flags = f"--pipeline-model-parallel-size {arguments.pp_size} {flags}"
         return flags.strip() or NO_FLAGS
 
-    def relaunched(
-        self,
-        placement: Placement,
-        *,
-        overlaps: bool,
-        pp_size: int | None = None,
-        dp_size: int | None = None,
-    ) -> Megatron:
+    def relaunched(self, placement: Placement, *, overlaps: bool, **sizes: Any) -> Megatron:
         """The same run with another placement, with or without
-        ``--overlap-param-gather-with-optimizer-step``, and with other sizes, if they are given."""
-        arguments = replace(
-            self.arguments,
-            placement=placement,
-            overlaps_param_gather_with_step=overlaps,
-            pp_size=pp_size or self.arguments.pp_size,
-            dp_size=dp_size or self.arguments.dp_size,
-        )
-        return Megatron(arguments, self.rules)
+        ``--overlap-param-gather-with-optimizer-step``, and with other ``pp_size`` or ``dp_size``.
+        """
+        sizes["overlaps_param_gather_with_step"] = overlaps
+        return Megatron(replace(self.arguments, placement=placement, **sizes), self.rules)
 
     def is_laid_out_like(self, other: Megatron) -> bool:
         """Whether both save the same files: the same layers, and the same optimizers."""

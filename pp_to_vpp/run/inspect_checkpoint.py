@@ -136,10 +136,11 @@ def _other_sizes(
 ) -> Iterator[Choice]:
     """Half and twice as many pipeline ranks, where layers divide, and no copy of the embedding
     would be lost."""
-    are_equal = all(all(family.copies.values()) for family in families)
+    are_equal = not any(family.unlike_embeddings for family in families)
     for pp_size in (source.layout.pp_size // 2, source.layout.pp_size * 2):
         asked = replace(options, target_pp_size=max(1, pp_size))
-        for target in _targets(asked, survey, source):
+        with contextlib.suppress(LayoutError, UsageError):
+            target = request.wanted_target(asked, survey.arguments).of(source)
             if are_equal or not source.dropped_for(target):
                 words = f"--target-pipeline-model-parallel-size {asked.target_pp_size}"
                 yield Choice(words, target.launch_flags(source))
@@ -180,11 +181,5 @@ def _choices(options: Options, survey: Survey, source: Megatron) -> Iterator[Cho
 
 def _launch_flags(options: Options, survey: Survey, source: Megatron) -> Iterator[str]:
     """Megatron's for a target that is possible; nothing for one that is not."""
-    for target in _targets(options, survey, source):
-        yield target.launch_flags(source)
-
-
-def _targets(options: Options, survey: Survey, source: Megatron) -> Iterator[Megatron]:
-    """The target that is asked for, if it is possible."""
     with contextlib.suppress(LayoutError, UsageError):
-        yield request.wanted_target(options, survey.arguments).of(source)
+        yield request.wanted_target(options, survey.arguments).of(source).launch_flags(source)

@@ -124,7 +124,7 @@ def oddities(survey: Survey, families: Iterable[ProvenFamily]) -> list[str]:
     for path in (path for family in families for path in family.left_behind):
         left.setdefault(path.rpartition("/")[2], []).append(path)
     left |= {name: [name] for name in survey.ignored if name != MANIFEST}
-    unlike = {name: None for family in families for name, is_ in family.copies.items() if not is_}
+    unlike = dict.fromkeys(name for family in families for name in family.unlike_embeddings[:1])
     return [
         *(f"{name} is unknown, alike in all files, and copied" for name in odd),
         *(
@@ -153,7 +153,7 @@ def proofs(look: Look, samples: int) -> tuple[str, ...]:
             f"{samples} weights of 16 bits are their main parameters {look.proven.rounding}, "
             "compared at both ends"
         )
-    if look.proven.copies and all(look.proven.copies.values()):
+    if look.proven.source.embedding_copies and not look.proven.unlike_embeddings:
         found.append(
             "the copies of the word embedding are equal, weights and states, compared at both ends"
         )

@@ -111,24 +111,17 @@ def unlike_copies(family: Family) -> Iterator[tuple[str, str]]:
                 yield copy.path, f"{name} is not as in the layer-wise file beside it"
 
 
-def equal_copies(
+def unlike_embeddings(
     family: Family, sections: Collection[Section], *, in_full: bool
-) -> dict[TensorName, bool]:
-    """Whether each tensor of the copies of the word embedding in some sections is equal to that of
-    the embedding, at both ends or in full."""
-    found: dict[TensorName, bool] = {}
+) -> Iterator[TensorName]:
+    """The tensors of the copies of the word embedding in some sections that are not equal to those
+    of the embedding, at both ends or in full."""
     with RangeReader() as reader:
+        read = reader.chunks if in_full else lambda extent: iter([reader.ends(extent)])
         for name, copy, original in tensors_of_copies(family, sections):
-            if copy is None or original is None:
-                found[name] = False
-                continue
-            both = copy.extent, original.extent
-            if in_full:
-                chunks = zip(*map(reader.chunks, both), strict=True)
-                found[name] = all(one == other for one, other in chunks)
-            else:
-                found[name] = len({reader.ends(extent) for extent in both}) == 1
-    return found
+            both = [] if copy is None or original is None else [copy.extent, original.extent]
+            if not both or any(a != b for a, b in zip(*map(read, both), strict=True)):
+                yield name
 
 
 def check_dropped(family: Family, target: Megatron) -> None:
@@ -138,8 +131,8 @@ def check_dropped(family: Family, target: Megatron) -> None:
         CheckpointError: it is not, so that what it holds would be lost.
     """
     run = family.megatron
-    equal = equal_copies(family, run.embedding_copies & run.dropped_for(target), in_full=True)
-    for name in (name for name, is_equal in equal.items() if not is_equal):
+    dropped = run.embedding_copies & run.dropped_for(target)
+    for name in unlike_embeddings(family, dropped, in_full=True):
         raise CheckpointError.of(
             family.any_rank.files.model.path,
             f"the target has no copy of the word embedding on another pipeline rank, and {name} is "

@@ -16,7 +16,7 @@ from ..megatron.ranks import OPTIMIZER_FILE, RankId
 from . import fingerprint
 from .files import FamilyFolders, other_files
 from .fingerprint import Identity
-from .proof import equal_copies, proven_family
+from .proof import proven_family, unlike_embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class ProvenFamily:
     """What tells each param group from its siblings, as a digest, by what it is known by."""
     state_entries: Mapping[StateKind, tuple[str, ...]]
     """What optimizer states of each kind have beside bytes, in words."""
-    copies: Mapping[str, bool]
-    """The copies of the word embedding, and whether each is equal to it in weight and states."""
+    unlike_embeddings: tuple[str, ...]
+    """Tensors of the copies of the word embedding that are not equal to its own."""
 
     @property
     def name(self) -> str:
@@ -77,17 +77,11 @@ def proven(family: Family, rounding: str, folders: FamilyFolders) -> ProvenFamil
             kind: tuple(sorted(map(show, entries)))
             for kind, (_, entries) in family.state_entries.items()
         },
-        copies=_copies(family),
+        unlike_embeddings=tuple(
+            str(name)
+            for name in unlike_embeddings(family, family.megatron.embedding_copies, in_full=False)
+        ),
     )
-
-
-def _copies(family: Family) -> dict[str, bool]:
-    """What ``copies`` of a proven family says, by samples."""
-    found: dict[str, bool] = {}
-    equal = equal_copies(family, family.megatron.embedding_copies, in_full=False)
-    for name, is_equal in equal.items():
-        found[name.parameter] = found.get(name.parameter, True) and is_equal
-    return found
 
 
 def check_told(files: Iterable[RankFiles], told: Mapping[str, object]) -> None:

@@ -34,7 +34,8 @@ class Target:
         Raises:
             LayoutError: it is impossible, or the source has it already.
         """
-        sizes = {"pp_size": self.pp_size, "dp_size": self.dp_size}
+        given = {"pp_size": self.pp_size, "dp_size": self.dp_size}
+        sizes = {name: size for name, size in given.items() if size is not None}
         target = source.relaunched(self.placement, overlaps=self.overlaps, **sizes)
         _check_launch(target, source)
         if target.is_laid_out_like(source) and not self.no_save_optim:
@@ -96,13 +97,13 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
         CheckpointError: the placement of the source is not understood.
     """
     sized = _sized(options, arguments)
-    wanted = Target(
-        _placement(options, sized) if _moves_layers(options, arguments) else arguments.placement,
-        options.overlaps,
-        options.no_save_optim,
-        sized.pp_size,
-        sized.dp_size,
-    )
+    sizes = sized.pp_size, sized.dp_size
+    ends = (options.first_layers, options.last_layers)
+    words = (options.layout_string, options.hybrid_pattern, options.target_vp_size, *ends)
+    is_moved = sized.pp_size != arguments.pp_size or any(word is not None for word in words)
+    is_kept = not is_moved and arguments.placement.order is Order.INTERLEAVED
+    placement = arguments.placement if is_kept else _placement(options, sized)
+    wanted = Target(placement, options.overlaps, options.no_save_optim, *sizes)
     if options.overlaps and wanted.placement.vp_size == 1:
         raise LayoutError.of(
             "--target-overlap-param-gather-with-optimizer-step",
@@ -129,15 +130,6 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
     raise CheckpointError(*(f"{where}: {line}" for line in misplaced[0].problems))
 
 
-def _moves_layers(options: Options, arguments: SavedArguments) -> bool:
-    """Whether a target is asked for that may have its layers elsewhere than the source."""
-    sizes = (options.target_vp_size, options.first_layers, options.last_layers)
-    words = (*sizes, options.layout_string, options.hybrid_pattern)
-    is_v_shaped = arguments.placement.order is Order.V_SHAPED
-    is_larger = options.target_pp_size not in (None, arguments.pp_size)
-    return is_v_shaped or is_larger or any(word is not None for word in words)
-
-
 def _sized(options: Options, arguments: SavedArguments) -> SavedArguments:
     """The source's arguments with the sizes of the target, and with those of its words for the
     placement that mean the same for another number of pipeline ranks."""
@@ -149,54 +141,46 @@ def _sized(options: Options, arguments: SavedArguments) -> SavedArguments:
 
 
 def _check_launch(target: Megatron, source: Megatron) -> None:
-    """The sizes must be such that Megatron can launch with them (arguments.py ``validate_args``,
-    parallel_state.py ``initialize_model_parallel``, 0.7 to 0.19).
+    """Megatron must be able to launch, and load, a run of these sizes (arguments.py
+    ``validate_args``, parallel_state.py ``initialize_model_parallel``, 0.7 to 0.19).
 
     Raises:
-        LayoutError: they are not.
+        LayoutError: it is not.
     """
-    arguments, own = target.arguments, source.arguments
-    if arguments.pp_size == 1 < arguments.placement.vp_size:
-        raise LayoutError.of(
-            "--target-virtual-pipeline-model-parallel-size",
-            "Megatron allows virtual stages on several pipeline ranks only",
-            expected=1,
-            found=arguments.placement.vp_size,
-            cure="leave it out, or ask for more pipeline ranks",
-        )
-    if arguments.sizes == own.sizes:
-        return
-    ranks = arguments.tp_size * arguments.cp_size * arguments.dp_size
-    experts = arguments.etp_size * arguments.ep_size
-    shards, instances = arguments.dp_size * arguments.cp_size, arguments.optimizer_instances
-    for found, divisor, names in (
-        (ranks, experts, "expert_tensor_parallel_size x expert_model_parallel_size"),
-        (shards, instances, "num_distributed_optimizer_instances"),
+    wanted, own = target.arguments, source.arguments
+    vp_size, is_new = wanted.placement.vp_size, wanted.sizes != own.sizes
+    experts, instances = wanted.etp_size * wanted.ep_size, wanted.optimizer_instances
+    sharing = wanted.dp_size * wanted.cp_size
+    for is_wrong, what in (
+        (wanted.pp_size == 1 < vp_size, f"{vp_size} virtual stages on one pipeline rank"),
+        (
+            wanted.pp_size == 1 and isinstance(wanted.placement.form, Ends),
+            "layers of a first or last pipeline stage where one has all",
+        ),
+        (
+            wanted.pp_size == 2 != own.pp_size
+            and vp_size > 1
+            and not target.rules.aligns_parameters,
+            "virtual stages on 2 pipeline ranks with Megatron up to 0.7",
+        ),
+        (
+            is_new and wanted.tp_size * sharing % experts,
+            f"data-parallel size {wanted.dp_size} where the ranks of a pipeline stage are no "
+            f"multiple of {experts}, expert tensor times expert size",
+        ),
+        (
+            is_new and sharing % instances,
+            f"data-parallel size {wanted.dp_size} for {instances} instances of the optimizer",
+        ),
+        (
+            own.random_by_dp_rank and wanted.dp_size > own.dp_size,
+            f"more data-parallel ranks than the {own.dp_size} of the source, in whose files each "
+            "has a random state of its own (--data-parallel-random-init)",
+        ),
     ):
-        if found % divisor:
-            raise LayoutError.of(
-                "--target-data-parallel-size",
-                f"{names} does not divide the ranks of a pipeline stage: no run can load that",
-                expected=f"a multiple of {divisor}",
-                found=found,
-                cure="choose another one",
-            )
-    if own.random_by_dp_rank and arguments.dp_size > own.dp_size:
-        raise LayoutError.of(
-            "--target-data-parallel-size",
-            "with --data-parallel-random-init each data-parallel rank has a random state of its "
-            "own in the files, and Megatron fails where there are fewer",
-            expected=f"{own.dp_size} or less",
-            found=arguments.dp_size,
-            cure="choose such a size, or save once without that flag",
-        )
-    is_old = not target.rules.aligns_parameters
-    if is_old and arguments.pp_size == 2 != own.pp_size and arguments.placement.is_interleaved:
-        raise LayoutError.of(
-            "target layout",
-            "Megatron up to 0.7 allows virtual stages on more than 2 pipeline ranks only",
-            cure="ask for more, or for one virtual stage",
-        )
+        if is_wrong:
+            text = f"no run could be launched, or load it, with {what}"
+            raise LayoutError.of("target layout", text, cure="ask for other sizes")
 
 
 def _check_mtp_kind(source: Megatron, target: Megatron) -> None:
@@ -227,8 +211,7 @@ def _check_mtp_kind(source: Megatron, target: Megatron) -> None:
 
 
 def _placement(options: Options, arguments: SavedArguments) -> Placement:
-    """The target's placement, given its sizes: the source's own words, with those of the
-    options."""
+    """The target's placement, given its sizes: the source's words, with those of the options."""
     own = arguments.placement.form
     if isinstance(own, HybridPattern):
         return _hybrid_placement(options, own, arguments.pp_size)
@@ -248,7 +231,7 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
     if first is not None and last is not None:
         return Placement(vp_size, Ends(sum(first), sum(last), tuple(first), tuple(last)))
     if options.first_layers is not None or options.last_layers is not None:
-        own = _ends(options, arguments.pp_size)
+        own = Ends(options.first_layers, options.last_layers)
     match own:
         case Even() as even:
             return Placement(vp_size, even)
@@ -260,17 +243,6 @@ def _placement(options: Options, arguments: SavedArguments) -> Placement:
             return _with_first_stage(found, arguments) if is_misnumbered else found
         case LayoutString() | Listed():
             return Placement(vp_size)
-
-
-def _ends(options: Options, pp_size: int) -> Ends:
-    """The first and last stage as they are asked for."""
-    if pp_size == 1:
-        raise LayoutError.of(
-            "--target-decoder-first-pipeline-num-layers, --target-decoder-last-...",
-            "one pipeline rank has all layers",
-            cure="leave them out",
-        )
-    return Ends(options.first_layers, options.last_layers)
 
 
 def _with_first_stage(found: Placement, arguments: SavedArguments) -> Placement:
@@ -366,16 +338,13 @@ _COPIES = {
 def _notes_on_copies(source: Megatron, target: Megatron) -> Iterator[str]:
     """Which copies of the word embedding come and go."""
     for section, name in _COPIES.items():
-        is_used = section in target.embedding_copies
+        was, is_used = (section in run.embedding_copies for run in (source, target))
         if section in source.made_for(target):
-            yield (
-                f"{name} is made of the word embedding: the source has none that a forward uses"
-                + ("" if is_used else ", nor does the target, beside MTP layers")
-            )
+            unused = "" if is_used else ", and no forward uses it beside MTP layers"
+            yield f"{name} is made of the word embedding{unused}"
         elif section in source.dropped_for(target):
-            was_used = section in source.embedding_copies
-            why = "it is equal to the word embedding" if was_used else "no forward uses it"
-            yield f"{name} is dropped, for {why}"
+            why = "is equal to the word embedding" if was else "was used by no forward"
+            yield f"{name}, which {why}, is dropped"
         elif section in source.embedding_copies - target.embedding_copies:
             yield (
                 f"{name} keeps its value, which no forward uses: beside MTP layers the tied weight "
@@ -388,36 +357,27 @@ def _notes_on_sizes(source: Megatron, target: Megatron) -> Iterator[str]:
     own, wanted = source.arguments, target.arguments
     if own.sizes == wanted.sizes:
         return
+    gpus, before = (run.sizes["world_size"] for run in (wanted, own))
     keeping, rest = divmod(own.dp_size * own.pp_size, wanted.pp_size)
-    text = f"the target is for {wanted.world_size} GPUs, of data-parallel size {wanted.dp_size}"
-    if wanted.world_size != own.world_size:
-        text += f"; the source was of {own.world_size} GPUs"
-        text += "" if rest else f", which --target-data-parallel-size {keeping} keeps"
-    yield text
-    form = own.placement.form
+    kept = (
+        "" if rest or gpus == before else f"; --target-data-parallel-size {keeping} keeps {before}"
+    )
+    yield f"the target is for {gpus} GPUs, of data-parallel size {wanted.dp_size}{kept}"
     if wanted.pp_size != own.pp_size:
-        given = {
-            "decoder_first_pipeline_num_layers": getattr(form, "first", None),
-            "decoder_last_pipeline_num_layers": getattr(form, "last", None),
-            getattr(form, "argument", ""): getattr(form, "counts", None),
-        }
-        for name, value in given.items():
-            if value is not None:
-                told = f"{own.pp_size} pipeline ranks"
-                yield f"the source's {name} is dropped, for it is a word for {told}"
-        others = f"; ranks from {own.pp_size} on begin with those of a rank that has their layers"
+        form = own.placement.form
+        if isinstance(form, Ends | Listed):
+            flags = own.placement.launch_flags(own.num_layers, own.pp_size)
+            told = form.argument if isinstance(form, Listed) else flags
+            yield f"the source's {told} is dropped, for it tells stages of {own.pp_size} ranks"
         yield (
-            "no file tells the random states of another number of pipeline ranks: each rank begins "
-            "with those of its number"
-            + (others if wanted.pp_size > own.pp_size else "")
-            + ". Without dropout they have no effect; with it, masks are others than they would "
-            "have been, and --no-load-rng starts each rank from its own seed"
+            "no file tells random states for another number of pipeline ranks: each begins with "
+            "those of its number, or else of one that has its layers. Without dropout that is of "
+            "no effect; with it, masks are others, and --no-load-rng starts each from its own seed"
         )
     sums = own.ties_embeddings or bool(own.mtp_num_layers)
     if own.dp_size != wanted.dp_size or (sums and 1 in (own.pp_size, wanted.pp_size)):
         yield (
-            "gradients are summed in another order than before (of more or fewer data-parallel "
-            "ranks, or of both uses of the word embedding on one rank): from the second step on "
+            "gradients are summed in another order than before, so that from the second step on "
             "losses differ in their last bits"
         )
 

@@ -47,7 +47,7 @@ from ..megatron.ranks import RankId
 from ..megatron.rules import Rules
 from ..options import Depth
 from ..source.files import FamilyFolders, RangeReader, check_links, other_files, read_rank
-from ..source.proof import equal_copies, known_family, likeliest_family, unlike_copies
+from ..source.proof import known_family, likeliest_family, unlike_copies, unlike_embeddings
 from ..source.proven import ProvenFamily
 from . import framing, torch_loading
 from .in_full import UNLIKE_MAIN, Pair, SourceJob, read_in_full
@@ -272,9 +272,8 @@ def _lost_copies(source: Family, target: Family, depth: Depth) -> Iterator[str]:
     """Copies of the word embedding that the target does not have, and that are not equal to it."""
     run = source.megatron
     dropped = run.embedding_copies & run.dropped_for(target.megatron)
-    for name, is_equal in equal_copies(source, dropped, in_full=depth is Depth.FULL).items():
-        if not is_equal:
-            yield f"{name} is lost, for it is not equal to the word embedding's in the source"
+    for name in unlike_embeddings(source, dropped, in_full=depth is Depth.FULL):
+        yield f"{name} is lost, for it is not equal to the word embedding's in the source"
 
 
 def _lacks_optimizer(source: Family, target: Family, pp_rank: int) -> bool:

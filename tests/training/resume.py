@@ -41,17 +41,22 @@ _UNEVEN = Run(Model(layers=9), dp=2, layout="Etttt|tttttL")
 _MUON = replace(_DENSE, optimizer="muon")
 _LAYER_WISE = replace(_MOE, optimizer="dist_muon")
 _HYBRID = Run(Model("hybrid", tied=False), ep=2, dp=2, pattern="M*M-|ME*E")
+_ONE = Run(Model(hidden=40, ffn=88, tied=False), pp=1)
+_TIED = Run(Model(hidden=40, ffn=88))
 RUNS = {
     "dense": (_DENSE, replace(_DENSE, vpp=2)),
     "moe": (_MOE, replace(_MOE, vpp=2)),
     "deepseek_v2": (_V2, replace(_V2, vpp=2)),
     "deepseek_v3": (_V3, replace(_V3, vpp=2)),
     "uneven": (_UNEVEN, replace(_UNEVEN, vpp=2, layout="Ettt|tt|t|tttL")),
+    "one_stage": (_ONE, replace(_ONE, pp=2, vpp=2)),
+    "twice_the_stages": (_TIED, replace(_TIED, pp=4)),
+    "half_the_stages": (replace(_TIED, pp=4), replace(_TIED, vpp=2)),
     "muon": (_MUON, replace(_MUON, vpp=2)),
     "dist_muon": (_LAYER_WISE, replace(_LAYER_WISE, vpp=2)),
     "hybrid": (_HYBRID, replace(_HYBRID, vpp=2, pattern="M*|M-M|E|*E")),
 }
-"""Models and optimizers, under PP and under VPP."""
+"""Models and optimizers, under PP and under VPP, or on another number of pipeline ranks."""
 Losses = dict[int, str]
 """Exact, by iteration."""
 

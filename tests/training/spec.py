@@ -80,6 +80,7 @@ class Run:
             options = ["--target-hybrid-layer-pattern", self.pattern]
         else:
             options = ["--target-virtual-pipeline-model-parallel-size", str(self.vpp)]
+        options += ["--target-pipeline-model-parallel-size", str(self.pp)]
         if self.overlap_step:
             options.append("--target-overlap-param-gather-with-optimizer-step")
         return options
