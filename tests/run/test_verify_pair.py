@@ -16,7 +16,7 @@ from pp_to_vpp.verification import torch_loading
 
 from ..edit import copy_of
 from ..families import family
-from ..pairs import DENSE, EMPTY, MOE, pair
+from ..pairs import BERT, DENSE, MOE, pair
 from ..runs import Program
 
 
@@ -112,7 +112,7 @@ def test_sizes_are_held_to_the_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "target", "folder"),
-    [(DENSE, EMPTY, "mp_rank_00_002"), (MOE, DENSE, "mp_rank_00_000")],
+    [(DENSE, BERT, "mp_rank_01_000"), (MOE, DENSE, "mp_rank_00_000")],
 )
 def test_other_rank_folders_are_another_checkpoint(source: str, target: str, folder: str) -> None:
     """The first that only one of the two has is named."""
