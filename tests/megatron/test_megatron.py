@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pp_to_vpp.errors import LayoutError
 from pp_to_vpp.megatron.forms import Ends, LayoutString
@@ -13,6 +15,7 @@ from pp_to_vpp.megatron.megatron import Megatron
 from pp_to_vpp.megatron.naming import Section
 from pp_to_vpp.megatron.placement import Placement
 
+from ..examples import examples
 from ..families import SIDES, families, family
 from ..pairs import DENSE, OVERLAP, TIED_MTP
 from ..strategies import placements
@@ -116,3 +119,45 @@ def test_a_copy_that_is_to_be_made_needs_the_embedding() -> None:
     source, target = (family(TIED_MTP, side).megatron for side in ("source", "truth"))
     assert source.sources_of(target, 2) == (0, 1, 2)
     assert target.sources_of(source, 2) == (1, 2)
+
+
+SIZES = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 3, 4])).filter(
+    lambda size: size[0] > 1 or size[1] == 1
+)
+
+
+@examples(200)
+@given(SIZES, SIZES, st.integers(1, 3), st.booleans(), st.booleans())
+def test_ranks_of_any_number_are_made_of_those_that_hold_their_layers(
+    own: tuple[int, int], wanted: tuple[int, int], times: int, ties: bool, grows: bool
+) -> None:
+    """And the first and last have the ends; a tied output layer comes and goes with one rank."""
+    saved = family(DENSE, "source").megatron
+    layers = math.lcm(own[0] * own[1], wanted[0] * wanted[1]) * times
+    arguments = replace(
+        saved.arguments,
+        num_layers=layers,
+        pp_size=own[0],
+        placement=Placement(own[1]),
+        ties_embeddings=ties,
+    )
+    source = Megatron(arguments, saved.rules)
+    dp_size = arguments.dp_size + grows
+    target = source.relaunched(
+        Placement(wanted[1]), overlaps=False, pp_size=wanted[0], dp_size=dp_size
+    )
+    before, after = (
+        [layer // (layers // (pp * vp)) % pp for layer in range(layers)] for pp, vp in (own, wanted)
+    )
+    for pp_rank in range(wanted[0]):
+        needed = {before[layer] for layer in range(layers) if after[layer] == pp_rank}
+        needed |= {0} if pp_rank == 0 else set()
+        needed |= {own[0] - 1} if pp_rank == wanted[0] - 1 else set()
+        assert set(source.sources_of(target, pp_rank)) == needed
+        counterpart = pp_rank if pp_rank < own[0] else min(needed)
+        assert source.counterpart(target, pp_rank) == counterpart
+    was, will_be = (ties and pp > 1 for pp, _ in (own, wanted))
+    assert bool(source.made_for(target)) == (will_be and not was)
+    assert bool(source.dropped_for(target)) == (was and not will_be)
+    is_like = own == wanted and not grows
+    assert target.is_laid_out_like(source) == is_like
