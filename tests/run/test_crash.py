@@ -22,6 +22,8 @@ from pp_to_vpp.run import copying, schedule, signs, target_folder
 from ..edit import copy_of, rewrite
 from ..pairs import LAYER_WISE_WIDE, MOE, pair
 from ..runs import Program, command, environment, run_process
+from ..sizes import NAMES as SIZES
+from ..sizes import PIPED, way
 from .test_convert import files_of
 from .test_signs import mark
 
@@ -56,9 +58,10 @@ def program(capsys: pytest.CaptureFixture[str]) -> Program:
 
 
 def _arguments(target: Path, *more: str, name: str = MOE) -> list[str | Path]:
+    case = way(name) if name in SIZES else pair(name)
     return [
-        "--load-iteration-dir", pair(name).source, "--save-iteration-dir", target,
-        "--num-max-processing-processes", "2", *pair(name).options, *more,
+        "--load-iteration-dir", case.source, "--save-iteration-dir", target,
+        "--num-max-processing-processes", "2", *case.options, *more,
     ]  # fmt: skip
 
 
@@ -117,7 +120,12 @@ def check_what_is_there(target: Path, undisturbed: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize(
     ("victim", "name", "kills"),
-    [("parent", MOE, KILLS), ("worker", MOE, KILLS), ("parent", LAYER_WISE_WIDE, KILLS // 2)],
+    [
+        ("parent", MOE, KILLS),
+        ("worker", MOE, KILLS),
+        ("parent", LAYER_WISE_WIDE, KILLS // 2),
+        ("parent", PIPED, KILLS // 2),
+    ],
 )
 def test_killed_at_any_moment_a_rerun_ends_with_the_same_bytes(
     victim: str, name: str, kills: int, tmp_path: Path, written: Callable[[str], dict[str, bytes]]
