@@ -125,7 +125,8 @@ def test_a_dry_run_looks_at_the_target(
     case, target = pair(DENSE), tmp_path / "iter_0000001"
     dry = (case.source, target, _V2, "--dry-run")
     assert program.convert(*dry).status == 0
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
+    full = SimpleNamespace(f_bavail=3, f_frsize=1, f_bsize=4096, f_blocks=9)
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
     program.refuses(5, program.convert(*dry), "too little free space")
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

@@ -96,6 +96,7 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
         LayoutError: it is impossible by all rules, or the source has it already.
         CheckpointError: the placement of the source is not understood.
     """
+    sources = _placed(options, arguments)
     sized = _sized(options, arguments)
     sizes = sized.pp_size, sized.dp_size
     ends = (options.first_layers, options.last_layers)
@@ -111,23 +112,35 @@ def wanted_target(options: Options, arguments: SavedArguments) -> Target:
             cure="leave it out",
         )
     refusals: list[LayoutError] = []
-    misplaced: list[LayoutError] = []
-    for source in (Megatron(arguments, rules) for rules in placing(arguments.names)):
-        try:
-            _ = source.layout
-        except LayoutError as error:
-            misplaced.append(error)
-            continue
+    for source in sources:
         try:
             wanted.of(source)
         except LayoutError as error:
             refusals.append(error)
         else:
             return wanted
-    if refusals:
-        raise refusals[0]
-    where = f"{options.load_dir}: the source's own arguments tell no possible placement"
-    raise CheckpointError(*(f"{where}: {line}" for line in misplaced[0].problems))
+    raise refusals[0]
+
+
+def _placed(options: Options, arguments: SavedArguments) -> list[Megatron]:
+    """The run that saved the source, by each rule under which its placement is possible.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found: list[Megatron] = []
+    errors: list[LayoutError] = []
+    for source in (Megatron(arguments, rules) for rules in placing(arguments.names)):
+        try:
+            _ = source.layout
+        except LayoutError as error:
+            errors.append(error)
+        else:
+            found.append(source)
+    if not found:
+        where = f"{options.load_dir}: the source's own arguments tell no possible placement"
+        raise CheckpointError(*(f"{where}: {line}" for line in errors[0].problems))
+    return found
 
 
 def _sized(options: Options, arguments: SavedArguments) -> SavedArguments:
