@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -207,9 +207,16 @@ def read_source_rank(iteration_dir: str, rank: RankId) -> RankFiles:
 @functools.lru_cache(maxsize=2048)
 def _read_optimizer_file(iteration_dir: str, folder: str) -> TorchFile | None:
     """A folder's ``distrib_optim.pt``, if there is one, decoded once for all families that share
-    the state of dense parameters in it."""
+    the state of dense parameters in it.
+
+    The folder itself may be missing: with an expert tensor size of its own, not every tensor rank
+    has a process of the first expert rank (FORMAT 1.3).
+    """
     path = Path(iteration_dir) / folder
-    return read_torch_file(path / OPTIMIZER_FILE) if OPTIMIZER_FILE in names_in(path) else None
+    with refusals(path, "cannot be listed", CheckpointError), suppress(FileNotFoundError):
+        if OPTIMIZER_FILE in os.listdir(path):
+            return read_torch_file(path / OPTIMIZER_FILE)
+    return None
 
 
 @functools.lru_cache(maxsize=2048)

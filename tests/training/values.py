@@ -29,6 +29,9 @@ class Named:
     name: str
     parameter: torch.nn.Parameter
     is_expert: bool
+    values_of: str
+    """The name from which its values follow: that of the word embedding for an output layer that is
+    tied to it, for training keeps them equal."""
 
     @property
     def place(self) -> str:
@@ -52,7 +55,10 @@ def named_parameters(modules: Iterable[torch.nn.Module]) -> Iterator[Named]:
     for module in modules:
         for name, parameter in module.named_parameters():
             is_expert = re.search(r"(^|\.)experts\.", name) is not None
-            yield Named(global_name(module, name), parameter, is_expert)
+            known = global_name(module, name)
+            is_copy = name == "output_layer.weight" and module.share_embeddings_and_output_weights
+            values_of = "embedding.word_embeddings.weight" if is_copy else known
+            yield Named(known, parameter, is_expert, values_of)
 
 
 def named_buffers(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -87,7 +93,7 @@ def fill(trainee: Trainee) -> None:
         chunk.zero_grad_buffer()
     trainee.optimizer.step()  # creates the moments
     for named in named_parameters(trainee.modules):
-        key = f"{named.name} {named.place}"
+        key = f"{named.values_of} {named.place}"
         numel = named.parameter.numel()
         values = {kind: random(f"{kind} {key}", numel, scale) for kind, scale in _SCALES.items()}
         values["exp_avg_sq"].abs_()
