@@ -341,7 +341,7 @@ def test_folders_with_and_without_an_expert_rank_are_refused(
     source = copy_of(pair(MOE).source, tmp_path)
     shutil.copytree(pair(DENSE).source / "mp_rank_00_000", source / "mp_rank_00_000")
     run = program.convert(source, tmp_path / "x")
-    program.refuses(4, run, "its folder names do not fit expert_model_parallel_size")
+    program.refuses(4, run, "its folder names do not fit", "expert_model_parallel_size")
 
 
 def test_folders_of_two_saves_are_refused(program: Program, tmp_path: Path) -> None:

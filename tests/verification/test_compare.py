@@ -296,12 +296,13 @@ def test_damaged_layer_wise_states_are_named(program: Program, tmp_path: Path) -
     offset, state = state_in(LAYER_WISE_WIDE, pair(LAYER_WISE_WIDE).source / file)
     source = copy_of(pair(LAYER_WISE_WIDE).source, tmp_path)
     flip_byte(source / file, offset)
-    target = tmp_path / "target" / "iter_0000001"
     for ranks in ("0", "1"):
+        part = tmp_path / ranks / "iter_0000001"
         more = ("--verify", "full", "--pipeline-ranks-to-process", ranks)
-        run = program.convert(source, target, (), *more)
+        run = program.convert(source, part, (), *more)
         program.refuses(4, run, str(source / file), "is damaged", state)
-        assert not target.exists()
+        assert len([*part.glob("mp_rank_*")]) < 2, "the folder that needs it has no name"
+    target = tmp_path / "target" / "iter_0000001"
     assert program.convert(source, target).status == 0, "nothing but its checksum tells"
     program.refuses(6, verify(program, pair(LAYER_WISE_WIDE).source, target), state)
 
